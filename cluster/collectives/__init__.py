@@ -1,0 +1,1 @@
+"""Sums, gathers and sends between ranks, by each path that exists, behind one Protocol."""

@@ -1,0 +1,1 @@
+"""How it starts: the only room that reads argv, the environment, YAML and ports."""

@@ -1,0 +1,123 @@
+"""What is asked and what comes back. Frozen; parsed strictly, once, at the edge."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from enum import StrEnum
+
+import msgspec
+
+from cluster.errors import BadRequest
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"  # an end-of-sequence token, a stop token or a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    ABORT = "abort"
+
+
+class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How to pick tokens; names and meanings are vLLM's. Greedy by default: an HTTP edge sets OpenAI's 1.0 itself."""
+
+    max_tokens: int = 16
+    min_tokens: int = 0
+    temperature: float = 0.0  # 0 is greedy
+    top_k: int = 0  # 0 or -1: all
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0  # over prompt and output
+    presence_penalty: float = 0.0  # over output
+    frequency_penalty: float = 0.0  # over output
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    logprobs: int | None = None  # top log-probabilities beside each token's own
+    n: int = 1
+
+    def __post_init__(self) -> None:
+        for name in _FLOATS:
+            value = getattr(self, name)
+            if not math.isfinite(value):
+                raise BadRequest(f"{name} is {value}; it must be a finite number")
+        for name, low, high in _RANGES:
+            value = getattr(self, name)
+            if value is not None and not low <= value <= high:
+                raise BadRequest(f"{name} is {value}; it must be {_interval(low, high)}")
+        if self.top_p == 0:
+            raise BadRequest("top_p is 0; it must be above 0 and at most 1")
+        if self.repetition_penalty == 0:
+            raise BadRequest("repetition_penalty is 0; it must be above 0")
+        if self.min_tokens > self.max_tokens:
+            raise BadRequest(f"min_tokens is {self.min_tokens}, above max_tokens, {self.max_tokens}")
+        if self.temperature == 0 and self.n > 1:
+            raise BadRequest(f"n is {self.n} at temperature 0: greedy gives {self.n} equal answers; use n=1")
+        if "" in self.stop:
+            raise BadRequest("stop holds an empty string, which would stop every answer at once; drop it")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature == 0
+
+    @property
+    def has_penalties(self) -> bool:
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
+
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_RANGES: Sequence[tuple[str, float, float]] = (
+    ("max_tokens", 1, math.inf),
+    ("min_tokens", 0, math.inf),
+    ("temperature", 0, math.inf),
+    ("top_k", -1, math.inf),
+    ("top_p", 0, 1),
+    ("min_p", 0, 1),
+    ("repetition_penalty", 0, math.inf),
+    ("presence_penalty", -2, 2),
+    ("frequency_penalty", -2, 2),
+    ("seed", -(2**63), 2**63 - 1),
+    ("logprobs", 0, 20),
+    ("n", 1, 128),
+)
+
+
+def _interval(low: float, high: float) -> str:
+    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
+
+
+class Request(msgspec.Struct, frozen=True, kw_only=True):
+    """One sequence to generate. `n` answers are n requests, made by the coordinator."""
+
+    id: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+    stop_ids: frozenset[int] = frozenset()  # the model's eos ids (unless ignored) and the request's stop tokens
+
+
+class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
+    logprob: float
+    top_ids: list[int]
+    top_logprobs: list[float]
+
+
+class Token(msgspec.Struct, frozen=True, array_like=True):
+    """One generated token, as a replica streams it. A finish without a token has token_id -1."""
+
+    request_id: str
+    token_id: int
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+
+
+class Completion(msgspec.Struct, frozen=True, kw_only=True):
+    """One finished answer."""
+
+    request_id: str
+    prompt_tokens: int
+    token_ids: list[int]
+    finish_reason: FinishReason
+    text: str | None = None  # None where the model has no tokenizer
+    logprobs: list[TokenLogprobs] | None = None
+    ttft_s: float = 0.0  # from admission to the first token
+    latency_s: float = 0.0  # from admission to the last token

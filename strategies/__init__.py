@@ -1,0 +1,1 @@
+"""How to split a model: decides a Plan, and applies it. Knows nothing of requests."""

@@ -1,4 +1,4 @@
-"""Tiny random models of each family, made and saved by transformers: the oracle that the engine must agree with."""
+"""Tiny random models of each family, made and saved by transformers: what the engine must agree with."""
 
 from __future__ import annotations
 
@@ -28,7 +28,10 @@ _DEFAULTS: Mapping[str, Any] = {
     "bos_token_id": None,
     "pad_token_id": None,
 }
-_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {"mistral": {"sliding_window": None}, "qwen3": {"head_dim": 16}}
+_FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "qwen3": {"head_dim": 16},
+}
 
 
 def make_model(
@@ -36,8 +39,9 @@ def make_model(
 ) -> transformers.PreTrainedModel:
     """A float32 model of `family` (llama, mistral, qwen2, qwen3), saved to `directory` unless that is None.
 
-    `overrides` are config fields, by transformers' names, over a model of 3 layers, 4 heads in 2 KV groups and 131
-    tokens. Every parameter is random, norms (about 1) and biases too, and large enough that greedy tokens vary.
+    `overrides` are config fields, by transformers' names, over a model of 3 layers, 4 heads in 2 KV groups
+    and 131 tokens. Every parameter is random, norms (about 1) and biases too, and large enough that greedy
+    tokens vary.
     A small `max_shard_size` (such as "20KB") makes a sharded checkpoint with an index.
     """
     config_class, model_class = _CLASSES[family]

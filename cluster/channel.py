@@ -1,17 +1,19 @@
 """One writer, n readers, messages of bytes: how steps travel, with no Ray call in them.
 
-Readers on the writer's node share a ring of memory (cluster/ring.py); readers elsewhere, and readers that live
-in an asyncio loop, have a ZeroMQ socket. One writer may have both kinds. Each reader gets every message, whole,
-in order, also those sent before it opened its end. A writer or a reader belongs to one thread at a time.
+Readers on the writer's node share a ring of memory (cluster/ring.py); readers elsewhere, and readers that
+live in an asyncio loop, have a ZeroMQ socket. One writer may have both kinds. Each reader gets every
+message, whole, in order, also those sent before it opened its end. A writer or a reader belongs to one
+thread at a time.
 
     writer = Writer.create([Via.MEMORY, Via.SOCKET])
-    writer.address(0)                                      # plain data: handed to reader 0 by the control plane
-    reader = Reader.open(address)                          # in another process
+    writer.address(0)                   # plain data: the control plane hands it to reader 0
+    reader = Reader.open(address)       # in another process
     writer.send(b"…")
-    reader.recv(timeout_s=1.0)                             # bytes, or None
+    reader.recv(timeout_s=1.0)          # bytes, or None
 
-Sockets bind to one interface, 127.0.0.1 unless told; a peer must open with the channel's random token, compared
-in constant time. Messages themselves cross the network in the clear, like the collectives beside them.
+Sockets bind to one interface, 127.0.0.1 unless told; a peer must open with the channel's random token,
+compared in constant time. Messages themselves cross the network in the clear, like the collectives beside
+them.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ class Writer:
     def create(
         cls, readers: Sequence[Via], *, interface: str = "127.0.0.1", capacity_bytes: int = 4 * 2**20
     ) -> Writer:
-        """`interface`: the IP address that sockets bind to. `capacity_bytes`: the ring's; longer messages pass too."""
+        """`interface`: the IP address that sockets bind to. `capacity_bytes`: the ring's."""
         kinds = [via if ring.SUPPORTED else Via.SOCKET for via in readers]
         locals_, remotes = kinds.count(Via.MEMORY), kinds.count(Via.SOCKET)
         memory = ring.RingWriter(locals_, capacity_bytes) if locals_ else None
@@ -142,7 +144,7 @@ class AsyncReader:
 
 
 class _Sockets:
-    """The writer's end of all sockets: a ROUTER knows its peers, so nobody joins late or falls behind unseen."""
+    """The writer's end of all sockets: a ROUTER knows its peers: nobody joins late or falls behind unseen."""
 
     def __init__(self, readers: int, interface: str) -> None:
         self.token = secrets.token_bytes(_TOKEN_BYTES)

@@ -3,19 +3,20 @@
     | token 16 | capacity 8 | readers 8 | … | written | … | read[0] | … | read[1] | … | bytes: capacity |
 
 `written` and `read[i]` count bytes since the start, each in its own cache line; a byte's place is its count
-modulo the capacity. A message is its length and its bytes, and flows through the ring as through a pipe, so that
-one longer than the ring passes too. A reader that opens late loses nothing: the writer waits when the ring is full.
+modulo the capacity. A message is its length and its bytes, and flows through the ring as through a pipe, so
+that one longer than the ring passes too. A reader that opens late loses nothing: the writer waits when the
+ring is full.
 
-Order: a counter is stored after the bytes it speaks of, and x86 makes stores visible in the order they were made,
-loads likewise. Other machines may reorder them and Python has no fence: there `SUPPORTED` is false and the channel
-uses sockets.
+Order: a counter is stored after the bytes it speaks of, and x86 makes stores visible in the order they were
+made, loads likewise. Other machines may reorder them and Python has no fence: there `SUPPORTED` is false
+and the channel uses sockets.
 
-Sleep: whoever waits sleeps in the kernel on the counter it waits for (futex), and whoever moves a counter wakes
-its sleepers. The kernel compares the counter again before it sleeps, so no wake-up is lost, and an idle rank costs
-nothing: eight ranks on two cores do not take turns at spinning.
+Sleep: whoever waits sleeps in the kernel on the counter it waits for (futex), and whoever moves a counter
+wakes its sleepers. The kernel compares the counter again before it sleeps, so no wake-up is lost, and an
+idle rank costs nothing: eight ranks on two cores do not take turns at spinning.
 
-No leftovers: the memory has no name (memfd). Readers open it through /proc while the writer lives, and it is gone
-with the last process that maps it, however that ends.
+No leftovers: the memory has no name (memfd). Readers open it through /proc while the writer lives, and it
+is gone with the last process that maps it, however that ends.
 """
 
 from __future__ import annotations
@@ -76,8 +77,8 @@ class _Memory:
     def sleep(self, word: int, seen: int, deadline: float) -> bool:
         """Sleep until the counter differs from `seen`; False once `deadline` (time.monotonic) has passed.
 
-        May return early. The kernel compares the low 32 bits, which cannot come round to the same value unseen:
-        a ring is smaller than 4 GiB.
+        May return early. The kernel compares the low 32 bits, which cannot come round to the same value
+        unseen: a ring is smaller than 4 GiB.
         """
         left_s = deadline - time.monotonic()
         if left_s <= 0:

@@ -1,6 +1,7 @@
 """Round trips over the channel, and what an idle reader costs: `python -m tests.bench.channel_bench`.
 
-One round: the writer sends to every reader and reader 0 answers: a step from the leader to its ranks and back.
+One round: the writer sends to every reader and reader 0 answers: a step from the leader to its ranks and
+back.
 """
 
 from __future__ import annotations

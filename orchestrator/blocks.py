@@ -1,0 +1,82 @@
+"""KV blocks: who holds which, which hold a known prefix, which may be taken. Pure bookkeeping; the bytes are elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Iterable, Sequence
+
+
+def block_hashes(tokens: Sequence[int], block_size: int, known: list[bytes]) -> list[bytes]:
+    """Hashes of the full blocks of `tokens`, each over its own tokens and all before it; `known` are the first ones.
+
+    16 bytes of BLAKE2b: a collision would answer from somebody else's prompt, so Python's 8-byte hash will not do.
+    """
+    hashes = list(known)
+    for i in range(len(hashes), len(tokens) // block_size):
+        parent = hashes[-1] if hashes else b""
+        content = array("q", tokens[i * block_size : (i + 1) * block_size]).tobytes()
+        hashes.append(hashlib.blake2b(parent + content, digest_size=16).digest())
+    return hashes
+
+
+class BlockPool:
+    """Blocks 0 … n-1 with reference counts. A free block keeps its prefix until it is taken for something else.
+
+    Free blocks are taken in the order in which they were freed: the prefix used longest ago goes first.
+    """
+
+    def __init__(self, num_blocks: int) -> None:
+        self.num_blocks = num_blocks
+        self._references = [0] * num_blocks
+        self._free: dict[int, None] = dict.fromkeys(range(num_blocks))  # insertion-ordered: oldest first
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    def match(self, hashes: Iterable[bytes]) -> list[int]:
+        """Blocks that hold the longest known prefix; not yet held by the caller."""
+        found = []
+        for key in hashes:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            found.append(block)
+        return found
+
+    def count_free(self, blocks: Iterable[int]) -> int:
+        """How many of `blocks` nobody holds: holding them uses up free blocks."""
+        return sum(1 for block in blocks if not self._references[block])
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        for block in blocks:
+            if not self._references[block]:
+                del self._free[block]
+            self._references[block] += 1
+
+    def take(self) -> int:
+        """A free block, held once, its old prefix forgotten."""
+        block = next(iter(self._free))
+        del self._free[block]
+        self._references[block] = 1
+        forgotten = self._hash_of.pop(block, None)
+        if forgotten is not None:
+            del self._block_of[forgotten]
+        return block
+
+    def name(self, block: int, key: bytes) -> None:
+        """From now on `block` holds the prefix `key`, unless another block already does."""
+        if key not in self._block_of:
+            self._block_of[key] = block
+            self._hash_of[block] = key
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give blocks back. The last of a sequence go first, so that the start of a prefix is kept longest."""
+        for block in reversed(blocks):
+            self._references[block] -= 1
+            assert self._references[block] >= 0, f"block {block} released more often than held"
+            if not self._references[block]:
+                self._free[block] = None

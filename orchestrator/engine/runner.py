@@ -1,0 +1,111 @@
+"""Runs steps on one device: remembers what each slot holds, makes the batch, runs this rank's layers, samples."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from orchestrator.engine.attention import Batch, Ints, SdpaContext
+from orchestrator.engine.kv_cache import KVCache
+from orchestrator.engine.model import Transformer
+from orchestrator.engine.sampler import History, sample
+from orchestrator.step import Row, Step, StepResult
+from strategies.plan import Shard
+
+
+class Neighbours(Protocol):
+    """The pipeline's stages before and after this one, seen from a rank."""
+
+    def send_next(self, hidden_TE: Tensor) -> None: ...
+
+    def receive_previous(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
+
+
+class Slots:
+    """Each slot's tokens, sampling parameters and block table, as the steps so far have told."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+        self.histories: list[History | None] = [None] * max_num_seqs
+
+    def remember(self, step: Step) -> None:
+        for admit in step.admits:
+            self.tables[admit.slot, : len(admit.blocks)] = admit.blocks
+            self.histories[admit.slot] = History(
+                list(admit.token_ids), admit.prompt_tokens, admit.sampling, admit.stop_ids
+            )
+        for row in step.rows:
+            if row.new_block >= 0:
+                self.tables[row.slot, row.start // self.block_size] = row.new_block
+            if row.token_id >= 0 and row.start == len(self.history(row.slot).token_ids):
+                self.history(row.slot).token_ids.append(row.token_id)
+
+    def history(self, slot: int) -> History:
+        history = self.histories[slot]
+        assert history is not None, f"slot {slot} was never admitted"
+        return history
+
+    def batch(self, rows: Sequence[Row]) -> Batch:
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
+        return Batch(self._token_ids(rows), positions, starts, counts, self._tables(rows, int((starts + counts).max())))
+
+    def _token_ids(self, rows: Sequence[Row]) -> Ints:
+        ids: list[int] = []
+        for row in rows:
+            tokens = self.history(row.slot).token_ids
+            ids += tokens[row.start : row.start + row.count]
+        return np.array(ids, dtype=np.int64)
+
+    def _tables(self, rows: Sequence[Row], longest: int) -> Ints:
+        return self.tables[[row.slot for row in rows], : -(-longest // self.block_size)]
+
+
+class Runner:
+    """Feeds one rank's transformer. The same on every rank: only the first stage reads token ids, only the last samples."""
+
+    def __init__(
+        self, model: Transformer, cache: KVCache, slots: Slots, shard: Shard, neighbours: Neighbours, hidden: int
+    ) -> None:
+        self.model, self.cache, self.slots, self.shard, self.neighbours = model, cache, slots, shard, neighbours
+        self._hidden = hidden
+        weight = next(model.parameters())
+        self._device, self._dtype = weight.device, weight.dtype
+        self._windows = model.spec.windows or (None,) * model.spec.layers
+
+    @torch.inference_mode()
+    def run(self, step: Step) -> StepResult | None:
+        """Sampled tokens on the last stage's first rank, None on all others."""
+        logits_RV = self.forward(step)
+        if logits_RV is None or self.shard.tp_rank:
+            return None
+        histories = [self.slots.history(row.slot) for row in step.rows if row.samples]
+        token_ids, logprobs = sample(logits_RV, histories) if histories else ([], None)
+        return StepResult(step.id, token_ids, logprobs)
+
+    def forward(self, step: Step) -> Tensor | None:
+        """Logits of the rows that sample, [R, V], on every rank of the last stage; elsewhere the next stage gets the states."""
+        self.slots.remember(step)
+        batch = self.slots.batch(step.rows)
+        context = SdpaContext(self.cache, batch, self._windows, self._device)
+        hidden_TE = self.model(self._input(batch), context)
+        if not self.shard.is_last:
+            self.neighbours.send_next(hidden_TE)
+            return None
+        ends = np.cumsum(batch.counts) - 1
+        wanted = ends[[row.samples for row in step.rows]]
+        if not len(wanted):
+            return hidden_TE.new_empty((0, self.model.spec.vocab))
+        return self.model.logits(hidden_TE[torch.from_numpy(wanted).to(self._device)])
+
+    def _input(self, batch: Batch) -> Tensor:
+        if self.shard.is_first:
+            return torch.from_numpy(batch.token_ids_T).to(self._device)
+        return self.neighbours.receive_previous((len(batch.token_ids_T), self._hidden), self._dtype)

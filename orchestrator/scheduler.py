@@ -1,0 +1,289 @@
+"""Continuous batching as a pure state machine: no torch, no clock, no I/O.
+
+`schedule` may be called again before the last batch's tokens are known: it then takes sequences that wait for no
+token (another pipeline group, or the next chunk of a long prompt). Ranks run steps in order, so a block freed while a
+step is still in flight may be handed out at once: the old writes land before the new ones.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from cluster.errors import BadRequest
+from orchestrator.blocks import BlockPool, block_hashes
+from orchestrator.request import FinishReason, Request, Token
+from orchestrator.step import Admit, Row, Step, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    num_blocks: int
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 4096
+    groups: int = 1  # batches in flight at once: the pipeline's stages
+    prefix_caching: bool = True
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    request: Request
+    arrival: int
+    tokens: list[int]
+    scheduled: int = 0  # tokens whose KV is computed or in flight
+    slot: int = -1  # -1 while waiting
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    named: int = 0  # blocks that the pool knows by their hash
+    awaited: int = 0  # sampled tokens still in flight
+
+    @property
+    def unscheduled(self) -> int:
+        return len(self.tokens) - self.scheduled
+
+    @property
+    def output_tokens(self) -> int:
+        return len(self.tokens) - len(self.request.prompt_token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What a router and an operator want to know of a replica."""
+
+    waiting: int
+    running: int
+    free_blocks: int
+    preemptions: int
+    prefix_hit_tokens: int
+
+
+class Scheduler:
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.pool = BlockPool(config.num_blocks)
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []  # by arrival
+        self._sequences: dict[str, Sequence] = {}
+        self._free_slots = list(reversed(range(config.max_num_seqs)))
+        self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the sequences that sample in it, by row
+        self._arrivals = self._steps = 0
+        self._preemptions = self._prefix_hit_tokens = 0
+
+    # -- what comes in --
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Raises BadRequest if it can never run, naming the limit."""
+        prompt = len(request.prompt_token_ids)
+        if request.id in self._sequences:
+            raise BadRequest(f"request id {request.id!r} is already in use")
+        check_length(prompt, request.sampling.max_tokens, self.config)
+        self._arrivals += 1
+        sequence = Sequence(request, self._arrivals, list(request.prompt_token_ids))
+        self._sequences[request.id] = sequence
+        self.waiting.append(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Drop a request, wherever it is; unknown ids (already finished) are fine."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._forget(sequence)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences)
+
+    @property
+    def load(self) -> Load:
+        return Load(
+            len(self.waiting), len(self.running), self.pool.free_blocks, self._preemptions, self._prefix_hit_tokens
+        )
+
+    # -- a step --
+
+    def schedule(self) -> Step | None:
+        """The next batch under the token budget: decodes, then prompts under way, then waiting ones. None: nothing can run."""
+        rows: list[Row] = []
+        sampling: list[Sequence] = []
+        budget = self.config.max_num_batched_tokens
+        preemptions = self._preemptions
+        for sequence in self._ready_to_decode():
+            if budget and sequence.slot >= 0 and self._grow(sequence):
+                rows.append(self._advance(sequence, 1, sampling))
+                budget -= 1
+        for sequence in self._prompts_under_way():
+            if budget:
+                count = min(budget, sequence.unscheduled)
+                rows.append(self._advance(sequence, count, sampling))
+                budget -= count
+        admits: list[Admit] = []
+        while budget and self._preemptions == preemptions and self._can_admit():
+            sequence = self._admit()
+            admits.append(_describe(sequence))
+            count = min(budget, sequence.unscheduled)
+            rows.append(self._advance(sequence, count, sampling))
+            budget -= count
+        if not rows:
+            return None
+        self._steps += 1
+        self._in_flight[self._steps] = sampling
+        return Step(self._steps, admits, rows)
+
+    def update(self, result: StepResult) -> list[Token]:
+        """Take in a step's sampled tokens; what they finish is freed. Tokens of aborted requests are dropped."""
+        sequences = self._in_flight.pop(result.id)
+        logprobs = result.logprobs or [None] * len(sequences)
+        out = []
+        for sequence, token_id, logprob in zip(sequences, result.token_ids, logprobs, strict=True):
+            sequence.awaited -= 1
+            if self._sequences.get(sequence.request.id) is not sequence:
+                continue
+            sequence.tokens.append(token_id)
+            reason = self._finish_reason(sequence, token_id)
+            out.append(Token(sequence.request.id, token_id, reason, logprob))
+            if reason is not None:
+                self._forget(sequence)
+        return out
+
+    # -- inside --
+
+    def _ready_to_decode(self) -> list[Sequence]:
+        """Sequences with one token to compute, oldest first: a pipeline group's fair share of them."""
+        ready = [s for s in self.running if s.unscheduled == 1]
+        if self.config.groups == 1:
+            return ready
+        return ready[: -(-len(self.running) // self.config.groups)]
+
+    def _prompts_under_way(self) -> Iterator[Sequence]:
+        return (s for s in self.running if s.unscheduled > 1)
+
+    def _advance(self, sequence: Sequence, count: int, sampling: list[Sequence]) -> Row:
+        """Count the row's tokens as scheduled. Full blocks get their names here: a later step finds them computed."""
+        start, table = sequence.scheduled, sequence.blocks
+        sequence.scheduled += count
+        samples = not sequence.unscheduled
+        if samples:
+            sequence.awaited += 1
+            sampling.append(sequence)
+        self._name_full_blocks(sequence)
+        is_decode = count == 1 and samples and sequence.output_tokens > 0
+        newest = sequence.tokens[start] if is_decode else -1
+        grown = table[-1] if is_decode and start % self.config.block_size == 0 else -1
+        return Row(sequence.slot, start, count, samples, newest, grown)
+
+    def _name_full_blocks(self, sequence: Sequence) -> None:
+        if not self.config.prefix_caching:
+            return
+        full = sequence.scheduled // self.config.block_size
+        if full > sequence.named:
+            sequence.hashes = block_hashes(sequence.tokens, self.config.block_size, sequence.hashes)
+            for i in range(sequence.named, full):
+                self.pool.name(sequence.blocks[i], sequence.hashes[i])
+            sequence.named = full
+
+    def _can_admit(self) -> bool:
+        if not self.waiting or not self._free_slots:
+            return False
+        sequence = self.waiting[0]
+        if sequence.awaited:  # preempted in flight: its newest token is not known yet
+            return False
+        hits = self._prefix_hits(sequence)
+        needed = self._blocks_for(len(sequence.tokens)) - len(hits)
+        return needed + self.pool.count_free(hits) <= self.pool.free_blocks
+
+    def _admit(self) -> Sequence:
+        """Move the first waiting sequence to a slot, with blocks for all its tokens: known prefixes are shared."""
+        sequence = self.waiting.popleft()
+        hits = self._prefix_hits(sequence)
+        self.pool.hold(hits)
+        fresh = self._blocks_for(len(sequence.tokens)) - len(hits)
+        sequence.blocks = hits + [self.pool.take() for _ in range(fresh)]
+        sequence.scheduled = len(hits) * self.config.block_size
+        sequence.named = len(hits)
+        sequence.slot = self._free_slots.pop()
+        self._prefix_hit_tokens += sequence.scheduled
+        position = next((i for i, s in enumerate(self.running) if s.arrival > sequence.arrival), len(self.running))
+        self.running.insert(position, sequence)
+        return sequence
+
+    def _prefix_hits(self, sequence: Sequence) -> list[int]:
+        """Blocks already computed; never all of the tokens, since the last one's logits are wanted."""
+        if not self.config.prefix_caching:
+            return []
+        size = self.config.block_size
+        sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
+        return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // size])
+
+    def _blocks_for(self, tokens: int) -> int:
+        return -(-tokens // self.config.block_size)
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Make room for one more token; the youngest sequences give up their blocks for it, itself at the last."""
+        if self._blocks_for(sequence.scheduled + 1) <= len(sequence.blocks):
+            return True
+        while not self.pool.free_blocks:
+            victim = self.running[-1]
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks.append(self.pool.take())
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        """Back to the head of the queue: its KV will be computed again, or found by its prefix."""
+        self._preemptions += 1
+        self._leave_slot(sequence)
+        self.waiting.appendleft(sequence)
+
+    def _leave_slot(self, sequence: Sequence) -> None:
+        self.running.remove(sequence)
+        self.pool.release(sequence.blocks)
+        self._free_slots.append(sequence.slot)
+        sequence.blocks, sequence.scheduled, sequence.named, sequence.slot = [], 0, 0, -1
+
+    def _forget(self, sequence: Sequence) -> None:
+        del self._sequences[sequence.request.id]
+        if sequence.slot >= 0:
+            self._leave_slot(sequence)
+        else:
+            self.waiting.remove(sequence)
+
+    def _finish_reason(self, sequence: Sequence, token_id: int) -> FinishReason | None:
+        request = sequence.request
+        if token_id in request.stop_ids and sequence.output_tokens >= request.sampling.min_tokens:
+            return FinishReason.STOP
+        if sequence.output_tokens >= request.sampling.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
+            return FinishReason.LENGTH
+        return None
+
+
+def check_length(prompt_tokens: int, max_tokens: int, config: SchedulerConfig) -> None:
+    """Raises BadRequest where a request can never run, with the limit that it breaks."""
+    if not prompt_tokens:
+        raise BadRequest("the prompt has no tokens; it needs at least one")
+    if prompt_tokens >= config.max_model_len:
+        raise BadRequest(
+            f"the prompt has {prompt_tokens} tokens; the context is {config.max_model_len} and must hold at least one more. "
+            "Shorten it or raise --max-model-len"
+        )
+    longest = min(prompt_tokens + max_tokens, config.max_model_len)
+    capacity = config.num_blocks * config.block_size
+    if longest > capacity:
+        raise BadRequest(
+            f"{prompt_tokens} prompt tokens and max_tokens {max_tokens} need {longest} KV tokens; {capacity} fit. "
+            "Lower max_tokens or give the KV cache more memory"
+        )
+
+
+def _describe(sequence: Sequence) -> Admit:
+    request = sequence.request
+    return Admit(
+        sequence.slot,
+        list(sequence.tokens),
+        len(request.prompt_token_ids),
+        list(sequence.blocks),
+        request.sampling,
+        sorted(request.stop_ids),
+    )

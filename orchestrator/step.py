@@ -1,0 +1,43 @@
+"""One engine step, as it travels from the leader to every rank. Small: tokens of a prompt travel once, when admitted."""
+
+from __future__ import annotations
+
+import msgspec
+
+from orchestrator.request import SamplingParams, TokenLogprobs
+
+
+class Admit(msgspec.Struct, frozen=True, array_like=True):
+    """A sequence takes a slot: what the ranks must remember of it until the slot is taken by another."""
+
+    slot: int
+    token_ids: list[int]  # all that are known: the prompt, and after a preemption the output so far
+    prompt_tokens: int
+    blocks: list[int]  # KV blocks for all of token_ids
+    sampling: SamplingParams
+    stop_ids: list[int]  # banned until min_tokens are out
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """Positions start … start+count-1 of one sequence, to be computed in this step."""
+
+    slot: int
+    start: int
+    count: int
+    samples: bool  # the last position's logits give a new token
+    token_id: int  # at `start`, if the ranks may not have seen it yet; else -1
+    new_block: int  # the KV block of `start`, if it was added since the admission; else -1
+
+
+class Step(msgspec.Struct, frozen=True, array_like=True):
+    id: int
+    admits: list[Admit]
+    rows: list[Row]
+
+
+class StepResult(msgspec.Struct, frozen=True, array_like=True):
+    """Sampled tokens, one for each row that samples, in the rows' order."""
+
+    id: int
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs | None] | None = None

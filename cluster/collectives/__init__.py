@@ -1,1 +1,40 @@
-"""Sums, gathers and sends between ranks, by each path that exists, behind one Protocol."""
+"""How the ranks of one replica talk: sums and gathers inside a stage, sends between stages.
+
+One Protocol, one path so far: torch_dist.py, which is NCCL on GPUs and gloo on CPUs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+
+class StageGroup(Protocol):
+    """The tp ranks of one pipeline stage. What strategies.tensor needs, and no more."""
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the stage's ranks, in place and returned; the same bits on every rank."""
+
+    def all_gather_columns(self, tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
+        """[tokens, own width] → [tokens, sum of widths], columns in tp-rank order."""
+
+
+class Collectives(Protocol):
+    """One rank's ends of all the wires of its replica. Ranks count tp first: rank = stage × tp + tp_rank."""
+
+    rank: int
+    world_size: int
+    previous_rank: int | None  # same tp_rank, one stage before; None on the first stage
+    next_rank: int | None  # same tp_rank, one stage after; None on the last stage
+    stage: StageGroup
+
+    def send(self, tensor: torch.Tensor, dst: int) -> None:
+        """Starts sending and returns; the tensor must not be written to afterwards."""
+
+    def recv(self, shape: tuple[int, ...], dtype: torch.dtype, src: int) -> torch.Tensor:
+        """The next tensor from `src`, in the order in which it sent them."""
+
+    def leave(self) -> None:
+        """Cut the wires. Nothing may be sent or received after it."""

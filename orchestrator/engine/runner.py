@@ -3,26 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from cluster.collectives import Collectives
 from orchestrator.engine.attention import Batch, Ints, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.sampler import History, sample
 from orchestrator.step import Row, Step, StepResult
 from strategies.plan import Shard
-
-
-class Neighbours(Protocol):
-    """The pipeline's stages before and after this one, seen from a rank."""
-
-    def send_next(self, hidden_TE: Tensor) -> None: ...
-
-    def receive_previous(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor: ...
 
 
 class Slots:
@@ -72,10 +64,9 @@ class Runner:
     """Feeds one rank's transformer. The same on every rank: only the first stage reads token ids, only the last samples."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, slots: Slots, shard: Shard, neighbours: Neighbours, hidden: int
+        self, model: Transformer, cache: KVCache, slots: Slots, shard: Shard, collectives: Collectives
     ) -> None:
-        self.model, self.cache, self.slots, self.shard, self.neighbours = model, cache, slots, shard, neighbours
-        self._hidden = hidden
+        self.model, self.cache, self.slots, self.shard, self.collectives = model, cache, slots, shard, collectives
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._windows = model.spec.windows or (None,) * model.spec.layers
@@ -97,7 +88,8 @@ class Runner:
         context = SdpaContext(self.cache, batch, self._windows, self._device)
         hidden_TE = self.model(self._input(batch), context)
         if not self.shard.is_last:
-            self.neighbours.send_next(hidden_TE)
+            assert self.collectives.next_rank is not None
+            self.collectives.send(hidden_TE, self.collectives.next_rank)
             return None
         ends = np.cumsum(batch.counts) - 1
         wanted = ends[[row.samples for row in step.rows]]
@@ -108,4 +100,6 @@ class Runner:
     def _input(self, batch: Batch) -> Tensor:
         if self.shard.is_first:
             return torch.from_numpy(batch.token_ids_T).to(self._device)
-        return self.neighbours.receive_previous((len(batch.token_ids_T), self._hidden), self._dtype)
+        assert self.collectives.previous_rank is not None
+        shape = (len(batch.token_ids_T), self.model.spec.hidden)
+        return self.collectives.recv(shape, self._dtype, self.collectives.previous_rank)

@@ -1,0 +1,223 @@
+"""One device's part of a replica. Rank 0 leads: it schedules and tells; the others follow. No Ray in here.
+
+A gang hosts this class in processes of its own and calls its methods by name, in this order: `report`, then `join`,
+`load`, `fit_blocks`, `allocate`; then the channels are opened and `lead` or `follow` runs until `stop`.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from cluster.channel import Address, Reader, Via, Writer
+from cluster.collectives.torch_dist import TorchCollectives, free_port, join
+from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from orchestrator.engine.kv_cache import KVCache, block_bytes
+from orchestrator.engine.loader import load
+from orchestrator.engine.memory import free_for_kv
+from orchestrator.engine.model import Transformer
+from orchestrator.engine.runner import Runner, Slots
+from orchestrator.request import Request, SamplingParams
+from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
+from orchestrator.step import Admit, Row, Step, StepResult
+from strategies import tensor
+from strategies.plan import Shard
+from strategies.spec import ModelSource, ModelSpec
+
+IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
+_STOP = b""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What every rank of every replica agrees on."""
+
+    source: ModelSource
+    spec: ModelSpec
+    dtype: str
+    device: str  # "cpu" or "cuda"
+    dummy_weights: bool = False
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    threads: int = 1  # of a CPU rank
+    memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
+    seed: int = 0  # of dummy weights
+    join_timeout_s: float = 60.0
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a worker found where it was put."""
+
+    host: str
+    free_port: int
+
+
+class Worker:
+    def __init__(self) -> None:
+        self._stopping = False
+        self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()  # requests to add, ids to abort
+        self._steps: Writer | None = None
+        self._results: Writer | Reader | None = None
+        self._tokens: Writer | None = None
+
+    # -- getting ready --
+
+    def report(self, host: str) -> Report:
+        return Report(host, free_port(host))
+
+    def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
+        """Meet the other ranks of the replica."""
+        self.config, self.shard = config, shard
+        self.device = torch.device(config.device, device_index) if config.device == "cuda" else torch.device("cpu")
+        backend = "nccl" if config.device == "cuda" else "gloo"
+        if config.device == "cpu":
+            torch.set_num_threads(config.threads)
+        size = shard.tp * shard.pp
+        self.collectives: TorchCollectives = join(
+            shard.rank, size, shard.tp, shard.pp, init_method, backend, self.device, config.join_timeout_s
+        )
+
+    def load(self) -> int:
+        """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""
+        spec, shard = self.config.spec, self.shard
+        dtype = getattr(torch, self.config.dtype)
+        with torch.device("meta"):
+            self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
+        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, None)
+        tensor.apply(self.model, spec, shard, self.collectives.stage)
+        return sum(p.nbytes for p in self.model.parameters())
+
+    def _checkpoint(self) -> Checkpoint:
+        if self.config.dummy_weights:
+            return DummyCheckpoint(self.config.spec, self.device, self.config.seed)
+        return open_checkpoint(self.config.source, self.config.spec)
+
+    def fit_blocks(self) -> int:
+        """KV blocks that fit beside the weights and one full batch. All ranks call it at once: the batch is run."""
+        if self.config.device == "cuda":
+            self._run_full_batch()
+        block = block_bytes(self.model.spec, self.config.block_size, getattr(torch, self.config.dtype))
+        free = free_for_kv(self.device, self.config.memory_utilization)
+        return max(0, free // block)
+
+    def _run_full_batch(self) -> None:
+        """One prompt as long as the token budget, through a cache of its own: what it takes is seen by the allocator."""
+        tokens = min(self.config.max_num_batched_tokens, self.config.spec.max_positions)
+        blocks = -(-tokens // self.config.block_size)
+        self.allocate(SchedulerConfig(blocks, self.config.block_size, 1, tokens, tokens))
+        admit = Admit(0, [0] * tokens, tokens, list(range(blocks)), SamplingParams(), [])
+        self.runner.run(Step(0, [admit], [Row(0, 0, tokens, True, -1, -1)]))
+        del self.runner
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        """Make the KV cache; every rank of the replica gets the same `limits`."""
+        self.limits = limits
+        dtype = getattr(torch, self.config.dtype)
+        cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
+        slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        self.runner = Runner(self.model, cache, slots, self.shard, self.collectives)
+
+    # -- channels: steps go out from the leader, results come back from the last stage, tokens go to the coordinator --
+
+    def open_steps(self, followers: Sequence[Via], interface: str) -> list[Address]:
+        self._steps = Writer.create(followers, interface=interface) if followers else None
+        return [self._steps.address(i) for i in range(len(followers))] if self._steps else []
+
+    def open_results(self, via: Via, interface: str) -> Address:
+        self._results = Writer.create([via], interface=interface)
+        return self._results.address(0)
+
+    def open_tokens(self, interface: str) -> Address:
+        self._tokens = Writer.create([Via.SOCKET], interface=interface)
+        return self._tokens.address(0)
+
+    # -- the leader --
+
+    def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self._inbox.put(request)
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._inbox.put(request_id)
+
+    def current_load(self) -> Load:
+        return self.scheduler.load
+
+    def stop(self) -> None:
+        """End `lead`, which ends the followers."""
+        self._stopping = True
+
+    def lead(self, results: Address | None) -> None:
+        """The main loop. `results` is the last stage's channel where there are several stages."""
+        self.scheduler = Scheduler(self.limits)
+        self._results = Reader.open(results) if results else None
+        in_flight: deque[StepResult | None] = deque()  # None: the last stage will tell
+        while not self._stopping:
+            self._admit(wait=not (in_flight or self.scheduler.has_work))
+            step = self.scheduler.schedule() if len(in_flight) < self.limits.groups else None
+            if step is not None:
+                in_flight.append(self._launch(step))
+            if in_flight and (step is None or len(in_flight) == self.limits.groups):
+                result = in_flight.popleft() or self._collect()
+                if result is not None:
+                    self._publish(result)
+        self._broadcast(_STOP)
+
+    def _admit(self, wait: bool) -> None:
+        """Take what was submitted or aborted; with nothing to do, wait for it."""
+        try:
+            item = self._inbox.get(timeout=IDLE_WAIT_S) if wait else self._inbox.get_nowait()
+            while True:
+                if isinstance(item, str):
+                    self.scheduler.abort(item)
+                else:
+                    self.scheduler.add(item)
+                item = self._inbox.get_nowait()
+        except queue.Empty:
+            return
+
+    def _launch(self, step: Step) -> StepResult | None:
+        if self._steps is not None:
+            self._broadcast(msgspec.msgpack.encode(step))
+        return self.runner.run(step)
+
+    def _broadcast(self, message: bytes) -> None:
+        if self._steps is not None:
+            self._steps.send(message)
+
+    def _collect(self) -> StepResult | None:
+        """The oldest step's tokens, from the last stage. None only when stopping."""
+        assert isinstance(self._results, Reader)
+        while not self._stopping:
+            message = self._results.recv(IDLE_WAIT_S)
+            if message is not None:
+                return msgspec.msgpack.decode(message, type=StepResult)
+        return None
+
+    def _publish(self, result: StepResult) -> None:
+        tokens = self.scheduler.update(result)
+        if tokens and self._tokens is not None:
+            self._tokens.send(msgspec.msgpack.encode(tokens))
+
+    # -- the followers --
+
+    def follow(self, steps: Address) -> None:
+        """Run the leader's steps until it stops."""
+        reader = Reader.open(steps)
+        while not self._stopping:
+            message = reader.recv(IDLE_WAIT_S)
+            if message is None:
+                continue
+            if message == _STOP:
+                return
+            result = self.runner.run(msgspec.msgpack.decode(message, type=Step))
+            if result is not None and isinstance(self._results, Writer):
+                self._results.send(msgspec.msgpack.encode(result))

@@ -1,0 +1,98 @@
+"""The sampler: each parameter does what it says, and a draw depends on seed and position alone."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from orchestrator.engine.sampler import History, sample
+from orchestrator.request import SamplingParams
+
+
+def history(tokens: list[int], prompt: int = 1, stop_ids: tuple[int, ...] = (), **params: object) -> History:
+    return History(tokens, prompt, SamplingParams(**{"max_tokens": 1000, **params}), list(stop_ids))  # type: ignore[arg-type]
+
+
+def draw(logits: torch.Tensor, *rows: History) -> list[int]:
+    return sample(logits.expand(len(rows), -1).contiguous(), rows)[0]
+
+
+def frequencies(logits: torch.Tensor, draws: int = 4000, **params: object) -> torch.Tensor:
+    rows = [history([0], **{"temperature": 1.0, **params, "seed": seed}) for seed in range(draws)]  # type: ignore[arg-type]
+    counts = torch.bincount(torch.tensor(draw(logits, *rows)), minlength=len(logits))
+    return counts / draws
+
+
+LOGITS = torch.log(torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05]))
+
+
+def test_greedy_takes_the_likeliest() -> None:
+    assert draw(LOGITS, history([0])) == [0]
+
+
+def test_draws_follow_the_distribution() -> None:
+    assert torch.allclose(frequencies(LOGITS), LOGITS.exp(), atol=0.03)
+
+
+def test_temperature_sharpens() -> None:
+    assert torch.allclose(frequencies(LOGITS, temperature=0.5), (LOGITS * 2).softmax(0), atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [({"top_k": 2}, 2), ({"top_p": 0.69}, 2), ({"top_p": 0.71}, 3), ({"min_p": 0.3}, 3), ({"top_k": 4, "top_p": 0.5}, 2)],
+)
+def test_filters_leave_the_head_of_the_distribution(params: dict[str, object], kept: int) -> None:
+    expected = torch.where(torch.arange(5) < kept, LOGITS.exp(), 0.0)
+    assert torch.allclose(frequencies(LOGITS, **params), expected / expected.sum(), atol=0.03)
+
+
+def test_rows_do_not_disturb_each_other() -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(6, 400, generator=generator)
+    rows = [
+        history([1, 2, 3], temperature=1.0, seed=5),
+        history([1], temperature=0.0),
+        history([4, 4, 9], temperature=0.7, seed=5, top_k=20),
+        history([4, 4, 9], temperature=1.3, seed=6, top_p=0.8, repetition_penalty=1.3),
+        history([1, 2], temperature=0.9, seed=-1, min_p=0.1),
+        history([3, 3, 3], prompt=1, frequency_penalty=1.5),
+    ]
+    together, _ = sample(logits.clone(), rows)
+    alone = [sample(logits[i : i + 1].clone(), rows[i : i + 1])[0][0] for i in range(len(rows))]
+    assert together == alone
+
+
+def test_seed_and_position_make_the_draw() -> None:
+    flat = torch.zeros(1000)
+    same = draw(flat, *[history([0, 1], temperature=1.0, seed=3)] * 2)
+    assert same[0] == same[1]
+    others = draw(flat, *[history([0] * n, temperature=1.0, seed=s) for n in (1, 2, 3) for s in (0, 1, 2)])
+    assert len(set(others)) == 9
+
+
+def test_penalties() -> None:
+    logits = torch.tensor([2.0, 1.9, -1.0, -0.9])
+    assert draw(logits, history([0], repetition_penalty=1.1)) == [1]
+    assert draw(-logits.abs(), history([3, 0], repetition_penalty=1.2)) == [2]
+    assert draw(logits, history([0], presence_penalty=1.0)) == [0], "the prompt is not penalised"
+    assert draw(logits, history([3, 0], presence_penalty=1.0)) == [1]
+    assert draw(logits, history([3, 0, 0, 1], frequency_penalty=0.2)) == [1]
+
+
+def test_stops_are_banned_until_min_tokens_are_out() -> None:
+    logits = torch.tensor([3.0, 2.0, 1.0])
+    assert draw(logits, history([5, 1], stop_ids=(0,), min_tokens=2)) == [1]
+    assert draw(logits, history([5, 1, 1], stop_ids=(0,), min_tokens=2)) == [0]
+
+
+def test_logprobs_are_the_models_own() -> None:
+    _, logprobs = sample(LOGITS[None].clone(), [history([0], temperature=2.0, seed=1, logprobs=2, top_k=1)])
+    assert logprobs is not None
+    found = logprobs[0]
+    assert found is not None
+    assert found.logprob == pytest.approx(math.log(0.4), abs=1e-5)
+    assert found.top_ids == [0, 1]
+    assert found.top_logprobs == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-5)

@@ -1,0 +1,235 @@
+"""The scheduler against a model whose KV can be checked: each cache row holds the whole prefix that it was made from."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.errors import BadRequest
+from orchestrator.request import FinishReason, Request, SamplingParams
+from orchestrator.scheduler import Scheduler, SchedulerConfig
+from orchestrator.step import Step, StepResult
+
+
+def next_token(tokens: list[int]) -> int:
+    return (7 * len(tokens) + sum(t * (i % 5 + 1) for i, t in enumerate(tokens))) % 50
+
+
+def answer(prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+class CheckedRanks:
+    """Runs steps as ranks would, and fails if a row sees KV that is not its own sequence's."""
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self.config = config
+        self.cache: dict[int, tuple[int, ...]] = {}
+        self.tokens: dict[int, list[int]] = {}
+        self.tables: dict[int, dict[int, int]] = {}
+
+    def run(self, step: Step) -> StepResult:
+        assert sum(row.count for row in step.rows) <= self.config.max_num_batched_tokens
+        assert len({row.slot for row in step.rows}) == len(step.rows)
+        for admit in step.admits:
+            self.tokens[admit.slot] = list(admit.token_ids)
+            self.tables[admit.slot] = dict(enumerate(admit.blocks))
+        for row in step.rows:  # all KV is written before any of it is read, as in a layer
+            tokens = self.tokens[row.slot]
+            if row.new_block >= 0:
+                self.tables[row.slot][row.start // self.config.block_size] = row.new_block
+            if row.token_id >= 0 and row.start == len(tokens):
+                tokens.append(row.token_id)
+            for position in range(row.start, row.start + row.count):
+                self.cache[self._place(row.slot, position)] = tuple(tokens[: position + 1])
+        sampled = []
+        for row in step.rows:
+            tokens, end = self.tokens[row.slot], row.start + row.count
+            for position in range(end):
+                assert self.cache[self._place(row.slot, position)] == tuple(tokens[: position + 1])
+            if row.samples:
+                assert end == len(tokens)
+                sampled.append(next_token(tokens))
+        return StepResult(step.id, sampled)
+
+    def _place(self, slot: int, position: int) -> int:
+        block, offset = divmod(position, self.config.block_size)
+        assert 0 <= self.tables[slot][block] < self.config.num_blocks
+        return self.tables[slot][block] * self.config.block_size + offset
+
+
+def request(name: str, prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset(), **kw: int) -> Request:
+    sampling = SamplingParams(max_tokens=max_tokens, **kw)
+    return Request(id=name, prompt_token_ids=prompt, sampling=sampling, stop_ids=stop_ids)
+
+
+def run_all(scheduler: Scheduler, aborts: dict[int, str] | None = None) -> tuple[dict[str, list[int]], dict[str, FinishReason]]:
+    """Keeps `groups` steps in flight, as the leader does; results arrive late and in order."""
+    ranks = CheckedRanks(scheduler.config)
+    in_flight: deque[StepResult] = deque()
+    tokens: dict[str, list[int]] = {}
+    reasons: dict[str, FinishReason] = {}
+    for turn in range(10_000):
+        if aborts and turn in aborts:
+            scheduler.abort(aborts[turn])
+        step = scheduler.schedule() if len(in_flight) < scheduler.config.groups else None
+        if step is not None:
+            in_flight.append(ranks.run(step))
+        if in_flight and (step is None or len(in_flight) == scheduler.config.groups):
+            for token in scheduler.update(in_flight.popleft()):
+                tokens.setdefault(token.request_id, []).append(token.token_id)
+                if token.finish_reason is not None:
+                    reasons[token.request_id] = token.finish_reason
+        elif step is None:
+            assert not scheduler.has_work, "nothing can run and nothing is in flight: stuck"
+            return tokens, reasons
+    raise AssertionError("the scheduler never finished")
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    prompts=st.lists(
+        st.tuples(st.integers(0, 30), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 20)),
+        min_size=1,
+        max_size=9,
+    ),
+    block_size=st.sampled_from([1, 3, 8]),
+    spare_tokens=st.integers(0, 60),
+    max_num_seqs=st.integers(1, 5),
+    budget=st.integers(1, 40),
+    groups=st.integers(1, 3),
+    prefix_caching=st.booleans(),
+    abort_turn=st.integers(0, 30),
+)
+def test_every_answer_is_right_under_chunks_prefix_hits_preemption_and_aborts(
+    prompts: list[tuple[int, list[int], int]],
+    block_size: int,
+    spare_tokens: int,
+    max_num_seqs: int,
+    budget: int,
+    groups: int,
+    prefix_caching: bool,
+    abort_turn: int,
+) -> None:
+    common = [i % 4 for i in range(30)]
+    asked = {f"r{i}": (common[:shared] + own, count) for i, (shared, own, count) in enumerate(prompts)}
+    longest = max(len(p) + n for p, n in asked.values())
+    blocks = -(-(longest + spare_tokens) // block_size)
+    config = SchedulerConfig(blocks, block_size, max_num_seqs, budget, 200, groups, prefix_caching)
+    scheduler = Scheduler(config)
+    for name, (prompt, count) in asked.items():
+        scheduler.add(request(name, prompt, count))
+    tokens, reasons = run_all(scheduler, {abort_turn: "r0"})
+    for name, (prompt, count) in asked.items():
+        expected = answer(prompt, count)
+        if name == "r0":
+            assert tokens.get(name, []) == expected[: len(tokens.get(name, []))]
+        else:
+            assert tokens[name] == expected
+            assert reasons[name] is FinishReason.LENGTH
+    assert scheduler.pool.free_blocks == blocks
+    assert scheduler.load.running == scheduler.load.waiting == 0
+
+
+def test_preemption_happens_and_is_counted() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=6, block_size=4, max_num_seqs=4, prefix_caching=False))
+    for i in range(3):
+        scheduler.add(request(f"r{i}", [i, 1, 2, 3], 16))
+    tokens, _ = run_all(scheduler)
+    assert scheduler.load.preemptions > 0
+    assert tokens["r2"] == answer([2, 1, 2, 3], 16)
+
+
+def test_decodes_go_before_prompts_within_the_budget() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=8))
+    scheduler.add(request("old", [1, 2, 3], 5))
+    ranks = CheckedRanks(scheduler.config)
+    first = scheduler.schedule()
+    assert first is not None
+    scheduler.update(ranks.run(first))
+    scheduler.add(request("long", list(range(20)), 5))
+    second = scheduler.schedule()
+    assert second is not None
+    assert [(r.start, r.count) for r in second.rows] == [(3, 1), (0, 7)]
+
+
+def test_a_long_prompt_fills_the_pipeline_before_its_first_chunk_returns() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_num_batched_tokens=8, groups=2))
+    scheduler.add(request("long", list(range(20)), 5))
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [s and (s.rows[0].start, s.rows[0].count, s.rows[0].samples) for s in steps] == [
+        (0, 8, False),
+        (8, 8, False),
+        (16, 4, True),
+        None,  # its token is awaited
+    ]
+
+
+def test_pipeline_groups_share_the_sequences() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, groups=2))
+    ranks = CheckedRanks(scheduler.config)
+    for i in range(6):
+        scheduler.add(request(f"r{i}", [i], 8))
+    prompts = scheduler.schedule()
+    assert prompts is not None
+    assert scheduler.schedule() is None
+    scheduler.update(ranks.run(prompts))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None
+    assert second is not None
+    assert {r.slot for r in first.rows} | {r.slot for r in second.rows} == {r.slot for r in prompts.rows}
+    assert len(first.rows) == len(second.rows) == 3
+
+
+def test_a_prefix_is_computed_once() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+    shared = list(range(17))
+    scheduler.add(request("a", [*shared, 1], 2))
+    scheduler.add(request("b", [*shared, 2], 2))
+    tokens, _ = run_all(scheduler)
+    assert scheduler.load.prefix_hit_tokens == 16
+    assert tokens["b"] == answer([*shared, 2], 2)
+
+
+def test_stop_tokens_end_an_answer_but_not_before_min_tokens() -> None:
+    prompt = [1, 2, 3]
+    expected = answer(prompt, 8)
+    stop = frozenset({expected[2]})
+    first = expected.index(expected[2])
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4))
+    scheduler.add(request("a", prompt, 8, stop))
+    tokens, reasons = run_all(scheduler)
+    assert tokens["a"] == expected[: first + 1]
+    assert reasons["a"] is FinishReason.STOP
+    scheduler.add(request("b", prompt, 8, stop, min_tokens=first + 2))
+    tokens, _ = run_all(scheduler)
+    assert len(tokens["b"]) >= first + 2
+
+
+def test_the_context_ends_an_answer() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, max_model_len=10))
+    scheduler.add(request("a", [1] * 7, 50))
+    tokens, reasons = run_all(scheduler)
+    assert len(tokens["a"]) == 3
+    assert reasons["a"] is FinishReason.LENGTH
+
+
+@pytest.mark.parametrize(
+    ("prompt", "max_tokens", "says"),
+    [
+        ([], 4, "no tokens"),
+        ([1] * 100, 4, "100 tokens; the context is 100"),
+        ([1] * 60, 30, "need 90 KV tokens; 64 fit"),
+    ],
+)
+def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int, says: str) -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=16, block_size=4, max_model_len=100))
+    with pytest.raises(BadRequest, match=says):
+        scheduler.add(request("a", prompt, max_tokens))
+    assert not scheduler.has_work

@@ -80,7 +80,10 @@ class Vitals:
 
 
 def read_gpus(binding: Binding = None) -> GpuReport:
-    """All GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says. Without a driver: no GPUs, and the problem."""
+    """All GPUs of this machine, whatever CUDA_VISIBLE_DEVICES says.
+
+    Without a driver: no GPUs, and the problem.
+    """
     nvml = _pynvml() if binding is None else binding
     try:
         with _session(nvml):
@@ -125,7 +128,7 @@ def _session(nvml: Binding) -> Iterator[None]:
 
 
 def _ask(nvml: Binding, name: str, *args: Any) -> Any:
-    """The driver's answer, or None where it has none: not supported, not permitted, or too old to know the question."""
+    """The driver's answer, or None: not supported, not permitted, or too old to know the question."""
     try:
         return getattr(nvml, name)(*args)
     except nvml.NVMLError:
@@ -180,7 +183,7 @@ def _pci(info: Any) -> str:
 
 
 def _nvlink(nvml: Binding, handle: Any) -> tuple[int, int, dict[str, int], bool]:
-    """Lanes active, lanes down, active lanes by the neighbour's PCI address, and whether a switch is there."""
+    """Lanes active, lanes down, active lanes by the neighbour's PCI address, and if there is a switch."""
     active = down = 0
     lanes_to: dict[str, int] = {}
     switched = False

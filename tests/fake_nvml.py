@@ -78,7 +78,7 @@ class FakeNvml:
         return SimpleNamespace(busId=gpu.nvlink[lane].encode())
 
     def nvmlDeviceGetP2PStatus(self, a: FakeGpu, b: FakeGpu, capability: int) -> int:  # noqa: N802
-        joined = "switch" in a.nvlink and "switch" in b.nvlink or b.pci in a.nvlink
+        joined = ("switch" in a.nvlink and "switch" in b.nvlink) or b.pci in a.nvlink
         answer = joined if capability == self.NVML_P2P_CAPS_INDEX_NVLINK else self.peer_access or joined
         return pynvml.NVML_P2P_STATUS_OK if answer else pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED
 

@@ -1,14 +1,15 @@
 """Every error raised on purpose, in the lowest room so that all may raise it.
 
-    ShardwiseError                 exit 1: ours to mend
-    ├── UserError (ValueError)     exit 2: the user's mistake, in one line: what, the rule, the way out
-    │   ├── BadModel               a model that cannot be read or is not supported
-    │   ├── BadLayout              a layout that does not exist, or does not fit the model or the machine
-    │   ├── BadRecipe              a YAML file with an unknown key or a value out of range
-    │   ├── BadRequest             a prompt or a sampling parameter out of range
-    │   └── PlacementFailed        the cluster cannot hold the gang: need / have / who holds it
-    ├── NoFeasiblePlan             exit 3: every candidate was rejected; the message says how to get one
-    └── GangDied                   exit 1: a worker died or stopped; the message ends with its last words
+ShardwiseError                 exit 1: ours to mend
+├── UserError (ValueError)     exit 2: the user's mistake, in one line: what, the rule, the way out
+│   ├── BadModel               a model that cannot be read or is not supported
+│   ├── BadLayout              a layout that does not exist, or does not fit the model or the machine
+│   ├── BadRecipe              a YAML file with an unknown key or a value out of range
+│   ├── BadRequest             a prompt or a sampling parameter out of range
+│   └── PlacementFailed        the cluster cannot hold the gang: need / have / who holds it
+├── NoFeasiblePlan             exit 3: every candidate was rejected; the message says how to get one
+├── WorkerFailed               exit 1: a worker raised what nobody expected; its traceback is a note
+└── GangDied                   exit 1: a worker died or stopped; the message ends with its last words
 """
 
 from __future__ import annotations
@@ -44,6 +45,10 @@ class PlacementFailed(UserError):
 
 class NoFeasiblePlan(ShardwiseError):
     exit_code = 3
+
+
+class WorkerFailed(ShardwiseError):
+    pass
 
 
 class GangDied(ShardwiseError):

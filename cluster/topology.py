@@ -47,14 +47,16 @@ class Device:
     uuid: str = ""
     pci: str = ""
     numa: int = 0
+    usd_per_hour: float | None = None  # rented, or owned over three years; None where unknown
     provenance: Provenance = Provenance.DATASHEET
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
     kind: LinkKind
-    latency_s: float
+    latency_s: float  # of a small message, and of a small all-reduce of two ranks
     bytes_per_s: float  # one direction
+    all_reduce_latency_s: Mapping[int, float] = field(default_factory=dict)  # by ranks; empty: from latency_s
     provenance: Provenance = Provenance.DATASHEET
 
 

@@ -95,6 +95,7 @@ class Candidate:
     estimate: Estimate | None
     shards: tuple[Shard, ...] = ()  # one a rank of a replica, by rank
     marked: tuple[str, ...] = ()  # notes on the estimate, such as replicated KV heads
+    devices: tuple[int, ...] = ()  # indices in Topology.devices, by replica × replica_size + rank
 
     @property
     def feasible(self) -> bool:

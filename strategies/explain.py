@@ -1,0 +1,172 @@
+"""The plan in sentences: what a step is made of, why the next best lost, where the answer would change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from strategies.cost import Placement, estimate, score
+from strategies.place import count
+from strategies.plan import Candidate, Estimate
+from strategies.spec import Objective, Workload
+
+_CAUSES = {
+    "weights": "reading weights",
+    "compute": "matrix products beyond that",
+    "kv": "attention over the KV cache",
+    "all_reduce": "all-reduces",
+    "all_gather": "gathering logits",
+    "send_recv": "sends between stages",
+    "host": "launches and the host",
+}
+_MOST_CONCURRENCY = 4096
+
+
+def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -> tuple[str, ...]:
+    """Sentences on the feasible candidates, best first."""
+    best, placement = ranked[0]
+    sentences = [_what_it_gives(best, workload), _what_a_step_is(best)]
+    sentences += [f"{best.dims.name}: {note}." for note in best.marked]
+    if len(ranked) > 1:
+        sentences.append(_why_it_lost(best, ranked[1][0], workload))
+    rivals = _rivals([p for _, p in ranked])
+    crossings = (_concurrency_crossing(placement, rivals, workload), _link_crossing(rivals, workload))
+    return (*sentences, *(crossing for crossing in crossings if crossing))
+
+
+def _made(candidate: Candidate) -> Estimate:
+    assert candidate.estimate is not None, "only feasible candidates are explained"
+    return candidate.estimate
+
+
+def _what_it_gives(best: Candidate, workload: Workload) -> str:
+    made = _made(best)
+    at_once = "one request" if workload.concurrency == 1 else f"{workload.concurrency} requests at once"
+    return (
+        f"{best.dims.name} serves {at_once} at {made.output_tokens_per_s:,.0f} tokens/s: the first token after "
+        f"{ms(made.ttft_s)}, each next one after {ms(made.tpot_s)}; that is {made.share_of_limit:.0%} of what the "
+        f"data sheets allow the {count(best.dims.world_size, 'device')} it uses."
+    )
+
+
+def _what_a_step_is(best: Candidate) -> str:
+    parts = _made(best).breakdown
+    total = sum(parts.values())
+    shares = sorted(((seconds / total, cause) for cause, seconds in parts.items()), reverse=True)
+    told = [f"{share:.0%} {_CAUSES[cause]}" for share, cause in shares if share >= 0.005]
+    return f"A decode step takes {ms(total)}: {', '.join(told)}."
+
+
+def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
+    """The next best, and the causes that cost it most: in the decode step, then in the first token."""
+    ours, theirs = _made(best), _made(second)
+    ratio = score(theirs, second.dims, workload) / score(ours, best.dims, workload)
+    if ratio < 1.0005:
+        return f"{second.dims.name} does as well, with {count(second.dims.world_size, 'device')}: fewer parts win a tie."
+    verdict = {
+        Objective.LATENCY: f"takes {ratio - 1:.1%} longer for a request",
+        Objective.THROUGHPUT: f"gives {1 - 1 / ratio:.1%} fewer tokens a second",
+        Objective.COST: f"costs {ratio - 1:.1%} more a token",
+    }[workload.objective]
+    causes = [*ours.breakdown, *(c for c in theirs.breakdown if c not in ours.breakdown)]
+    change = {c: theirs.breakdown.get(c, 0.0) - ours.breakdown.get(c, 0.0) for c in causes}
+    told = [
+        f"{signed_ms(s)} {_CAUSES[c]}"
+        for c, s in sorted(change.items(), key=lambda i: -abs(i[1]))
+        if abs(s) > 5e-6
+    ]
+    step = f"per decode step {', '.join(told[:3])}; " if told else ""
+    return f"{second.dims.name} comes next and {verdict}: {step}to the first token {signed_ms(theirs.ttft_s - ours.ttft_s)}."
+
+
+def _rivals(placements: Sequence[Placement]) -> list[Placement]:
+    """The chosen, the next, and the best that split in one way only over as many devices as the chosen or all: few."""
+    most = max(p.dims.world_size for p in placements)
+    pure = [p for p in placements if max(p.dims.tp, p.dims.pp, p.dims.dp) == most]
+    kept = [*placements[:2], *pure]
+    return list({p.dims: p for p in kept}.values())
+
+
+def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload: Workload) -> str | None:
+    """The nearest concurrency at which a rival overtakes the chosen layout in tokens a second."""
+
+    def rate(placement: Placement, concurrency: int) -> float:
+        return estimate(placement, replace(workload, concurrency=concurrency)).output_tokens_per_s
+
+    def leader(concurrency: int) -> Placement:
+        return max(rivals, key=lambda p: rate(p, concurrency))
+
+    here = leader(workload.concurrency)
+    concurrency = workload.concurrency
+    while concurrency < _MOST_CONCURRENCY and leader(concurrency * 2) is here:
+        concurrency *= 2
+    if concurrency < _MOST_CONCURRENCY:
+        at = _first(concurrency, concurrency * 2, lambda c: leader(c) is not here)
+        return _overtakes(f"From {at} requests at once", leader(at), here, at, rate)
+    concurrency = workload.concurrency
+    while concurrency > 1 and leader(concurrency // 2) is here:
+        concurrency //= 2
+    if concurrency > 1:
+        at = _first(concurrency // 2, concurrency, lambda c: leader(c) is here)
+        return _overtakes(f"Below {at} requests at once", leader(at - 1), here, at - 1, rate)
+    if here is best and len(rivals) > 1:
+        return f"At no concurrency up to {_MOST_CONCURRENCY} does another layout here give more tokens/s than {best.dims.name}."
+    return None
+
+
+def _overtakes(
+    where: str, ahead: Placement, behind: Placement, concurrency: int, rate: Callable[[Placement, int], float]
+) -> str:
+    return (
+        f"{where} {ahead.dims.name} gives more tokens/s than {behind.dims.name} "
+        f"({rate(ahead, concurrency):,.0f} against {rate(behind, concurrency):,.0f} at {concurrency})."
+    )
+
+
+def _link_crossing(rivals: Sequence[Placement], workload: Workload) -> str | None:
+    """The link rate at which tensor parallelism's first token comes as early as the best layout's without it."""
+    split = min((p for p in rivals if p.dims.tp > 1), key=lambda p: _ttft_s(p, workload), default=None)
+    whole = min((p for p in rivals if p.dims.tp == 1), key=lambda p: _ttft_s(p, workload), default=None)
+    if split is None or whole is None:
+        return None
+    link = split.topology.slowest(split.stage(0, 0))
+    assert link is not None, "a tp group has links"
+
+    def wins(bytes_per_s: float) -> bool:
+        return _ttft_s(_with_link_rate(split, bytes_per_s), workload) < _ttft_s(whole, workload)
+
+    low, high = link.bytes_per_s / 1000, link.bytes_per_s * 1000
+    if wins(low) or not wins(high):
+        return None
+    while high / low > 1.005:
+        middle = (low * high) ** 0.5
+        low, high = (low, middle) if wins(middle) else (middle, high)
+    have = f"{link.kind} is taken at {link.bytes_per_s / 1e9:.1f} GB/s ({link.provenance})"
+    return f"{split.dims.name} gives its first token before {whole.dims.name} where all-reduces pass {high / 1e9:.1f} GB/s; {have}."
+
+
+def _ttft_s(placement: Placement, workload: Workload) -> float:
+    return estimate(placement, workload).ttft_s
+
+
+def _with_link_rate(placement: Placement, bytes_per_s: float) -> Placement:
+    links = {pair: replace(link, bytes_per_s=bytes_per_s) for pair, link in placement.topology.links.items()}
+    return replace(placement, topology=replace(placement.topology, links=links))
+
+
+def _first(low: int, high: int, true: Callable[[int], bool]) -> int:
+    """The least n in (low, high] for which `true` holds, given that it holds at high and not at low."""
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if true(middle) else (middle, high)
+    return high
+
+
+def ms(seconds: float) -> str:
+    """Three figures: `0.85 ms`, `19.2 ms`, `1,240 ms`."""
+    value = seconds * 1e3
+    return f"{value:.2f} ms" if value < 10 else f"{value:.1f} ms" if value < 100 else f"{value:,.0f} ms"
+
+
+def signed_ms(seconds: float) -> str:
+    return f"{'-' if seconds < 0 else '+'}{ms(abs(seconds))}"

@@ -1,0 +1,99 @@
+"""Which devices form each group, and whether what they must hold fits: the feasibility half of planning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+from cluster.errors import BadLayout
+from cluster.topology import Device, Topology
+from strategies.cost import Memory, Placement, memories
+from strategies.pipeline import shard_replica
+from strategies.plan import ParallelDims, Shard
+from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
+
+_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+
+
+def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -> Placement:
+    """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split so."""
+    have = len(topology.devices)
+    if dims.world_size > have:
+        raise BadLayout(f"{dims.name} needs {count(dims.world_size, 'device')}; {topology.name} has {have}")
+    devices = choose_devices(topology, dims)
+    for device in (topology.devices[i] for i in devices):
+        if dtype not in device.flops_per_s:
+            known = ", ".join(name for name in device.flops_per_s if name in BYTES_PER_ELEMENT)
+            raise BadLayout(f"the {device.name} computes in {known}, not in {dtype}; choose with --dtype")
+    stages = [devices[s * dims.tp : (s + 1) * dims.tp] for s in range(dims.pp)]
+    speeds = tuple(min(topology.devices[i].bandwidth_bytes_per_s for i in stage) for stage in stages)
+    return Placement(spec, dims, dtype, shards(spec, dims.tp, dims.pp, speeds), topology, devices)
+
+
+@functools.lru_cache(maxsize=256)
+def shards(spec: ModelSpec, tp: int, pp: int, speeds: tuple[float, ...]) -> tuple[Shard, ...]:
+    """Of one replica; remembered, for the layouts of one machine ask for the same again and again."""
+    return shard_replica(spec, ParallelDims(tp, pp), speeds)
+
+
+def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:
+    """Device indices in rank order: a tp group takes the best device left, then those with the fastest links to it.
+
+    Greedy: right where links come in islands (NVLink pairs, nodes), which is how machines are built.
+    """
+    left = sorted(range(len(topology.devices)), key=lambda i: (-topology.devices[i].bandwidth_bytes_per_s, i))
+    chosen: list[int] = []
+    while len(chosen) < dims.world_size:
+        group = [left.pop(0)]
+        while len(group) < dims.tp:
+            group.append(max(left, key=lambda i: min(topology.link(i, g).bytes_per_s for g in group)))
+            left.remove(group[-1])
+        chosen += sorted(group)
+    return tuple(chosen)
+
+
+def rejection(placement: Placement, workload: Workload, max_model_len: int | None) -> str | None:
+    """Why a layout cannot hold one sequence of the longest length, as arithmetic; None if it can."""
+    length = max_model_len or workload.prompt_tokens + workload.output_tokens
+    needs = memories(placement, workload)
+    need = min(needs, key=lambda n: n.free - n.fixed - length * n.kv_per_token)
+    if need.kv_tokens >= length:
+        return None
+    if need.weights > need.free:
+        fullest = f"{gb(need.weights)} on the fullest, " if placement.dims.replica_size > 1 else ""
+        return f"{_weights(placement, needs)} over {_cards(placement)}: {fullest}{gb(need.free)} free"
+    rest = f"{gb(need.weights)} of weights and {gb(need.fixed - need.weights)} of activations and runtime"
+    if need.fixed > need.free:
+        return f"{rest} a {_noun(placement)}: {gb(need.fixed)} of {gb(need.free)} free"
+    return (
+        f"{length:,} tokens of context need {gb(length * need.kv_per_token)} of KV cache beside {rest}: "
+        f"{gb(need.free - need.fixed)} of {gb(need.free)} is left, {need.kv_tokens:,} tokens"
+    )
+
+
+def count(n: int, noun: str) -> str:
+    """`two cards`, `16 devices`."""
+    return f"{_NUMBERS[n] if n < len(_NUMBERS) else n} {noun}{'' if n == 1 else 's'}"
+
+
+def gb(n_bytes: float) -> str:
+    return f"{n_bytes / 1e9:.1f} GB"
+
+
+def _weights(placement: Placement, needs: Sequence[Memory]) -> str:
+    """Of the model once: replicated KV heads are the ranks' own affair."""
+    size = sum(need.weights for need in needs[: placement.dims.replica_size])
+    return f"{gb(size)} of {placement.dtype} weights"
+
+
+def _noun(placement: Placement) -> str:
+    return "rank" if placement.device(0, 0).pool else "card"
+
+
+def _cards(placement: Placement) -> str:
+    """`two cards of 25.8 GB`, `two cards of 25.8 and 34.2 GB`, `two ranks that share 16.0 GB`."""
+    devices: list[Device] = [placement.device(0, r) for r in range(placement.dims.replica_size)]
+    sizes = sorted({round(d.memory_bytes / 1e9, 1) for d in devices})
+    cards = count(len(devices), _noun(placement))
+    joint = "that share" if placement.device(0, 0).pool and len(devices) > 1 else "of"
+    return f"{cards} {joint} {' and '.join(f'{size:.1f}' for size in sizes)} GB"

@@ -15,6 +15,7 @@ import asyncio
 import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
+from concurrent import futures
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,10 @@ class Call:
                 f"{self._member} did not answer {self._method}() in {timeout_s:g} s: it is stopped or stuck"
             ) from None
 
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended, well or not, within `timeout_s`."""
+        return bool(futures.wait([self._future], timeout_s).done)
+
     def __await__(self) -> Generator[Any, None, Any]:
         return asyncio.wrap_future(self._future).__await__()
 
@@ -126,6 +131,15 @@ class Call:
             )
         error.add_note(f"In {self._member}:\n{failure.traceback}")
         return error
+
+
+def results(calls: Sequence[Call], timeout_s: float) -> list[Any]:
+    """All results, in order. Raises as soon as any call has failed: its peers may be waiting for it in vain."""
+    futures.wait([call._future for call in calls], timeout_s, return_when=futures.FIRST_EXCEPTION)
+    for call in calls:
+        if call._future.done():
+            call.result()
+    return [call.result(0) for call in calls]
 
 
 class Fate:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import secrets
+import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -15,11 +15,12 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.errors import BadRequest, GangDied, ShardwiseError
+from orchestrator.answer import AnswerText
 from orchestrator.replica import Replica
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams, Token, TokenLogprobs
 from orchestrator.router import Outstanding, choose
 from orchestrator.scheduler import SchedulerConfig, check_length
-from orchestrator.text import AnswerText, Text
+from orchestrator.text import Text
 
 OnText = Callable[[str], None]
 
@@ -55,12 +56,15 @@ class Coordinator:
         vocab: int,
         eos_ids: Sequence[int] = (),
         text: Text | None = None,
+        seed: int | None = None,
     ) -> None:
+        """`seed` draws the seeds of requests that bring none, in the order in which they come; None: at random."""
         self._replicas = list(replicas)
         self._limits, self._vocab, self._eos_ids, self._text = limits, vocab, frozenset(eos_ids), text
         self._open: dict[str, _Answer] = {}
         self._dead: dict[int, ShardwiseError] = {}  # replica -> why
         self._numbers = itertools.count()
+        self._seeds = random.Random(seed)
         self._gathering: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Coordinator:
@@ -99,7 +103,7 @@ class Coordinator:
             raise BadRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         check_length(len(ids), sampling.max_tokens, self._limits)
         stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids)
-        seed = sampling.seed if sampling.seed is not None else secrets.randbits(62)
+        seed = sampling.seed if sampling.seed is not None else self._seeds.getrandbits(62)
         return [
             Request(
                 id=str(next(self._numbers)),

@@ -9,8 +9,8 @@ from typing import Protocol
 import msgspec
 
 from cluster.channel import Address, AsyncReader
-from cluster.errors import GangDied
-from cluster.gang import Gang
+from cluster.errors import GangDied, ShardwiseError
+from cluster.gang import Call, Gang
 from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load
 
@@ -29,34 +29,53 @@ class Replica(Protocol):
 
 
 class GangReplica:
-    """A gang of workers. Control goes by actor calls to the leader; tokens come by a socket of its own."""
+    """A gang of workers. Control goes by calls to the leader; tokens come by a socket of its own."""
 
-    def __init__(self, gang: Gang, tokens: Address) -> None:
-        self._gang = gang
-        self._tokens = tokens
+    def __init__(self, gang: Gang, leader: int, tokens: Address, loops: Sequence[Call]) -> None:
+        """`leader` is its member index, `tokens` where its tokens come from, `loops` the ranks' running loops."""
+        self._gang, self._leader, self._tokens, self._loops = gang, leader, tokens, loops
 
     async def submit(self, requests: Sequence[Request]) -> None:
-        await self._gang.call(0, "submit", list(requests))
+        await self._gang.call(self._leader, "submit", list(requests))
 
     async def abort(self, request_ids: Sequence[str]) -> None:
-        await self._gang.call(0, "abort", list(request_ids))
+        await self._gang.call(self._leader, "abort", list(request_ids))
 
     async def load(self) -> Load:
-        load: Load = await self._gang.call(0, "current_load")
+        load: Load = await self._gang.call(self._leader, "current_load")
         return load
 
     async def steps(self) -> AsyncIterator[list[Token]]:
         reader = await AsyncReader.open(self._tokens)
-        died = asyncio.ensure_future(self._gang.died())
+        ended = asyncio.ensure_future(self._end())
         decoder = msgspec.msgpack.Decoder(list[Token])
         try:
             while True:
                 message = asyncio.ensure_future(reader.recv())
-                await asyncio.wait({message, died}, return_when=asyncio.FIRST_COMPLETED)
-                if died.done():
+                await asyncio.wait({message, ended}, return_when=asyncio.FIRST_COMPLETED)
+                if not message.done():
                     message.cancel()
-                    raise GangDied(str(died.result()))
+                    raise ended.result()
                 yield decoder.decode(message.result())
         finally:
-            died.cancel()
+            ended.cancel()
             reader.close()
+
+    async def _end(self) -> ShardwiseError:
+        """Why the gang ended: a member died, or a rank's loop failed, which the others cannot outlive."""
+        died = asyncio.ensure_future(self._gang.died())
+        loops = [asyncio.ensure_future(_outcome(loop)) for loop in self._loops]
+        await asyncio.wait({died, *loops}, return_when=asyncio.FIRST_COMPLETED)
+        if died.done():
+            return died.result()
+        error = next(loop.result() for loop in loops if loop.done())
+        self._gang.kill()
+        return error
+
+
+async def _outcome(loop: Call) -> ShardwiseError:
+    try:
+        await loop
+    except ShardwiseError as error:
+        return error
+    return GangDied("a rank's loop ended though nobody stopped it")

@@ -1,7 +1,7 @@
 """One device's part of a replica. Rank 0 leads: it schedules and tells; the others follow. No Ray in here.
 
-A gang hosts this class in processes of its own and calls its methods by name, in this order: `report`, then `join`,
-`load`, `fit_blocks`, `allocate`; then the channels are opened and `lead` or `follow` runs until `stop`.
+A gang hosts this class in processes of its own and calls its methods by name, in this order: `free_port` (rank 0),
+`join`, `load`, `fit_blocks`, `allocate`; then the channels are opened and `lead` or `follow` runs until `stop`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Admit, Row, Step, StepResult
 from strategies import tensor
 from strategies.plan import Shard
-from strategies.spec import ModelSource, ModelSpec
+from strategies.source import ModelSource
+from strategies.spec import ModelSpec
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
 _STOP = b""
@@ -51,17 +52,10 @@ class EngineConfig:
     join_timeout_s: float = 60.0
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What a worker found where it was put."""
-
-    host: str
-    free_port: int
-
-
 class Worker:
     def __init__(self) -> None:
         self._stopping = False
+        self._loaded = (0, 0)
         self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()  # requests to add, ids to abort
         self._steps: Writer | None = None
         self._results: Writer | Reader | None = None
@@ -69,8 +63,8 @@ class Worker:
 
     # -- getting ready --
 
-    def report(self, host: str) -> Report:
-        return Report(host, free_port(host))
+    def free_port(self, host: str) -> int:
+        return free_port(host)
 
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
         """Meet the other ranks of the replica."""
@@ -90,9 +84,16 @@ class Worker:
         dtype = getattr(torch, self.config.dtype)
         with torch.device("meta"):
             self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
-        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, None)
+        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded)
         tensor.apply(self.model, spec, shard, self.collectives.stage)
         return sum(p.nbytes for p in self.model.parameters())
+
+    def _note_loaded(self, done: int, total: int) -> None:
+        self._loaded = done, total
+
+    def loaded_bytes(self) -> tuple[int, int]:
+        """Bytes loaded so far and in all; may be called while `load` is at work."""
+        return self._loaded
 
     def _checkpoint(self) -> Checkpoint:
         if self.config.dummy_weights:

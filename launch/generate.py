@@ -1,0 +1,174 @@
+"""`shardwise generate`: answer prompts under any layout, in the order in which they were given."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import BadRequest, UserError
+
+if TYPE_CHECKING:
+    from launch.options import EngineOptions
+    from launch.prompts import Prompt
+    from launch.start import Deployment
+    from orchestrator.request import Completion, SamplingParams
+    from orchestrator.text import Text
+    from strategies.plan import ParallelDims
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.options import add_engine_arguments, add_layout_arguments
+
+    add_engine_arguments(parser)
+    add_layout_arguments(parser)
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
+    what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="prompt, messages or prompt_token_ids a line, and sampling fields")
+    parser.add_argument("--chat", action="store_true", help="each --prompt is a user's message in the model's chat template")
+    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (128)")
+    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output, nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from launch.options import engine_options, layout
+    from launch.progress import Progress
+    from orchestrator.request import SamplingParams
+    from orchestrator.text import text_of
+
+    sampling = SamplingParams(
+        max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
+    )
+    dims = layout(args)
+    options = engine_options(args)
+    text = text_of(options.source)
+    prompts = _prompts(args, sampling, text, options)
+    progress = Progress()
+    dims = dims or _planned(options, prompts, progress)
+    return _generate(prompts, dims, options, text, progress, as_json=args.json)
+
+
+def _prompts(
+    args: argparse.Namespace, sampling: SamplingParams, text: Text | None, options: EngineOptions
+) -> list[Prompt]:
+    from launch.prompts import from_file, from_texts
+
+    if args.chat and args.prompts is not None:
+        raise UserError("--chat is for --prompt; a line of a --prompts file says it with messages")
+    if args.prompts is not None:
+        prompts = from_file(args.prompts, sampling, text)
+    else:
+        prompts = from_texts(args.prompt, sampling, text, chat=args.chat)
+    context = options.max_model_len or options.spec.max_positions
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt.token_ids) >= context:
+            raise BadRequest(
+                f"prompt {number} has {len(prompt.token_ids)} tokens; the context is {context} and must hold at least "
+                "one more. Shorten it or raise --max-model-len"
+            )
+    return prompts
+
+
+def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> ParallelDims:
+    """The planner's choice for these prompts on this machine."""
+    from launch.planned import choose_layout
+
+    chosen = choose_layout(options, prompts)
+    progress.say(f"layout {chosen.dims.name}: {chosen.why}")
+    return chosen.dims
+
+
+def _generate(
+    prompts: Sequence[Prompt],
+    dims: ParallelDims,
+    options: EngineOptions,
+    text: Text | None,
+    progress: Progress,
+    *,
+    as_json: bool,
+) -> int:
+    from launch.start import cluster, deployment
+
+    with cluster(options, dims.world_size, progress) as found, deployment(found, dims, options, progress) as served:
+        printer = _JsonLines() if as_json else _People(prompts)
+        started = time.perf_counter()
+        tokens = asyncio.run(_answer_all(prompts, served, options, text, printer))
+        seconds = time.perf_counter() - started
+    progress.say(f"{dims.name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
+    return 0
+
+
+async def _answer_all(
+    prompts: Sequence[Prompt], served: Deployment, options: EngineOptions, text: Text | None, printer: Printer
+) -> int:
+    """All at once; printed in order, each as soon as those before it are out."""
+    async with served.coordinator(options, text) as coordinator:
+        on_text = printer.stream if len(prompts) == 1 else None
+        asked = [
+            asyncio.create_task(coordinator.complete(p.token_ids, p.sampling, on_text)) for p in prompts
+        ]
+        try:
+            tokens = 0
+            for prompt, task in zip(prompts, asked, strict=True):
+                completions = await task
+                printer.answer(prompt, completions)
+                tokens += sum(len(c.token_ids) for c in completions)
+            return tokens
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
+
+
+class _JsonLines:
+    stream = None
+
+    def answer(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        for choice, done in enumerate(completions):
+            line: dict[str, object] = {
+                "token_ids": done.token_ids,
+                "text": done.text,
+                "finish_reason": str(done.finish_reason),
+                "prompt_tokens": done.prompt_tokens,
+            }
+            if len(completions) > 1:
+                line["choice"] = choice
+            if done.logprobs is not None:
+                line["logprobs"] = [
+                    {"logprob": p.logprob, "top": dict(zip(map(str, p.top_ids), p.top_logprobs, strict=True))}
+                    for p in done.logprobs
+                ]
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+class _People:
+    """A single answer as it comes; several one after another, each under its prompt."""
+
+    def __init__(self, prompts: Sequence[Prompt]) -> None:
+        self._single = len(prompts) == 1
+
+    def stream(self, new_text: str) -> None:
+        sys.stdout.write(new_text)
+        sys.stdout.flush()
+
+    def answer(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
+        if not self._single:
+            print(f"── {prompt.label}")
+        for choice, done in enumerate(completions):
+            shown = self._single and choice == 0 and done.text is not None
+            answer = "" if shown else done.text if done.text is not None else " ".join(map(str, done.token_ids))
+            print(answer, flush=True)
+
+
+if TYPE_CHECKING:
+    from launch.progress import Progress
+
+    Printer = _JsonLines | _People

@@ -1,0 +1,48 @@
+"""What is going on, on standard error: a bar where somebody looks, plain lines where a log is kept."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+
+class Bar(Protocol):
+    def update(self, done: float, total: float) -> None: ...
+
+
+class _Silent:
+    def update(self, done: float, total: float) -> None:
+        pass
+
+
+class Progress:
+    def __init__(self, *, quiet: bool = False) -> None:
+        self._quiet = quiet
+        self._tty = sys.stderr.isatty() and not quiet
+
+    def say(self, line: str) -> None:
+        if not self._quiet:
+            print(f"· {line}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def bar(self, line: str, *, unit_is_bytes: bool = True) -> Iterator[Bar]:
+        """A bar on a terminal; elsewhere the line alone."""
+        if not self._tty:
+            self.say(line)
+            yield _Silent()
+            return
+        from rich import progress as rich
+        from rich.console import Console
+
+        count = rich.DownloadColumn() if unit_is_bytes else rich.MofNCompleteColumn()
+        columns = (rich.TextColumn("· {task.description}"), rich.BarColumn(), count, rich.TimeRemainingColumn())
+        with rich.Progress(*columns, console=Console(stderr=True)) as shown:
+            task = shown.add_task(line, total=None)
+
+            class Shown:
+                def update(self, done: float, total: float) -> None:
+                    shown.update(task, completed=done, total=total or None)
+
+            yield Shown()

@@ -1,0 +1,225 @@
+"""From a layout to a deployment that answers: acquire, rank, load, fit, connect, serve. Reads top to bottom."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from cluster.channel import Via
+from cluster.errors import BadLayout
+from cluster.gang import Call, Gang, Member, results
+from launch.options import EngineOptions
+from launch.progress import Progress
+from orchestrator.coordinator import Coordinator
+from orchestrator.replica import GangReplica
+from orchestrator.scheduler import SchedulerConfig
+from orchestrator.text import Text
+from orchestrator.worker import EngineConfig, Worker
+from strategies.pipeline import shard_replica
+from strategies.plan import ParallelDims, Shard
+
+ACQUIRE_TIMEOUT_S = 60.0
+JOIN_TIMEOUT_S = 120.0
+LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
+CALL_TIMEOUT_S = 120.0
+LOOK_S = 0.25  # between two looks at a load
+LOOPBACK = "127.0.0.1"
+LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """A replica's gang and the member that took each rank."""
+
+    gang: Gang
+    ranks: tuple[int, ...]
+
+    def member(self, rank: int) -> Member:
+        return self.gang.members[self.ranks[rank]]
+
+    def call(self, rank: int, method: str, *args: object) -> Call:
+        return self.gang.call(self.ranks[rank], method, *args)
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """Replicas that serve, and what they agreed on."""
+
+    dims: ParallelDims
+    replicas: tuple[GangReplica, ...]
+    limits: SchedulerConfig
+    weight_bytes: tuple[int, ...]  # of each rank, replica by replica
+
+    def coordinator(self, options: EngineOptions, text: Text | None) -> Coordinator:
+        spec = options.spec
+        return Coordinator(
+            self.replicas, self.limits, vocab=spec.vocab, eos_ids=spec.eos_ids, text=text, seed=options.seed
+        )
+
+
+class Devices(Protocol):
+    """Where gangs come from: cluster.actors.Cluster, or a stand-in without Ray."""
+
+    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
+        """`count` processes, each with a device of its own. Raises PlacementFailed."""
+
+
+@contextmanager
+def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterator[Devices]:
+    """The Ray cluster at the address given, or a private one that is gone at exit."""
+    from cluster.actors import Cluster
+
+    if options.address is not None:
+        progress.say(f"connecting to the Ray cluster at {options.address}")
+        with Cluster.connect(options.address) as found:
+            yield found
+        return
+    progress.say("starting a private Ray")
+    gpus = devices if options.device == "cuda" else 0
+    with Cluster.embedded(num_cpu_devices=devices if not gpus else 0, num_gpus=gpus) as started:
+        yield started
+
+
+@contextmanager
+def deployment(
+    found: Devices, dims: ParallelDims, options: EngineOptions, progress: Progress
+) -> Iterator[Deployment]:
+    """A gang of workers for each replica, one worker a device, loaded and serving; all gone at the end."""
+    shards = shard_replica(options.spec, dims)
+    progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
+    with ExitStack() as owned:
+        gangs = _acquire(found, dims, options.device)
+        for gang in gangs:
+            owned.callback(gang.kill)
+        placed = [Placed(gang, _ranks(gang)) for gang in gangs]
+        _join(placed, shards, _engine_config(options, dims))
+        weight_bytes = _load(placed, dims, progress)
+        limits = _fit(placed, dims, options, progress)
+        yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes))
+
+
+def _acquire(found: Devices, dims: ParallelDims, device: str) -> list[Gang]:
+    """The gangs of all replicas, started side by side: most of a start is importing torch."""
+    with ThreadPoolExecutor(dims.dp) as starters:
+        starting = [
+            starters.submit(found.acquire, Worker, dims.replica_size, device, timeout_s=ACQUIRE_TIMEOUT_S)
+            for _ in range(dims.dp)
+        ]
+    failed = next((error for s in starting if (error := s.exception()) is not None), None)
+    if failed is not None:
+        for started in starting:
+            if started.exception() is None:
+                started.result().kill()
+        raise failed
+    return [started.result() for started in starting]
+
+
+def _ranks(gang: Gang) -> tuple[int, ...]:
+    """The member that takes each rank: by node and device, so that a tp group's neighbours are near each other."""
+    return tuple(m.index for m in sorted(gang.members, key=lambda m: (m.node_id, m.device)))
+
+
+def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
+    cores = len(os.sched_getaffinity(0))
+    return EngineConfig(
+        source=options.source,
+        spec=options.spec,
+        dtype=options.dtype,
+        device=options.device,
+        dummy_weights=options.dummy_weights,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        threads=max(1, cores // dims.world_size),
+        seed=options.seed,
+        join_timeout_s=JOIN_TIMEOUT_S,
+    )
+
+
+def _join(placed: Sequence[Placed], shards: Sequence[Shard], config: EngineConfig) -> None:
+    calls: list[Call] = []
+    for replica in placed:
+        host = _host(replica)
+        port = replica.call(0, "free_port", host).result(CALL_TIMEOUT_S)
+        for rank, shard in enumerate(shards):
+            device = replica.member(rank).device
+            calls.append(replica.call(rank, "join", config, shard, f"tcp://{host}:{port}", device))
+    results(calls, JOIN_TIMEOUT_S + CALL_TIMEOUT_S)
+
+
+def _host(replica: Placed) -> str:
+    """Where the replica's sockets listen: nowhere but on this host, unless its ranks are on several."""
+    several = len({m.node_id for m in replica.gang.members}) > 1
+    return replica.member(0).node if several else LOOPBACK
+
+
+def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
+    """All ranks load at once; the bar shows the bytes of all."""
+    calls = _everywhere(placed, "load")
+    with progress.bar(f"{dims.name}: loading weights") as bar:
+        while not all(call.wait(LOOK_S) for call in calls):
+            parts = results(_everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
+            bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
+    return results(calls, CALL_TIMEOUT_S)
+
+
+def _fit(
+    placed: Sequence[Placed], dims: ParallelDims, options: EngineOptions, progress: Progress
+) -> SchedulerConfig:
+    """KV blocks that every rank can hold, the context that they allow, and the cache itself."""
+    progress.say(f"{dims.name}: sizing the KV cache")
+    blocks = min(results(_everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
+    limits = limits_for(blocks, dims, options)
+    results(_everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
+    return limits
+
+
+def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> SchedulerConfig:
+    """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
+    size, asked = options.block_size, options.max_model_len
+    least = asked or min(LEAST_CONTEXT, options.spec.max_positions)
+    if blocks * size < least:
+        raise BadLayout(
+            f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "
+            "Lower --max-model-len, or split the model over more devices"
+        )
+    context = asked or min(options.spec.max_positions, blocks * size)
+    useful = options.max_num_seqs * -(-context // size)
+    return SchedulerConfig(
+        num_blocks=min(blocks, useful),
+        block_size=size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=context,
+        groups=dims.pp,
+        prefix_caching=options.prefix_caching,
+    )
+
+
+def _serve(replica: Placed, shards: Sequence[Shard]) -> GangReplica:
+    """Open the channels and set the loops going, until the gang is killed."""
+    host, leader = _host(replica), replica.member(0)
+    followers = [replica.member(rank) for rank in range(1, len(shards))]
+    steps = replica.call(0, "open_steps", [_via(leader, m) for m in followers], host).result(CALL_TIMEOUT_S)
+    last = next(rank for rank, shard in enumerate(shards) if shard.is_last)
+    sampled = None
+    if last:
+        member = replica.member(last)
+        listening = host if host == LOOPBACK else member.node
+        sampled = replica.call(last, "open_results", _via(leader, member), listening).result(CALL_TIMEOUT_S)
+    tokens = replica.call(0, "open_tokens", leader.node).result(CALL_TIMEOUT_S)
+    loops = [replica.call(rank, "follow", address) for rank, address in enumerate(steps, start=1)]
+    loops.append(replica.call(0, "lead", sampled))
+    return GangReplica(replica.gang, leader.index, tokens, loops)
+
+
+def _via(a: Member, b: Member) -> Via:
+    return Via.MEMORY if a.node_id == b.node_id else Via.SOCKET
+
+
+def _everywhere(placed: Sequence[Placed], method: str, *args: object) -> list[Call]:
+    return [replica.call(rank, method, *args) for replica in placed for rank in range(len(replica.ranks))]

@@ -363,9 +363,9 @@ def _run(place: Placement, replica: int, sequences: int, workload: Workload, bus
 
 
 def limit_tokens_per_s(place: Placement, workload: Workload) -> float:
-    """Output tokens a second that the devices' rates allow: bytes and FLOPs at full speed, links and host free.
+    """Output tokens a second that the devices allow: bytes and FLOPs at full rate, links and host free.
 
-    A replica at work reads its weights once a step. A CPU has no data sheet: its rates are what `Device` holds.
+    A replica at work reads its weights once a step. A CPU has no data sheet: its rates are those assumed.
     """
     spec, devices = place.spec, [place.topology.devices[i] for i in place.devices]
     own = {device.pool or device.index: device for device in devices}.values()  # a pool counts once

@@ -20,6 +20,7 @@ _CAUSES = {
     "host": "launches and the host",
 }
 _MOST_CONCURRENCY = 4096
+_VISIBLE = 1.01
 
 
 def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -> tuple[str, ...]:
@@ -43,9 +44,9 @@ def _what_it_gives(best: Candidate, workload: Workload) -> str:
     made = _made(best)
     at_once = "one request" if workload.concurrency == 1 else f"{workload.concurrency} requests at once"
     return (
-        f"{best.dims.name} serves {at_once} at {made.output_tokens_per_s:,.0f} tokens/s: the first token after "
-        f"{ms(made.ttft_s)}, each next one after {ms(made.tpot_s)}; that is {made.share_of_limit:.0%} of what the "
-        f"data sheets allow the {count(best.dims.world_size, 'device')} it uses."
+        f"{best.dims.name} serves {at_once} at {made.output_tokens_per_s:,.0f} tokens/s: the first token "
+        f"after {ms(made.ttft_s)}, each next one after {ms(made.tpot_s)}. That is {made.share_of_limit:.0%} "
+        f"of the limit that bandwidth and FLOP/s set for {count(best.dims.world_size, 'device')}."
     )
 
 
@@ -62,7 +63,10 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     ours, theirs = _made(best), _made(second)
     ratio = score(theirs, second.dims, workload) / score(ours, best.dims, workload)
     if ratio < 1.0005:
-        return f"{second.dims.name} does as well, with {count(second.dims.world_size, 'device')}: fewer parts win a tie."
+        devices = count(second.dims.world_size, "device")
+        return (
+            f"{second.dims.name} does as well with {devices}; a tie goes to fewer devices, then fewer stages."
+        )
     verdict = {
         Objective.LATENCY: f"takes {ratio - 1:.1%} longer for a request",
         Objective.THROUGHPUT: f"gives {1 - 1 / ratio:.1%} fewer tokens a second",
@@ -76,11 +80,12 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
         if abs(s) > 5e-6
     ]
     step = f"per decode step {', '.join(told[:3])}; " if told else ""
-    return f"{second.dims.name} comes next and {verdict}: {step}to the first token {signed_ms(theirs.ttft_s - ours.ttft_s)}."
+    first = signed_ms(theirs.ttft_s - ours.ttft_s)
+    return f"{second.dims.name} comes next and {verdict}: {step}to the first token {first}."
 
 
 def _rivals(placements: Sequence[Placement]) -> list[Placement]:
-    """The chosen, the next, and the best that split in one way only over as many devices as the chosen or all: few."""
+    """The chosen, the next, and those that split the whole machine in one way only: few, each is searched."""
     most = max(p.dims.world_size for p in placements)
     pure = [p for p in placements if max(p.dims.tp, p.dims.pp, p.dims.dp) == most]
     kept = [*placements[:2], *pure]
@@ -93,10 +98,13 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
     def rate(placement: Placement, concurrency: int) -> float:
         return estimate(placement, replace(workload, concurrency=concurrency)).output_tokens_per_s
 
-    def leader(concurrency: int) -> Placement:
-        return max(rivals, key=lambda p: rate(p, concurrency))
+    here = max(rivals, key=lambda p: rate(p, workload.concurrency))
 
-    here = leader(workload.concurrency)
+    def leader(concurrency: int) -> Placement:
+        """The one ahead of all, if it is ahead of `here` by enough to be seen."""
+        first = max(rivals, key=lambda p: rate(p, concurrency))
+        return first if rate(first, concurrency) > _VISIBLE * rate(here, concurrency) else here
+
     concurrency = workload.concurrency
     while concurrency < _MOST_CONCURRENCY and leader(concurrency * 2) is here:
         concurrency *= 2
@@ -110,7 +118,9 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
         at = _first(concurrency // 2, concurrency, lambda c: leader(c) is here)
         return _overtakes(f"Below {at} requests at once", leader(at - 1), here, at - 1, rate)
     if here is best and len(rivals) > 1:
-        return f"At no concurrency up to {_MOST_CONCURRENCY} does another layout here give more tokens/s than {best.dims.name}."
+        others = ", ".join(p.dims.name for p in rivals[1:])
+        where = f"At no concurrency up to {_MOST_CONCURRENCY:,}"
+        return f"{where} does {others} give more tokens/s than {best.dims.name}."
     return None
 
 
@@ -124,7 +134,7 @@ def _overtakes(
 
 
 def _link_crossing(rivals: Sequence[Placement], workload: Workload) -> str | None:
-    """The link rate at which tensor parallelism's first token comes as early as the best layout's without it."""
+    """The link rate from which tensor parallelism's first token comes before any without it."""
     split = min((p for p in rivals if p.dims.tp > 1), key=lambda p: _ttft_s(p, workload), default=None)
     whole = min((p for p in rivals if p.dims.tp == 1), key=lambda p: _ttft_s(p, workload), default=None)
     if split is None or whole is None:
@@ -141,8 +151,9 @@ def _link_crossing(rivals: Sequence[Placement], workload: Workload) -> str | Non
     while high / low > 1.005:
         middle = (low * high) ** 0.5
         low, high = (low, middle) if wins(middle) else (middle, high)
-    have = f"{link.kind} is taken at {link.bytes_per_s / 1e9:.1f} GB/s ({link.provenance})"
-    return f"{split.dims.name} gives its first token before {whole.dims.name} where all-reduces pass {high / 1e9:.1f} GB/s; {have}."
+    have = f"the {link.kind} link here is taken at {link.bytes_per_s / 1e9:.1f} ({link.provenance})"
+    need = f"where all-reduces run above {high / 1e9:.1f} GB/s"
+    return f"{split.dims.name} gives its first token before {whole.dims.name} {need}; {have}."
 
 
 def _ttft_s(placement: Placement, workload: Workload) -> float:

@@ -12,11 +12,11 @@ from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
-_NUMBERS = "no one two three four five six seven eight nine ten eleven twelve".split()
+_NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
 def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -> Placement:
-    """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split so."""
+    """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split."""
     have = len(topology.devices)
     if dims.world_size > have:
         raise BadLayout(f"{dims.name} needs {count(dims.world_size, 'device')}; {topology.name} has {have}")
@@ -37,7 +37,7 @@ def shards(spec: ModelSpec, tp: int, pp: int, speeds: tuple[float, ...]) -> tupl
 
 
 def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:
-    """Device indices in rank order: a tp group takes the best device left, then those with the fastest links to it.
+    """Device indices in rank order: a tp group takes the best device left, then those with fast links to it.
 
     Greedy: right where links come in islands (NVLink pairs, nodes), which is how machines are built.
     """

@@ -40,7 +40,7 @@ def _splits(devices: int) -> Iterator[tuple[int, int]]:
 
 
 def _replica(spec: ModelSpec, tp: int, pp: int, dtype: str, device: Device) -> Placement | None:
-    """A replica on tp × pp devices like `device`, for its memory alone; None where the model cannot be split so."""
+    """A replica on tp × pp devices like `device`, for its memory; None where the model cannot be split."""
     n = tp * pp
     try:
         parts = shards(spec, tp, pp, (1.0,) * pp)

@@ -1,0 +1,219 @@
+"""Recipes: a machine, and what to serve on it, as YAML. Parsed strictly, here and nowhere else.
+
+machine:                      # the only section that `--on` reads
+  name: dual-4090             # default: the file's name
+  nodes: 1                    # so many of the devices below, each
+  devices:
+    - device: rtx-4090        # a key or a driver's name of cluster/catalog.yaml
+      count: 2                # the rest is optional, and stands in for the data sheet's figure
+      pcie_lanes: 8
+      memory_gb: 25.8
+      reserved_gb: 1.5        # held by a desktop, say; default 0.4
+      gb_per_s: 1008          # memory bandwidth
+      tflops: {bfloat16: 165.2}
+      usd_per_hour: 0.6
+  link: host                  # within a node; or {kind: host, latency_us: 15, gb_per_s: 12}
+model: {name, dtype, max_model_len}
+objective: {prompt_tokens, output_tokens, concurrency, objective}
+serve: {layout, host, port}
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.catalog import DRIVER_RESERVED_BYTES, Sheet, prior_links, sheet
+from cluster.errors import BadRecipe
+from cluster.topology import Device, Link, LinkKind, Topology
+from strategies.spec import BYTES_PER_ELEMENT
+
+RECIPES = Path(__file__).with_name("recipes")
+MAX_DEVICES = 64  # enumeration stays quick; larger clusters are dp of such
+
+_SECTIONS: Mapping[str, Sequence[str]] = {
+    "machine": ("name", "nodes", "devices", "link"),
+    "model": ("name", "dtype", "max_model_len"),
+    "objective": ("prompt_tokens", "output_tokens", "concurrency", "objective"),
+    "serve": ("layout", "host", "port"),
+}
+_DEVICE_KEYS = (
+    "device",
+    "count",
+    "pcie_lanes",
+    "memory_gb",
+    "reserved_gb",
+    "gb_per_s",
+    "tflops",
+    "usd_per_hour",
+)
+_LINK_KEYS = ("kind", "latency_us", "gb_per_s")
+_REQUIRED = object()
+
+
+@dataclass(frozen=True, slots=True)
+class Fields:
+    """A YAML mapping whose keys are known; `where` names it in errors. Raises BadRecipe."""
+
+    where: str
+    values: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, where: str, value: object, known: Sequence[str]) -> Fields:
+        if not isinstance(value, dict):
+            raise BadRecipe(f"{where} is {value!r}; it must be a mapping of {', '.join(known)}")
+        for key in value:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+                raise BadRecipe(f"{where} has an unknown key {key!r}; the nearest known is {near}")
+        return cls(where, value)
+
+    def text(self, key: str, default: object = _REQUIRED) -> str:
+        value = self._get(key, default)
+        if not isinstance(value, str) or not value:
+            raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be a string")
+        return value
+
+    def integer(self, key: str, default: int, low: int, high: int) -> int:
+        value = self._get(key, default)
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+            raise BadRecipe(
+                f"{self.where}: {key} is {value!r}; it must be a whole number from {low} to {high}"
+            )
+        return value
+
+    def number(self, key: str, default: float, *, or_zero: bool = False) -> float:
+        value = self._get(key, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not number or value < 0 or (value == 0 and not or_zero):
+            rule = "at least" if or_zero else "above"
+            raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be a number {rule} 0")
+        return float(value)
+
+    def _get(self, key: str, default: object) -> Any:
+        value = self.values.get(key)
+        if value is None and default is _REQUIRED:
+            raise BadRecipe(f"{self.where} lacks {key}")
+        return default if value is None else value
+
+
+def read_machine(recipe: str) -> Topology:
+    """The machine of a recipe, given by its path or, of those that ship, by its name. Raises BadRecipe."""
+    path = _find(recipe)
+    sections = Fields.of(str(path), _load(path), tuple(_SECTIONS))
+    for name, keys in _SECTIONS.items():
+        if sections.values.get(name) is not None:
+            Fields.of(f"{path}: {name}", sections.values[name], keys)
+    if sections.values.get("machine") is None:
+        raise BadRecipe(f"{path} has no section machine, which says what devices there are")
+    return _machine(
+        Fields.of(f"{path}: machine", sections.values["machine"], _SECTIONS["machine"]), path.stem
+    )
+
+
+def _find(recipe: str) -> Path:
+    path = Path(recipe)
+    if path.is_file():
+        return path
+    shipped = {p.stem: p for p in sorted(RECIPES.glob("*.yaml"))}
+    if recipe in shipped:
+        return shipped[recipe]
+    what = "is a directory" if path.is_dir() else "does not exist"
+    raise BadRecipe(f"recipe {recipe} {what}; give a YAML file, or one that ships: {', '.join(shipped)}")
+
+
+def _load(path: Path) -> object:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml, where it is built in
+    try:
+        document = yaml.load(path.read_text(encoding="utf-8"), Loader=loader)
+    except yaml.MarkedYAMLError as error:
+        line = f" line {error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise BadRecipe(f"{path}{line} is not YAML: {error.problem}") from None
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise BadRecipe(f"{path} cannot be read: {str(error).splitlines()[0]}") from None
+    if document is None:
+        raise BadRecipe(f"{path} is empty; a recipe has the sections {', '.join(_SECTIONS)}")
+    return document
+
+
+def _machine(machine: Fields, stem: str) -> Topology:
+    rows = machine.values.get("devices")
+    if not isinstance(rows, list) or not rows:
+        rule = "a list such as [{device: rtx-4090, count: 2}]"
+        raise BadRecipe(f"{machine.where}: devices is {rows!r}; it must be {rule}")
+    entries = [Fields.of(f"{machine.where}: devices[{i}]", row, _DEVICE_KEYS) for i, row in enumerate(rows)]
+    nodes = machine.integer("nodes", 1, 1, MAX_DEVICES)
+    one_node = [entry for entry in entries for _ in range(entry.integer("count", 1, 1, MAX_DEVICES))]
+    if nodes * len(one_node) > MAX_DEVICES:
+        raise BadRecipe(
+            f"{machine.where} has {nodes * len(one_node)} devices; at most {MAX_DEVICES} are planned for"
+        )
+    described = [(_sheet(entry), f"node{n}", entry) for n in range(nodes) for entry in one_node]
+    devices = tuple(_device(i, s, node, entry) for i, (s, node, entry) in enumerate(described))
+    links = _links(machine, [(s, node) for s, node, _ in described])
+    return Topology(machine.text("name", stem), devices, links)
+
+
+def _sheet(entry: Fields) -> Sheet:
+    """The data sheet, with the recipe's figures in place of its own."""
+    base = sheet(entry.text("device"))
+    flops_per_s = dict(base.flops_per_s)
+    if entry.values.get("tflops") is not None:
+        rates = Fields.of(f"{entry.where}: tflops", entry.values["tflops"], tuple(BYTES_PER_ELEMENT))
+        flops_per_s = {dtype: rates.number(dtype, 1.0) * 1e12 for dtype in rates.values}
+    return replace(
+        base,
+        memory_bytes=int(entry.number("memory_gb", base.memory_bytes / 1e9) * 1e9),
+        bandwidth_bytes_per_s=entry.number("gb_per_s", base.bandwidth_bytes_per_s / 1e9) * 1e9,
+        flops_per_s=flops_per_s,
+        pcie_lanes=entry.integer("pcie_lanes", base.pcie_lanes, 1, 16),
+    )
+
+
+def _device(index: int, described: Sheet, node: str, entry: Fields) -> Device:
+    reserved = entry.number("reserved_gb", DRIVER_RESERVED_BYTES / 1e9, or_zero=True)
+    free = described.memory_bytes - int(reserved * 1e9)
+    if free <= 0:
+        have = f"{described.memory_bytes / 1e9:.1f} GB"
+        raise BadRecipe(f"{entry.where}: reserved_gb is {reserved:g} of {have}; it must leave something")
+    # The ranks of one host's CPU share its memory and cores.
+    pool = node if described.kind == "cpu" else ""
+    device = described.device(index, node, free_bytes=free, pool=pool)
+    if entry.values.get("usd_per_hour") is None:
+        return device
+    return replace(device, usd_per_hour=entry.number("usd_per_hour", 0.0, or_zero=True))
+
+
+def _links(machine: Fields, placed: Sequence[tuple[Sheet, str]]) -> dict[tuple[int, int], Link]:
+    given = machine.values.get("link")
+    if given is None:
+        return prior_links(placed)
+    link = Fields.of(
+        f"{machine.where}: link", {"kind": given} if isinstance(given, str) else given, _LINK_KEYS
+    )
+    kinds = tuple(kind.value for kind in LinkKind)
+    name = link.text("kind")
+    if name not in kinds:
+        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0]
+        raise BadRecipe(
+            f"{link.where}: kind is {name!r}; the nearest known is {near} (of {', '.join(kinds)})"
+        )
+    kind = LinkKind(name)
+    return {
+        pair: _given(prior, link) if placed[pair[0]][1] == placed[pair[1]][1] else prior
+        for pair, prior in prior_links(placed, kind).items()
+    }
+
+
+def _given(prior: Link, link: Fields) -> Link:
+    """The prior with the recipe's latency of two ranks, others in proportion, and its rate."""
+    latency_s = link.number("latency_us", prior.latency_s * 1e6) * 1e-6
+    by_ranks = {n: s * latency_s / prior.latency_s for n, s in prior.all_reduce_latency_s.items()}
+    rate = link.number("gb_per_s", prior.bytes_per_s / 1e9) * 1e9
+    return replace(prior, latency_s=latency_s, bytes_per_s=rate, all_reduce_latency_s=by_ranks)

@@ -1,0 +1,263 @@
+"""`shardwise plan`: which layout, how fast, and why the others lost. Reads configs and data sheets only."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from cluster.errors import BadRequest, NoFeasiblePlan
+from cluster.topology import Topology
+from launch.config import read_machine
+from launch.models import spec_of
+from strategies.explain import ms
+from strategies.plan import Candidate, ParallelDims, Plan
+from strategies.planner import plan
+from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.table import Table
+
+MOST_ROWS = 16  # of the table that people read; --json has them all
+WIDTH = 100  # where the output is no terminal
+
+_COLUMNS = (
+    "layout",
+    "TTFT\nms",
+    "TPOT\nms",
+    "output\ntokens/s",
+    "GB per\nGPU",
+    "KV tokens\nthat fit",
+    "share of\nlimit",
+    "$ per\nMtok",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, a .gguf file, a built-in name, or smollm2"
+    )
+    parser.add_argument("--on", metavar="RECIPE", help="a recipe's path or name; default: this machine")
+    add_workload_arguments(parser)
+    dtypes = ("auto", *BYTES_PER_ELEMENT)
+    parser.add_argument(
+        "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
+    )
+    parser.add_argument("--max-model-len", type=int, metavar="N", help="make room for so long a sequence")
+    parser.add_argument("--layouts", metavar="A,B", help="only these, such as tp2,pp2,tp2dp2")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
+    parser.add_argument("--output-tokens", type=int, default=256, metavar="N", help="of each request (256)")
+    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
+    parser.add_argument("--objective", choices=tuple(Objective), default=Objective.LATENCY, help="(latency)")
+
+
+def run(args: argparse.Namespace) -> int:
+    workload = workload_of(args)
+    layouts = layouts_of(args.layouts)
+    topology = read_machine(args.on) if args.on else this_machine()
+    spec = spec_of(args.model)
+    check_lengths(spec, workload, args.max_model_len)
+    dtype = choose_dtype(args.dtype, spec, topology)
+    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=args.max_model_len)
+    if args.json:
+        print(json.dumps(plan_to_json(made, workload), indent=2))
+    else:
+        show(made, workload, heading(made, topology, workload, dtype))
+    return 0 if made.chosen is not None else NoFeasiblePlan.exit_code
+
+
+# --- what is asked ------------------------------------------------------------------------------------------
+
+
+def workload_of(args: argparse.Namespace) -> Workload:
+    """Raises BadRequest."""
+    for flag in ("prompt_tokens", "output_tokens", "concurrency"):
+        value = getattr(args, flag)
+        if value < 1:
+            raise BadRequest(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
+    return Workload(args.prompt_tokens, args.output_tokens, args.concurrency, Objective(args.objective))
+
+
+def layouts_of(names: str | None) -> list[ParallelDims] | None:
+    """`tp2,dp2` → their sizes, each once; None: all. Raises BadLayout."""
+    if names is None:
+        return None
+    return list(dict.fromkeys(ParallelDims.parse(name) for name in names.split(",")))
+
+
+def check_lengths(spec: ModelSpec, workload: Workload, max_model_len: int | None) -> None:
+    """Prompt and output fit the context asked for, and that the model's positions. Raises BadRequest."""
+    length = workload.prompt_tokens + workload.output_tokens
+    longest = spec.max_positions if max_model_len is None else max_model_len
+    if longest > spec.max_positions:
+        raise BadRequest(f"--max-model-len is {longest:,}; {spec.name} has {spec.max_positions:,} positions")
+    if length > longest:
+        asked = f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output tokens"
+        raise BadRequest(
+            f"{asked} are {length:,}; a sequence of {spec.name} may have {longest:,}: ask for less"
+        )
+
+
+def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
+    """The model's own where every device computes in it; else the nearest that all do."""
+    if asked != "auto":
+        return asked
+    if any(device.kind == "cpu" for device in topology.devices):
+        return "float32"
+    known = (spec.dtype, "bfloat16", "float16", "float32")
+    return next((d for d in known if all(d in device.flops_per_s for device in topology.devices)), spec.dtype)
+
+
+def this_machine() -> Topology:
+    from cluster.discover import discover
+
+    peer_access = os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
+    return discover(peer_access=peer_access, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+# --- for programs -------------------------------------------------------------------------------------------
+
+
+def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
+    """The object that `--json` prints: names and units are a contract."""
+    return {
+        "model": made.model,
+        "machine": made.machine,
+        "workload": {
+            "prompt_tokens": workload.prompt_tokens,
+            "output_tokens": workload.output_tokens,
+            "concurrency": workload.concurrency,
+            "objective": workload.objective.value,
+        },
+        "chosen": None if made.chosen is None else made.chosen.dims.name,
+        "candidates": [candidate_to_json(candidate) for candidate in made.candidates],
+    }
+
+
+def candidate_to_json(candidate: Candidate) -> dict[str, object]:
+    return {
+        "layout": candidate.dims.name,
+        "feasible": candidate.feasible,
+        "reason": candidate.reason,
+        "predicted": _predicted(candidate),
+        "breakdown": _shares(candidate),
+    }
+
+
+def _predicted(candidate: Candidate) -> Mapping[str, float | None] | None:
+    made = candidate.estimate
+    if made is None:
+        return None
+    usd = made.usd_per_million_tokens
+    return {
+        "ttft_ms": round(made.ttft_s * 1e3, 4),
+        "tpot_ms": round(made.tpot_s * 1e3, 4),
+        "output_tokens_per_s": round(made.output_tokens_per_s, 4),
+        "memory_gb_per_gpu": round(made.memory_bytes_per_device / 1e9, 4),
+        "kv_tokens": made.kv_tokens,
+        "share_of_limit": round(made.share_of_limit, 6),
+        "usd_per_million_tokens": None if usd is None else round(usd, 6),
+    }
+
+
+def _shares(candidate: Candidate) -> Mapping[str, float] | None:
+    """Of a decode step; they sum to 1. A cause that a layout does not have is 0."""
+    if candidate.estimate is None:
+        return None
+    causes = ("weights", "kv", "compute", "all_reduce", "all_gather", "send_recv", "host")
+    parts = candidate.estimate.breakdown
+    total = sum(parts.values())
+    return {cause: parts.get(cause, 0.0) / total for cause in causes}
+
+
+# --- for people ---------------------------------------------------------------------------------------------
+
+
+def show(made: Plan, workload: Workload, title: str) -> None:
+    """The table, what was rejected, and the sentences."""
+    from rich.console import Console, Group
+
+    parts: list[RenderableType] = [title, ""]
+    if made.chosen is not None:
+        parts.append(plan_table(made))
+    rejected = [candidate for candidate in made.candidates if not candidate.feasible]
+    if rejected:
+        parts += ["Does not fit:", _rejections(rejected), ""]
+    if made.chosen is not None:
+        parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
+    parts.append(_bullets(made.explanation))
+    wide = Console(highlight=False, markup=False)
+    width = wide.width if wide.is_terminal else WIDTH
+    Console(highlight=False, markup=False, width=width).print(Group(*parts))
+
+
+def heading(made: Plan, topology: Topology, workload: Workload, dtype: str) -> str:
+    """Model, precision, machine, workload: what the figures below are of."""
+    names = [device.name for device in topology.devices]
+    devices = " + ".join(f"{names.count(name)} × {name}" for name in dict.fromkeys(names))
+    kinds = " and ".join(sorted({link.kind.value for link in topology.links.values()}))
+    links = f", {kinds} links" if kinds else ""
+    requests = "1 request" if workload.concurrency == 1 else f"{workload.concurrency} requests at once"
+    lengths = f"{workload.prompt_tokens:,} prompt + {workload.output_tokens:,} output tokens"
+    return f"{made.model} in {dtype} on {made.machine} ({devices}{links}); {requests} of {lengths}"
+
+
+def plan_table(made: Plan) -> Table:
+    """Feasible candidates, best first."""
+    from rich import box
+    from rich.table import Table
+
+    feasible = [candidate for candidate in made.candidates if candidate.feasible]
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
+    for i, name in enumerate(_COLUMNS):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    for candidate in feasible[:MOST_ROWS]:
+        table.add_row(*_row(candidate), style="bold" if candidate is made.chosen else None)
+    if len(feasible) > MOST_ROWS:
+        table.caption = f"{len(feasible) - MOST_ROWS} more that fit rank below; --json lists them all"
+    return table
+
+
+def _row(candidate: Candidate) -> Sequence[str]:
+    made = candidate.estimate
+    assert made is not None, "only feasible candidates have rows"
+    usd = made.usd_per_million_tokens
+    return (
+        candidate.dims.name,
+        ms(made.ttft_s).removesuffix(" ms"),
+        ms(made.tpot_s).removesuffix(" ms"),
+        f"{made.output_tokens_per_s:,.0f}",
+        f"{made.memory_bytes_per_device / 1e9:.1f}",
+        f"{made.kv_tokens:,}",
+        f"{made.share_of_limit:.0%}",
+        "" if usd is None else f"{usd:.2f}",
+    )
+
+
+def _rejections(rejected: Sequence[Candidate]) -> Table:
+    """Layouts by reason: data parallelism changes nothing for a replica that does not fit."""
+    from rich.table import Table
+
+    by_reason: dict[str, list[str]] = {}
+    for candidate in rejected:
+        by_reason.setdefault(str(candidate.reason), []).append(candidate.dims.name)
+    table = Table.grid(padding=(0, 2, 0, 0))
+    for reason, names in by_reason.items():
+        table.add_row("", ", ".join(names), reason)
+    return table
+
+
+def _bullets(sentences: Sequence[str]) -> Table:
+    from rich.table import Table
+
+    table = Table.grid(padding=(0, 1, 0, 0))
+    for sentence in sentences:
+        table.add_row("-", sentence)
+    return table

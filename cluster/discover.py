@@ -27,7 +27,7 @@ SHEET_CPU_CORES = 8
 """Cores of the catalogue's CPU (its source: eight AVX2 cores)."""
 
 NVLINK_LANE_BYTES_PER_S = 25e9
-"""One NVLink lane in one direction, generations 2 to 4 (sheets of V100 to H100: 300/6, 600/12, 900/18, halved)."""
+"""One NVLink lane in one direction, generations 2 to 4 (sheets of V100, A100, H100: half of 900/18)."""
 
 TENSOR_OVER_FLOAT32 = 2.0
 """Dense bfloat16 rate of a card that the catalogue lacks, over its float32 rate: the least of all tensor-core

@@ -119,8 +119,8 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
         return _overtakes(f"Below {at} requests at once", leader(at - 1), here, at - 1, rate)
     if here is best and len(rivals) > 1:
         others = ", ".join(p.dims.name for p in rivals[1:])
-        where = f"At no concurrency up to {_MOST_CONCURRENCY:,}"
-        return f"{where} does {others} give more tokens/s than {best.dims.name}."
+        where = f"at any concurrency up to {_MOST_CONCURRENCY:,}"
+        return f"None of its rivals ({others}) gives more tokens/s than {best.dims.name} {where}."
     return None
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 from cluster.errors import BadLayout
@@ -42,12 +43,15 @@ def plan(
 
 
 def enumerate_layouts(devices: int) -> list[ParallelDims]:
-    """Every tp × pp × dp that so many devices can hold, small ones first: some may be better left out."""
+    """Every tp × pp × dp that so many devices can hold, small ones first: some may be better left out.
+
+    Over eight devices each size is a power of two or divides their number, lest there be hundreds.
+    """
+    sizes = [n for n in range(1, devices + 1) if devices <= 8 or devices % n == 0 or n & (n - 1) == 0]
     every = [
         ParallelDims(tp, pp, dp)
-        for tp in range(1, devices + 1)
-        for pp in range(1, devices // tp + 1)
-        for dp in range(1, devices // (tp * pp) + 1)
+        for tp, pp, dp in itertools.product(sizes, repeat=3)
+        if tp * pp * dp <= devices
     ]
     return sorted(every, key=lambda dims: (dims.world_size, dims.pp, dims.dp))
 

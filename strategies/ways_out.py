@@ -73,7 +73,8 @@ def _more_memory(spec: ModelSpec, dtype: str, device: Device, have: int, length:
         (need,) = _needs(alone)
         total = need.fixed + length * need.kv_per_token
         return f"More memory: tp1 needs {gb(total)} free on the host, which has {gb(device.free_bytes)}."
-    for n in range(have + 1, _MOST_CARDS + 1):
+    least = spec.total_params * BYTES_PER_ELEMENT[dtype] // device.free_bytes
+    for n in range(max(have, least) + 1, _MOST_CARDS + 1):
         even = [tp for tp in range(min(n, _MOST_TP), 0, -1) if n % tp == 0 and spec.kv_heads % tp == 0]
         for tp in even:
             placement = _replica(spec, tp, n // tp, dtype, device)

@@ -74,12 +74,12 @@ def test_decode_agrees_with_the_worked_table(name, batch):
 @pytest.mark.parametrize(("name", "tokens"), PREFILL_MS)
 def test_prefill_agrees_with_the_worked_table(name, tokens):
     last_s, _ = prefill_s(worked(name), 0, 1, tokens, busy=1.0)
-    # The table leaves out attention (4 % at 1,024 tokens, 17 % at 4,096) and charges the head for every token.
+    # The table leaves out attention (4 % of 1,024 tokens, 17 % of 4,096); it charges the head every time.
     assert last_s * 1e3 == pytest.approx(PREFILL_MS[name, tokens], rel=0.14)
 
 
 # vLLM 0.26.0 on 2 × H100 SXM, Llama-3.1-8B shape in bfloat16, 2026-11-21: one request of 512 prompt tokens
-# (TPOT in ms), and 256 requests at once of 1,024 + 256 (output tokens a second). `host` is NCCL_P2P_DISABLE=1.
+# (TPOT in ms), and 256 requests at once of 1,024 + 256 (output tokens a second). HOST: NCCL_P2P_DISABLE=1.
 VLLM = [
     ("tp1", None, 6.53, None),
     ("dp2", None, 6.53, 9954),

@@ -1,4 +1,4 @@
-"""The planner: what it lists, why it rejects, what it picks, and that the numbers in its sentences are true."""
+"""The planner: what it lists, why it rejects, what it picks, and that its sentences' numbers are true."""
 
 import re
 import time
@@ -192,6 +192,13 @@ def test_what_waits_and_what_is_uneven_is_noted():
     notes = {c.dims.name: c.marked for c in made.candidates}
     assert notes["tp3"] == ("8 KV heads over 3 ranks: the fullest holds 3",)
     assert notes["tp16"] == ("8 KV heads on 16 ranks: replicated",)
+
+
+def test_large_machines_are_planned_in_sizes_that_are_used():
+    found = {dims.name for dims in enumerate_layouts(12)}
+    assert {"tp12", "tp6dp2", "tp3pp4", "tp8", "dp12"} <= found
+    assert not {"tp5", "tp7", "pp11"} & found
+    assert len(enumerate_layouts(64)) < 100
 
 
 @pytest.mark.parametrize("concurrency", [1, 64])

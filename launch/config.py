@@ -88,7 +88,7 @@ class Fields:
             )
         return value
 
-    def number(self, key: str, default: float, *, or_zero: bool = False) -> float:
+    def number(self, key: str, default: object = _REQUIRED, *, or_zero: bool = False) -> float:
         value = self._get(key, default)
         number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
         if not number or value < 0 or (value == 0 and not or_zero):
@@ -166,7 +166,7 @@ def _sheet(entry: Fields) -> Sheet:
     flops_per_s = dict(base.flops_per_s)
     if entry.values.get("tflops") is not None:
         rates = Fields.of(f"{entry.where}: tflops", entry.values["tflops"], tuple(BYTES_PER_ELEMENT))
-        flops_per_s = {dtype: rates.number(dtype, 1.0) * 1e12 for dtype in rates.values}
+        flops_per_s = {dtype: rates.number(dtype) * 1e12 for dtype in rates.values}
     return replace(
         base,
         memory_bytes=int(entry.number("memory_gb", base.memory_bytes / 1e9) * 1e9),
@@ -187,7 +187,7 @@ def _device(index: int, described: Sheet, node: str, entry: Fields) -> Device:
     device = described.device(index, node, free_bytes=free, pool=pool)
     if entry.values.get("usd_per_hour") is None:
         return device
-    return replace(device, usd_per_hour=entry.number("usd_per_hour", 0.0, or_zero=True))
+    return replace(device, usd_per_hour=entry.number("usd_per_hour", or_zero=True))
 
 
 def _links(machine: Fields, placed: Sequence[tuple[Sheet, str]]) -> dict[tuple[int, int], Link]:

@@ -113,6 +113,7 @@ MISTAKES = {
     "machine: {devices: [{device: h100, gb_per_s: fast}]}": "gb_per_s is 'fast'",
     "machine: {devices: [{device: h100, reserved_gb: 99}]}": "reserved_gb is 99 of 85.5 GB",
     "machine: {devices: [{device: h100, tflops: {bf16: 1}}]}": "unknown key 'bf16'; the nearest known is",
+    "machine: {devices: [{device: h100, tflops: {float16: }}]}": "tflops lacks float16",
     "machine: {devices: [{device: h100}], link: nvlik}": "kind is 'nvlik'; the nearest known is nvlink",
     "machine: {devices: [{device: l4, count: 2}], link: nvlink}": "l4 has no NVLink",
     "machine: {devices: [{device: h100, count: 2}], link: {latency_us: 3}}": "link lacks kind",

@@ -76,10 +76,10 @@ class Answer:
     failure: Failure | None = None
 
 
-def perform(worker: object, method: str, args: Sequence[object]) -> Answer:
-    """Run a method where the object lives; what it raises becomes data."""
+def attempt(work: Callable[[], object]) -> Answer:
+    """Run something where the object lives; what it raises becomes data."""
     try:
-        return Answer(getattr(worker, method)(*args))
+        return Answer(work())
     except BaseException as error:  # SystemExit too: only the gang's owner ends its processes
         return failed(error)
 
@@ -134,7 +134,7 @@ class Call:
 
 
 def results(calls: Sequence[Call], timeout_s: float) -> list[Any]:
-    """All results, in order. Raises as soon as any call has failed: its peers may be waiting for it in vain."""
+    """All results, in order. Raises as soon as any call has failed: its peers may wait for it in vain."""
     futures.wait([call._future for call in calls], timeout_s, return_when=futures.FIRST_EXCEPTION)
     for call in calls:
         if call._future.done():
@@ -152,12 +152,14 @@ class Fate:
         self._end: GangDied | None = None
         self._death: Future[GangDied] = _uncancellable()
 
-    def begin(self, call: Call) -> None:
+    def begin(self, call: Call) -> bool:
+        """False, and the call has failed, when the gang has ended."""
         with self._lock:
             if self._end is None:
                 self._calls.add(call)
-                return
+                return True
         call.fail(GangDied(str(self._end)))
+        return False
 
     def answer(self, call: Call, answer: Answer) -> None:
         with self._lock:

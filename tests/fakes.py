@@ -14,7 +14,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from cluster.errors import GangDied
-from cluster.gang import Answer, Call, Fate, Member, failed, obituary, perform, read_last_words
+from cluster.gang import Answer, Call, Fate, Member, attempt, failed, obituary, read_last_words
 
 START_TIMEOUT_S = 60.0
 
@@ -95,7 +95,8 @@ class ProcessGang:
     def _ask(self, index: int, what: str | type, *args: object) -> Call:
         """Send a method's name, or first of all the class to host."""
         call = Call(self._members[index], what if isinstance(what, str) else what.__name__)
-        self._fate.begin(call)
+        if not self._fate.begin(call):
+            return call
         with self._lock:
             number, self._next_call = self._next_call, self._next_call + 1
             self._calls[number] = call
@@ -147,11 +148,11 @@ def _host(pipe: Connection, log: str, environment: dict[str, str]) -> None:
     os.environ.update(environment)
     lock = threading.Lock()
     number, worker_class, _ = pipe.recv()  # imports the class's module, after the environment is set
-    made = perform(_Maker(worker_class), "make", ())
+    made = attempt(worker_class)
     pipe.send((number, Answer(None, made.failure)))
 
     def work(number: int, method: str, args: Sequence[object]) -> None:
-        answer = perform(made.value, method, args)
+        answer = attempt(lambda: getattr(made.value, method)(*args))
         with lock:
             try:
                 pipe.send((number, answer))
@@ -163,11 +164,3 @@ def _host(pipe: Connection, log: str, environment: dict[str, str]) -> None:
             threading.Thread(target=work, args=pipe.recv(), daemon=True).start()
         except EOFError:  # the owner is gone, however it went
             os._exit(0)
-
-
-class _Maker:
-    def __init__(self, worker_class: type) -> None:
-        self._class = worker_class
-
-    def make(self) -> object:
-        return self._class()

@@ -49,7 +49,7 @@ def leftovers(folders: tuple[Path, ...], proc: Path = Path("/proc")) -> Iterator
     """Files and directories of ours that no living process has a part in.
 
     A process has one if its pid is a part of the name (shardwise-gang-PID-…), or if it has the path on its
-    command line, in its environment, open or mapped. Other users' are left out: what holds them we cannot tell.
+    command line, in its environment, open or mapped. Other users' are left out: who holds them we cannot see.
     """
     ours = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("shardwise-*"))]
     ours = [path for path in ours if path.lstat().st_uid == os.getuid()]

@@ -67,8 +67,8 @@ class Text:
 class Detokenizer:
     """Text from tokens, as they come. What it gives adds up to `decode` of all of them.
 
-    A token's text depends on its neighbours (a first space is dropped, a character takes several tokens), so each
-    step decodes a window: the tokens of the last text given, which is known, and those since.
+    A token's text depends on its neighbours (a first space is dropped, a character takes several tokens), so
+    each step decodes a window: the tokens of the last text given, which is known, and those since.
     """
 
     def __init__(self, text: Text) -> None:

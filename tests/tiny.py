@@ -1,4 +1,4 @@
-"""Tiny random models of each family, made and saved by transformers: what the engine must agree with."""
+"""What the engine must agree with: tiny random models of each family, made by transformers, and SmolLM2."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from typing import Any
 
 import torch
 import transformers
+
+from launch.models import resolve, spec_of
+from orchestrator.engine.checkpoint import open_checkpoint
+from strategies.tensor_shapes import tensor_shapes
 
 _CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -56,4 +60,31 @@ def make_model(
                 parameter.add_(1.0)
     if directory is not None:
         model.save_pretrained(directory, max_shard_size=max_shard_size)
+    return model
+
+
+def smollm2() -> transformers.PreTrainedModel:
+    """transformers' Llama with SmolLM2's weights, in float32: its reader of GGUF files needs accelerate."""
+    source = resolve("smollm2")
+    spec = spec_of(source)
+    config = transformers.LlamaConfig(
+        vocab_size=spec.vocab,
+        hidden_size=spec.hidden,
+        intermediate_size=spec.intermediate,
+        num_hidden_layers=spec.layers,
+        num_attention_heads=spec.heads,
+        num_key_value_heads=spec.kv_heads,
+        max_position_embeddings=spec.max_positions,
+        rms_norm_eps=spec.rms_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": spec.rope.theta},
+        tie_word_embeddings=spec.tied,
+        bos_token_id=spec.bos_id,
+        eos_token_id=list(spec.eos_ids),
+    )
+    checkpoint = open_checkpoint(source, spec)
+    model = transformers.LlamaForCausalLM(config).eval()
+    weights = {name: checkpoint.read(name) for name in tensor_shapes(spec)}
+    left = model.load_state_dict(weights, strict=False)
+    assert not left.unexpected_keys
+    assert left.missing_keys == ["lm_head.weight"], "tied to the embedding"
     return model

@@ -26,6 +26,7 @@ class EngineOptions:
     max_num_seqs: int
     max_num_batched_tokens: int
     block_size: int
+    num_blocks: int | None  # of the KV cache; None: what fits
     prefix_caching: bool
     seed: int
     address: str | None  # of a Ray cluster; None: a private one
@@ -41,6 +42,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences at once (256)")
     parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens a step (2048)")
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
+    parser.add_argument("--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks; default: what fits")
     parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of dummy weights, and of requests that give none")
     parser.add_argument("--address", metavar="HOST:PORT", help="an existing Ray cluster; default: a private one, gone at exit")
@@ -69,7 +71,7 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
 
 def engine_options(args: argparse.Namespace) -> EngineOptions:
     """Checks every flag, and reads the model's config. Raises UserError."""
-    for flag in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size"):
+    for flag in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
@@ -94,6 +96,7 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
+        num_blocks=args.num_gpu_blocks_override,
         prefix_caching=not args.no_enable_prefix_caching,
         seed=args.seed,
         address=args.address,

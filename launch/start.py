@@ -181,6 +181,7 @@ def _fit(
 def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> SchedulerConfig:
     """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
     size, asked = options.block_size, options.max_model_len
+    blocks = min(blocks, options.num_blocks or blocks)
     least = asked or min(LEAST_CONTEXT, options.spec.max_positions)
     if blocks * size < least:
         raise BadLayout(

@@ -155,6 +155,7 @@ class Worker:
     def stop(self) -> None:
         """End `lead`, which ends the followers."""
         self._stopping = True
+        self._inbox.put("")  # wakes an idle loop; there is no such request to abort
 
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""

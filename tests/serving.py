@@ -3,22 +3,114 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cluster.gang import Gang
+from cluster.errors import GangDied
+from cluster.gang import Call, Gang, Member, results
 from launch.models import resolve
 from launch.options import EngineOptions
 from launch.progress import Progress
-from launch.start import Deployment, deployment
+from launch.start import Deployment, Devices, deployment
 from orchestrator.request import Completion, SamplingParams
+from orchestrator.scheduler import SchedulerConfig
+from orchestrator.step import Step
+from orchestrator.worker import Worker
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
 from tests.fakes import ProcessGang
+
+
+class ReusedWorker(Worker):
+    """A worker that can serve one deployment after another, and remembers its logits: importing torch takes seconds."""
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        super().allocate(limits)
+        self.seen: dict[tuple[int, ...], list[float]] = {}
+        forward = self.runner.forward
+
+        def remembering(step: Step) -> torch.Tensor | None:
+            logits = forward(step)
+            sampling = [row for row in step.rows if row.samples]
+            if logits is not None and self.shard.tp_rank == 0:
+                for row, values in zip(sampling, logits, strict=True):
+                    self.seen[tuple(self.runner.slots.history(row.slot).token_ids)] = values.tolist()
+            return logits
+
+        self.runner.forward = remembering  # type: ignore[method-assign]
+
+    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
+        return self.seen
+
+    def start_afresh(self) -> None:
+        self.collectives.leave()
+        self.__init__()  # type: ignore[misc]
+
+
+class Slice:
+    """Some members of a bigger gang, as a gang. Killing it makes them ready for the next."""
+
+    def __init__(self, pool: Pool, taken: Sequence[int]) -> None:
+        self._pool, self._taken = pool, taken
+        self._loops: list[Call] = []
+
+    @property
+    def members(self) -> tuple[Member, ...]:
+        return tuple(replace(self._pool.gang.members[t], index=i) for i, t in enumerate(self._taken))
+
+    def call(self, index: int, method: str, *args: object) -> Call:
+        call = self._pool.gang.call(self._taken[index], method, *args)
+        if method in ("lead", "follow"):
+            self._loops.append(call)
+        return call
+
+    def call_all(self, method: str, per_member_args: Sequence[Sequence[object]] | None = None) -> list[Call]:
+        given = per_member_args or [()] * len(self._taken)
+        return [self.call(i, method, *args) for i, args in enumerate(given)]
+
+    async def died(self) -> GangDied:
+        return await self._pool.gang.died()
+
+    def watch(self, on_death: Callable[[GangDied], None]) -> None:
+        self._pool.gang.watch(on_death)
+
+    def kill(self) -> None:
+        if self._taken:
+            self.call(0, "stop").result(30)
+            results(self._loops, 30)
+            results(self.call_all("start_afresh"), 30)
+            self._pool.free += self._taken
+            self._taken = []
+
+
+class Pool:
+    """Satisfies launch.start.Devices with processes that are started once."""
+
+    def __init__(self, size: int) -> None:
+        self.gang = ProcessGang(ReusedWorker, size)
+        self.free = list(range(size))
+        self.given: list[Slice] = []  # of the newest deployment
+        self._lock = threading.Lock()
+
+    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
+        with self._lock:
+            taken, self.free = self.free[:count], self.free[count:]
+            self.given.append(Slice(self, taken))
+            return self.given[-1]
+
+    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
+        """Of the newest deployment: token ids so far → logits of the next."""
+        seen: dict[tuple[int, ...], list[float]] = {}
+        for part in self.given:
+            for found in results(part.call_all("seen_logits"), 30):
+                seen |= found
+        return seen
 
 
 class Processes:
@@ -39,6 +131,7 @@ def options(model: Path | str, **changes: Any) -> EngineOptions:
         "max_num_seqs": 4,
         "max_num_batched_tokens": 24,
         "block_size": 8,
+        "num_blocks": None,
         "prefix_caching": True,
         "seed": 0,
         "address": None,
@@ -48,21 +141,26 @@ def options(model: Path | str, **changes: Any) -> EngineOptions:
 
 
 @contextmanager
-def served(layout: str, asked: EngineOptions) -> Iterator[Deployment]:
-    with deployment(Processes(), ParallelDims.parse(layout), asked, Progress(quiet=True)) as found:
+def served(layout: str, asked: EngineOptions, where: Devices | None = None) -> Iterator[Deployment]:
+    if isinstance(where, Pool):
+        where.given.clear()
+    with deployment(where or Processes(), ParallelDims.parse(layout), asked, Progress(quiet=True)) as found:
         yield found
 
 
 def answers(
     found: Deployment,
     asked: EngineOptions,
-    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    *rounds: Sequence[tuple[Sequence[int], SamplingParams]],
 ) -> list[Completion]:
-    """All prompts at once; the first answer of each."""
+    """The first answer of each prompt. Prompts of a round go at once, rounds one after another."""
 
     async def ask() -> list[list[Completion]]:
+        done: list[list[Completion]] = []
         async with found.coordinator(asked, None) as coordinator:
-            return await asyncio.gather(*(coordinator.complete(ids, sampling) for ids, sampling in prompts))
+            for prompts in rounds:
+                done += await asyncio.gather(*(coordinator.complete(ids, sampling) for ids, sampling in prompts))
+        return done
 
     return [done[0] for done in asyncio.run(ask())]
 

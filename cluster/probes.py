@@ -120,7 +120,7 @@ def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) 
     """Weights beyond the caches, each read once a pass by a product with one row."""
     n = MATRIX[device.type]
     size = torch.empty((), dtype=dtype).element_size()
-    in_all = max(READ_BYTES[device.type], 3 * _last_level_cache_bytes() if device.type == "cpu" else 0)
+    in_all = max(READ_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
     count = max(2, in_all // (target.ranks * n * n * size))
     weights = [torch.full((n, n), 0.01, dtype=dtype, device=device) for _ in range(count)]
     x = torch.full((1, n), 0.01, dtype=dtype, device=device)

@@ -17,6 +17,10 @@ from cluster.nvml import GpuReport, read_gpus
 from launch.findings import Leftover, MachineFacts
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "safetensors", "flashinfer-python", "triton")
+OURS = (
+    "shardwise-*",
+    "sw-[0-9]*-*",
+)  # names in temporary folders; the second are private Rays (cluster/actors.py)
 NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")  # newest first
 
 
@@ -48,11 +52,11 @@ def gather(report: GpuReport | None = None) -> MachineFacts:
 def leftovers(folders: tuple[Path, ...], proc: Path = Path("/proc")) -> Iterator[Leftover]:
     """Files and directories of ours that no living process has a part in.
 
-    A process has one if its pid is a part of the name (shardwise-gang-PID-…), or if it has the path on its
+    A process has one if its pid is a part of the name (sw-PID-…), or if it has the path on its
     command line, in its environment, open or mapped. Other users' are left out: who holds them we cannot see.
     """
-    ours = [path for folder in folders if folder.is_dir() for path in sorted(folder.glob("shardwise-*"))]
-    ours = [path for path in ours if path.lstat().st_uid == os.getuid()]
+    found = [path for folder in folders for pattern in OURS for path in sorted(folder.glob(pattern))]
+    ours = [path for path in found if path.lstat().st_uid == os.getuid()]
     if not ours or not proc.is_dir():  # nothing, or a system that does not tell what is held (macOS)
         return
     held = "\n".join(_held_by_processes(proc))

@@ -64,12 +64,13 @@ class RankGroup:
         """[tokens, own width] → [tokens, sum of widths], columns in rank order; `widths` of all ranks."""
         if self._group is None:
             return tensor
-        with self._naming("all-gather", tensor):
-            if tensor.is_cpu:
+        if tensor.is_cpu:
+            with self._naming("all-gather", tensor):
                 return self._gather_at_first(tensor, widths)
-            padded = tensor.new_zeros(tensor.shape[0], max(widths))
-            padded[:, : tensor.shape[1]] = tensor
-            parts = [torch.empty_like(padded) for _ in widths]
+        padded = tensor.new_zeros(tensor.shape[0], max(widths))
+        padded[:, : tensor.shape[1]] = tensor
+        parts = [torch.empty_like(padded) for _ in widths]
+        with self._naming("all-gather", tensor):
             dist.all_gather(parts, padded, group=self._group)
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
 
@@ -107,6 +108,8 @@ class RankGroup:
     def _naming(self, what: str, tensor: torch.Tensor) -> Iterator[None]:
         try:
             yield
+        except torch.OutOfMemoryError:  # this rank's own trouble
+            raise
         except RuntimeError as error:
             where = f"of {list(tensor.shape)} over ranks {self._ranks}"
             raise _gang_died(f"{what} {where}", self._rank, error) from error

@@ -244,10 +244,10 @@ def test_gathering_from_this_machine_takes_the_injected_gpus() -> None:
 
 
 def test_leftovers_are_what_no_living_process_has_a_part_in(tmp_path: Path) -> None:
-    own = tmp_path / f"shardwise-gang-{os.getpid()}-abc"
-    dead = tmp_path / "shardwise-gang-999999999-abc"
+    own = tmp_path / f"sw-{os.getpid()}-abc"
+    dead = tmp_path / "sw-999999999-abc"
     held, stranger = tmp_path / "shardwise-held", tmp_path / "other"
-    for folder in (own, dead, held, stranger):
+    for folder in (own, dead, held, stranger, tmp_path / "sw-weights-1"):
         folder.mkdir()
     (dead / "log").write_bytes(b"x" * 100)
     with (held / "log").open("w"):

@@ -15,12 +15,11 @@ from dataclasses import dataclass, field
 import msgspec
 
 from cluster.errors import BadRequest, GangDied, ShardwiseError
-from orchestrator.answer import AnswerText
 from orchestrator.replica import Replica
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams, Token, TokenLogprobs
 from orchestrator.router import Outstanding, choose
 from orchestrator.scheduler import SchedulerConfig, check_length
-from orchestrator.text import Text
+from orchestrator.text import AnswerText, Text
 
 OnText = Callable[[str], None]
 
@@ -116,7 +115,9 @@ class Coordinator:
 
     async def _submit(self, request: Request, on_text: OnText | None) -> _Answer:
         replica = self._route()
-        text = AnswerText(self._text, request.sampling.stop) if self._text is not None else None
+        text = None
+        if self._text is not None:
+            text = AnswerText(self._text, request.sampling.stop, request.sampling.min_tokens)
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         answer = _Answer(request, replica, done, text, on_text, time.perf_counter())
         self._open[request.id] = answer

@@ -102,7 +102,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Token(msgspec.Struct, frozen=True, array_like=True):
-    """One generated token, as a replica streams it. A finish without a token has token_id -1."""
+    """One generated token, as a replica streams it."""
 
     request_id: str
     token_id: int

@@ -33,6 +33,7 @@ from cluster.errors import GangDied
 
 _TOKEN_BYTES = 32
 _LONGEST_HELLO_BYTES = 256  # a token and a number; ZeroMQ drops a peer that sends more
+_QUEUED_MESSAGES = 64  # at each end of a socket: a reader further behind is stuck, and waiting shows it
 _LINGER_MS = 1000  # a closed socket still delivers what it has, this long
 _MEMORY, _TCP = "memory:", "tcp://"
 
@@ -129,7 +130,8 @@ class AsyncReader:
     @classmethod
     async def open(cls, address: Address) -> AsyncReader:
         socket = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        socket.linger = 0
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
         socket.connect(address.url)
         await socket.send_multipart(_hello(address))
         return cls(socket)
@@ -150,6 +152,7 @@ class _Sockets:
         self.token = secrets.token_bytes(_TOKEN_BYTES)
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)  # an error, not silence, when a peer is gone or full
+        self._socket.setsockopt(zmq.SNDHWM, _QUEUED_MESSAGES)
         self._socket.setsockopt(zmq.MAXMSGSIZE, _LONGEST_HELLO_BYTES)
         self._socket.setsockopt(zmq.LINGER, _LINGER_MS)
         self.url = f"{_TCP}{interface}:{self._socket.bind_to_random_port(_TCP + interface)}"
@@ -192,6 +195,7 @@ class _SocketReader:
     def __init__(self, address: Address) -> None:
         self._socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.RCVHWM, _QUEUED_MESSAGES)
         self._socket.connect(address.url)
         self._socket.send_multipart(_hello(address))
 

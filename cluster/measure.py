@@ -34,6 +34,9 @@ T = TypeVar("T")
 FORMAT = 1
 """Of the file; one of another format is measured again."""
 
+NOISY = 0.5
+"""Scatter above which a profile is called rough: quiet machines showed 0.06 to 0.16, busy ones 0.9 to 1.3."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rates:
@@ -65,6 +68,12 @@ class MachineProfile:
     all_reduce: Mapping[int, Fit] = field(default_factory=dict)  # by ranks
     send_recv: Fit | None = None  # between the first two devices; None where there is one
 
+    @property
+    def scatter(self) -> float:
+        """The largest distance of a measured message time from its fit, as a share of it."""
+        hops = [self.send_recv] if self.send_recv else []
+        return max((fit.residual for fit in (*self.all_reduce.values(), *hops)), default=0.0)
+
 
 def measure(
     topology: Topology,
@@ -86,6 +95,10 @@ def measure(
         progress(f"using the profile of {cached.measured_at[:10]}, {path}")
         return cached
     profile = _measure_now(topology, fingerprint, progress, probe_s)
+    if profile.scatter > NOISY:
+        progress(
+            f"times scatter by {profile.scatter:.0%}: something else runs here, so predictions will be rough"
+        )
     if path:
         save(profile, path)
     return profile
@@ -160,12 +173,15 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
 
 
 def _pool_rates(profile: MachineProfile) -> Rates:
-    """The most that a pool does, by one process or by several at once: what its ranks share."""
+    """The best that a pool did, by one process or by several at once: what its ranks share.
+
+    Other programs only ever slow it down, so of two figures for the same cores the better is nearer the truth.
+    """
     seen = [profile.rates[0], *profile.pool_at_once.values()]
     return Rates(
         {dtype: max(r.bandwidth_bytes_per_s[dtype] for r in seen) for dtype in seen[0].bandwidth_bytes_per_s},
         {dtype: max(r.flops_per_s[dtype] for r in seen) for dtype in seen[0].flops_per_s},
-        profile.rates[0].layer_overhead_s,
+        min(r.layer_overhead_s for r in seen),
     )
 
 

@@ -112,7 +112,7 @@ def test_apply_prices_a_pool_at_the_most_its_ranks_did() -> None:
     first, second = topology.devices
     assert first.bandwidth_bytes_per_s == second.bandwidth_bytes_per_s == 15e9
     assert first.flops_per_s["float32"] == 1.5e11
-    assert first.layer_overhead_s == 1e-4
+    assert first.layer_overhead_s == pytest.approx(1e-4 / 1.5)
     assert first.provenance is Provenance.MEASURED
     link = topology.link(0, 1)
     assert (link.latency_s, link.bytes_per_s) == (9e-5, 1e9)
@@ -130,6 +130,11 @@ def test_apply_leaves_links_of_another_kind_alone() -> None:
     assert measured.link(0, 1).kind is LinkKind.NVLINK
     assert measured.link(0, 1).provenance is Provenance.MEASURED
     assert measured.link(1, 2) == here.link(1, 2)
+
+
+def test_scatter_is_the_worst_fit() -> None:
+    assert profile_of(all_reduce={2: Fit(1e-4, 1e9, 0.2)}, send_recv=Fit(1e-4, 1e9, 0.7)).scatter == 0.7
+    assert profile_of(all_reduce={}, send_recv=None).scatter == 0.0
 
 
 def test_groups_are_powers_of_two_and_all() -> None:

@@ -175,7 +175,7 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
 def _pool_rates(profile: MachineProfile) -> Rates:
     """The best that a pool did, by one process or by several at once: what its ranks share.
 
-    Other programs only ever slow it down, so of two figures for the same cores the better is nearer the truth.
+    Other programs only ever slow it down, so of two figures for the same cores the better is truer.
     """
     seen = [profile.rates[0], *profile.pool_at_once.values()]
     return Rates(

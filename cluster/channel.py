@@ -34,6 +34,7 @@ from cluster.errors import GangDied
 _TOKEN_BYTES = 32
 _LONGEST_HELLO_BYTES = 256  # a token and a number; ZeroMQ drops a peer that sends more
 _QUEUED_MESSAGES = 64  # at each end of a socket: a reader further behind is stuck, and waiting shows it
+_RETRY_MS = 2  # between looks at a full queue
 _LINGER_MS = 1000  # a closed socket still delivers what it has, this long
 _MEMORY, _TCP = "memory:", "tcp://"
 
@@ -164,15 +165,23 @@ class _Sockets:
         while self._missing:
             self._welcome(deadline, timeout_s)
         for reader, peer in self._peers.items():
-            self._socket.setsockopt(zmq.SNDTIMEO, max(0, _milliseconds(deadline - time.monotonic())))
-            try:
-                self._socket.send_multipart((peer, message))
-            except zmq.Again:
-                raise GangDied(
-                    f"remote reader {reader} took nothing for {timeout_s:g} s: it is stopped or cut off"
-                ) from None
-            except zmq.ZMQError as error:  # EHOSTUNREACH: its connection is closed
-                raise GangDied(f"remote reader {reader} is gone: {error}") from None
+            while not self._sent(reader, peer, message):
+                if time.monotonic() > deadline:
+                    raise GangDied(
+                        f"remote reader {reader} took nothing for {timeout_s:g} s: it is stopped or cut off"
+                    )
+                if self._socket.poll(_RETRY_MS):  # also what lets the socket notice that a peer has left
+                    self._socket.recv_multipart()  # a stranger: every reader has joined
+
+    def _sent(self, reader: int, peer: bytes, message: bytes | bytearray | memoryview) -> bool:
+        """False when the reader's queue is full."""
+        try:
+            self._socket.send_multipart((peer, message), zmq.NOBLOCK)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as error:  # EHOSTUNREACH: its connection is closed
+            raise GangDied(f"remote reader {reader} is gone: {error}") from None
+        return True
 
     def _welcome(self, deadline: float, timeout_s: float) -> None:
         """Take one hello: a reader's token and number. Strangers are not answered."""

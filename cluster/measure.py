@@ -90,7 +90,7 @@ def measure(
     probing process dies.
     """
     fingerprint = fingerprint_of(topology)
-    path = cache_dir / f"profile-{fingerprint}.json" if cache_dir else None
+    path = profile_path(cache_dir, fingerprint) if cache_dir else None
     if path and not refresh and (cached := load(path, fingerprint)):
         progress(f"using the profile of {cached.measured_at[:10]}, {path}")
         return cached
@@ -102,6 +102,10 @@ def measure(
     if path:
         save(profile, path)
     return profile
+
+
+def profile_path(cache_dir: Path, fingerprint: str) -> Path:
+    return cache_dir / f"profile-{fingerprint}.json"
 
 
 def fingerprint_of(topology: Topology) -> str:

@@ -79,11 +79,11 @@ def _prompts(
 
 def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> ParallelDims:
     """The planner's choice for these prompts on this machine."""
-    from launch.planned import choose_layout
+    from launch.predict import choose
 
-    chosen = choose_layout(options, prompts)
-    progress.say(f"layout {chosen.dims.name}: {chosen.why}")
-    return chosen.dims
+    chosen = choose(options, prompts, progress).dims
+    progress.say(f"layout {chosen.name}, the planner's choice; `shardwise plan` says why")
+    return chosen
 
 
 def _generate(

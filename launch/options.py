@@ -69,15 +69,15 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
     return ParallelDims(tp, pp, dp)
 
 
-def engine_options(args: argparse.Namespace) -> EngineOptions:
-    """Checks every flag, and reads the model's config. Raises UserError."""
+def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> EngineOptions:
+    """Checks every flag, reads the model's config and the headers of its weights. Raises UserError."""
     for flag in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override"):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
     source = resolve(args.model)
     spec = spec_of(source)
-    if source.path is None and args.weights == "checkpoint":
+    if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
             f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory or a .gguf file"
         )
@@ -85,6 +85,10 @@ def engine_options(args: argparse.Namespace) -> EngineOptions:
         raise UserError(
             f"--max-model-len is {args.max_model_len}; {spec.name} was made for at most {spec.max_positions} positions"
         )
+    if needs_weights and args.weights == "checkpoint":
+        from orchestrator.engine.checkpoint import open_checkpoint
+
+        open_checkpoint(source, spec).verify()
     device = _device(args.device)
     return EngineOptions(
         source=source,

@@ -187,15 +187,19 @@ def show(made: Plan, workload: Workload, title: str) -> None:
     parts: list[RenderableType] = [title, ""]
     if made.chosen is not None:
         parts.append(plan_table(made))
-    rejected = [candidate for candidate in made.candidates if not candidate.feasible]
-    if rejected:
-        parts += ["Does not fit:", _rejections(rejected), ""]
+    parts += rejections(made)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
     parts.append(_bullets(made.explanation))
     wide = Console(highlight=False, markup=False)
     width = wide.width if wide.is_terminal else WIDTH
     Console(highlight=False, markup=False, width=width).print(Group(*parts))
+
+
+def rejections(made: Plan) -> list[RenderableType]:
+    """What does not fit and why; nothing where all fits."""
+    rejected = [candidate for candidate in made.candidates if not candidate.feasible]
+    return ["Does not fit:", _rejections(rejected), ""] if rejected else []
 
 
 def heading(made: Plan, topology: Topology, workload: Workload, dtype: str) -> str:

@@ -53,6 +53,7 @@ class Deployment:
     replicas: tuple[GangReplica, ...]
     limits: SchedulerConfig
     weight_bytes: tuple[int, ...]  # of each rank, replica by replica
+    scored: bytes  # float32 logits after each token of `score`, [T, vocabulary], of the first replica
 
     def coordinator(self, options: EngineOptions, text: Text | None) -> Coordinator:
         spec = options.spec
@@ -86,9 +87,16 @@ def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterato
 
 @contextmanager
 def deployment(
-    found: Devices, dims: ParallelDims, options: EngineOptions, progress: Progress
+    found: Devices,
+    dims: ParallelDims,
+    options: EngineOptions,
+    progress: Progress,
+    score: Sequence[int] = (),
 ) -> Iterator[Deployment]:
-    """A gang of workers for each replica, one worker a device, loaded and serving; all gone at the end."""
+    """A gang of workers for each replica, one worker a device, loaded and serving; all gone at the end.
+
+    `score` are forced tokens whose logits are wanted, to compare layouts by.
+    """
     shards = shard_replica(options.spec, dims)
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
@@ -99,7 +107,8 @@ def deployment(
         _join(placed, shards, _engine_config(options, dims))
         weight_bytes = _load(placed, dims, progress)
         limits = _fit(placed, dims, options, progress)
-        yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes))
+        scored = _score(placed[0], score) if score else b""
+        yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes), scored)
 
 
 def _acquire(found: Devices, dims: ParallelDims, device: str) -> list[Gang]:
@@ -199,6 +208,11 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
         groups=dims.pp,
         prefix_caching=options.prefix_caching,
     )
+
+
+def _score(replica: Placed, token_ids: Sequence[int]) -> bytes:
+    found = results(_everywhere([replica], "score", list(token_ids)), CALL_TIMEOUT_S)
+    return b"".join(part for part in found if part is not None)
 
 
 def _serve(replica: Placed, shards: Sequence[Shard]) -> GangReplica:

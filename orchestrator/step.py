@@ -41,3 +41,10 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     id: int
     token_ids: list[int]
     logprobs: list[TokenLogprobs | None] | None = None
+
+
+def one_prompt(token_ids: list[int], block_size: int) -> Step:
+    """A step that runs one prompt whole in slot 0 and the first blocks, outside any schedule."""
+    blocks = list(range(-(-len(token_ids) // block_size)))
+    admit = Admit(0, token_ids, len(token_ids), blocks, SamplingParams(), [])
+    return Step(0, [admit], [Row(0, 0, len(token_ids), True, -1, -1)])

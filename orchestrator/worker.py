@@ -22,9 +22,9 @@ from orchestrator.engine.loader import load
 from orchestrator.engine.memory import free_for_kv
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Runner, Slots
-from orchestrator.request import Request, SamplingParams
+from orchestrator.request import Request
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
-from orchestrator.step import Admit, Row, Step, StepResult
+from orchestrator.step import Step, StepResult, one_prompt
 from strategies import tensor
 from strategies.plan import Shard
 from strategies.source import ModelSource
@@ -113,8 +113,7 @@ class Worker:
         tokens = min(self.config.max_num_batched_tokens, self.config.spec.max_positions)
         blocks = -(-tokens // self.config.block_size)
         self.allocate(SchedulerConfig(blocks, self.config.block_size, 1, tokens, tokens))
-        admit = Admit(0, [0] * tokens, tokens, list(range(blocks)), SamplingParams(), [])
-        self.runner.run(Step(0, [admit], [Row(0, 0, tokens, True, -1, -1)]))
+        self.runner.run(one_prompt([0] * tokens, self.config.block_size))
         del self.runner
 
     def allocate(self, limits: SchedulerConfig) -> None:
@@ -124,6 +123,17 @@ class Worker:
         cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         self.runner = Runner(self.model, cache, slots, self.shard, self.collectives)
+
+    def score(self, token_ids: list[int]) -> bytes | None:
+        """float32 logits after each of the tokens, [T, vocabulary], from the last stage's first rank.
+
+        All ranks of the replica call it at once, before `lead` and `follow`.
+        """
+        logits = self.runner.score(token_ids)
+        if logits is None or self.shard.tp_rank:
+            return None
+        values: bytes = logits.float().cpu().numpy().tobytes()
+        return values
 
     # -- channels: steps go out from the leader, results come back from the last stage, tokens go to the coordinator --
 

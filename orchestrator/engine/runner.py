@@ -13,7 +13,7 @@ from orchestrator.engine.attention import Batch, Ints, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.sampler import History, sample
-from orchestrator.step import Row, Step, StepResult
+from orchestrator.step import Row, Step, StepResult, one_prompt
 from strategies.plan import Shard
 
 
@@ -83,19 +83,32 @@ class Runner:
 
     def forward(self, step: Step) -> Tensor | None:
         """Logits of the rows that sample, [R, V], on every rank of the last stage; elsewhere the next stage gets the states."""
-        self.slots.remember(step)
-        batch = self.slots.batch(step.rows)
-        context = SdpaContext(self.cache, batch, self._windows, self._device)
-        hidden_TE = self.model(self._input(batch), context)
-        if not self.shard.is_last:
-            assert self.collectives.next_rank is not None
-            self.collectives.send(hidden_TE, self.collectives.next_rank)
+        hidden_TE = self._layers(step)
+        if hidden_TE is None:
             return None
-        ends = np.cumsum(batch.counts) - 1
+        ends = np.cumsum([row.count for row in step.rows]) - 1
         wanted = ends[[row.samples for row in step.rows]]
         if not len(wanted):
             return hidden_TE.new_empty((0, self.model.spec.vocab))
         return self.model.logits(hidden_TE[torch.from_numpy(wanted).to(self._device)])
+
+    @torch.inference_mode()
+    def score(self, token_ids: list[int]) -> Tensor | None:
+        """Logits after each of the tokens, [T, V], on every rank of the last stage. Uses slot 0: not while serving."""
+        hidden_TE = self._layers(one_prompt(token_ids, self.slots.block_size))
+        return None if hidden_TE is None else self.model.logits(hidden_TE)
+
+    def _layers(self, step: Step) -> Tensor | None:
+        """This rank's layers: hidden states on the last stage; elsewhere they are sent on."""
+        self.slots.remember(step)
+        batch = self.slots.batch(step.rows)
+        context = SdpaContext(self.cache, batch, self._windows, self._device)
+        hidden_TE: Tensor = self.model(self._input(batch), context)
+        if self.shard.is_last:
+            return hidden_TE
+        assert self.collectives.next_rank is not None
+        self.collectives.send(hidden_TE, self.collectives.next_rank)
+        return None
 
     def _input(self, batch: Batch) -> Tensor:
         if self.shard.is_first:

@@ -1,0 +1,71 @@
+"""`shardwise compare`: predict, measure and check every layout on this machine, and print the signed error."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from launch.options import add_engine_arguments
+from launch.plan import add_workload_arguments, check_lengths, layouts_of, workload_of
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from cluster.topology import Topology
+    from launch.options import EngineOptions
+    from launch.progress import Progress
+    from launch.trial import Trial
+    from strategies.plan import ParallelDims, Plan
+    from strategies.spec import Workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_engine_arguments(parser)
+    add_workload_arguments(parser)
+    parser.add_argument("--layouts", metavar="A,B", help="only these, such as tp2,pp2; default: all that this machine could hold")
+    parser.add_argument("--no-measure", action="store_true", help="predict alone, start nothing")
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cluster.errors import NoFeasiblePlan
+    from launch.options import engine_options
+    from launch.predict import predict, this_machine
+    from launch.progress import Progress
+    from launch.report import comparison_to_json, show_comparison
+
+    workload = workload_of(args)
+    layouts = layouts_of(args.layouts)
+    options = engine_options(args, needs_weights=not args.no_measure)
+    check_lengths(options.spec, workload, options.max_model_len)
+    options = replace(options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens)
+    progress = Progress()
+    topology = this_machine(options, progress, measuring=not args.no_measure)
+    plan = predict(options, topology, workload, layouts)
+    trials = {} if args.no_measure else _try_all(plan, options, workload, topology, progress)
+    if args.json:
+        print(json.dumps(comparison_to_json(plan, trials, workload, topology), indent=2))
+    else:
+        show_comparison(plan, trials, workload, topology, options.dtype)
+    return 0 if plan.chosen is not None else NoFeasiblePlan.exit_code
+
+
+def _try_all(
+    plan: Plan, options: EngineOptions, workload: Workload, topology: Topology, progress: Progress
+) -> dict[ParallelDims, Trial]:
+    """Every feasible layout, smallest first, on one cluster: the first of them is what the others must equal."""
+    from launch.start import cluster
+    from launch.trial import Truth, measure_truth, run_trial
+
+    feasible = [candidate.dims for candidate in plan.candidates if candidate.feasible]
+    if not feasible:
+        return {}
+    feasible.sort(key=lambda dims: (dims.world_size, dims.dp, dims.pp))
+    trials: dict[ParallelDims, Trial] = {}
+    with cluster(options, max(dims.world_size for dims in feasible), progress) as found:
+        truth: Truth | None = measure_truth(found, options, feasible, topology, progress)
+        for dims in feasible:
+            trials[dims] = run_trial(found, dims, options, workload, topology, truth, progress)
+    return trials

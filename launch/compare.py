@@ -11,8 +11,6 @@ from launch.options import add_engine_arguments
 from launch.plan import add_workload_arguments, check_lengths, layouts_of, workload_of
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from cluster.topology import Topology
     from launch.options import EngineOptions
     from launch.progress import Progress
@@ -24,9 +22,15 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_engine_arguments(parser)
     add_workload_arguments(parser)
-    parser.add_argument("--layouts", metavar="A,B", help="only these, such as tp2,pp2; default: all that this machine could hold")
+    parser.add_argument(
+        "--layouts",
+        metavar="A,B",
+        help="only these, such as tp2,pp2; default: all that this machine could hold",
+    )
     parser.add_argument("--no-measure", action="store_true", help="predict alone, start nothing")
-    parser.add_argument("--json", action="store_true", help="one JSON object on standard output, nothing else")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object on standard output, nothing else"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -40,7 +44,9 @@ def run(args: argparse.Namespace) -> int:
     layouts = layouts_of(args.layouts)
     options = engine_options(args, needs_weights=not args.no_measure)
     check_lengths(options.spec, workload, options.max_model_len)
-    options = replace(options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens)
+    options = replace(
+        options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens
+    )
     progress = Progress()
     topology = this_machine(options, progress, measuring=not args.no_measure)
     plan = predict(options, topology, workload, layouts)

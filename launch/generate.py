@@ -29,13 +29,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_layout_arguments(parser)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
-    what.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="prompt, messages or prompt_token_ids a line, and sampling fields")
-    parser.add_argument("--chat", action="store_true", help="each --prompt is a user's message in the model's chat template")
+    what.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE.jsonl",
+        help="prompt, messages or prompt_token_ids a line, and sampling fields",
+    )
+    parser.add_argument(
+        "--chat", action="store_true", help="each --prompt is a user's message in the model's chat template"
+    )
     parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (128)")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line on standard output, nothing else")
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object a line on standard output, nothing else"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -97,7 +106,10 @@ def _generate(
 ) -> int:
     from launch.start import cluster, deployment
 
-    with cluster(options, dims.world_size, progress) as found, deployment(found, dims, options, progress) as served:
+    with (
+        cluster(options, dims.world_size, progress) as found,
+        deployment(found, dims, options, progress) as served,
+    ):
         printer = _JsonLines() if as_json else _People(prompts)
         started = time.perf_counter()
         tokens = asyncio.run(_answer_all(prompts, served, options, text, printer))
@@ -112,9 +124,7 @@ async def _answer_all(
     """All at once; printed in order, each as soon as those before it are out."""
     async with served.coordinator(options, text) as coordinator:
         on_text = printer.stream if len(prompts) == 1 else None
-        asked = [
-            asyncio.create_task(coordinator.complete(p.token_ids, p.sampling, on_text)) for p in prompts
-        ]
+        asked = [asyncio.create_task(coordinator.complete(p.token_ids, p.sampling, on_text)) for p in prompts]
         try:
             tokens = 0
             for prompt, task in zip(prompts, asked, strict=True):
@@ -164,7 +174,9 @@ class _People:
             print(f"── {prompt.label}")
         for choice, done in enumerate(completions):
             shown = self._single and choice == 0 and done.text is not None
-            answer = "" if shown else done.text if done.text is not None else " ".join(map(str, done.token_ids))
+            answer = (
+                "" if shown else done.text if done.text is not None else " ".join(map(str, done.token_ids))
+            )
             print(answer, flush=True)
 
 

@@ -34,22 +34,56 @@ class EngineOptions:
 
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, a built-in name, or smollm2")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one")
-    parser.add_argument("--dtype", choices=("auto", *BYTES_PER_ELEMENT), default="auto", help="default: float32 on cpu, half precision on cuda")
-    parser.add_argument("--weights", choices=("checkpoint", "dummy"), default="checkpoint", help="dummy: random, from the config alone")
-    parser.add_argument("--max-model-len", type=int, metavar="N", help="context length in tokens; default: the model's, or what fits")
+    parser.add_argument(
+        "model", metavar="MODEL", help="a directory, a .gguf file, a built-in name, or smollm2"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("auto", *BYTES_PER_ELEMENT),
+        default="auto",
+        help="default: float32 on cpu, half precision on cuda",
+    )
+    parser.add_argument(
+        "--weights",
+        choices=("checkpoint", "dummy"),
+        default="checkpoint",
+        help="dummy: random, from the config alone",
+    )
+    parser.add_argument(
+        "--max-model-len",
+        type=int,
+        metavar="N",
+        help="context length in tokens; default: the model's, or what fits",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences at once (256)")
-    parser.add_argument("--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens a step (2048)")
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens a step (2048)"
+    )
     parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
-    parser.add_argument("--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks; default: what fits")
-    parser.add_argument("--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of dummy weights, and of requests that give none")
-    parser.add_argument("--address", metavar="HOST:PORT", help="an existing Ray cluster; default: a private one, gone at exit")
+    parser.add_argument(
+        "--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks; default: what fits"
+    )
+    parser.add_argument(
+        "--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="of dummy weights, and of requests that give none"
+    )
+    parser.add_argument(
+        "--address", metavar="HOST:PORT", help="an existing Ray cluster; default: a private one, gone at exit"
+    )
 
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--layout", default=None, metavar="NAME", help="tp2, pp2, tp2pp2dp2, …; auto: the planner's choice (default)")
+    parser.add_argument(
+        "--layout",
+        default=None,
+        metavar="NAME",
+        help="tp2, pp2, tp2pp2dp2, …; auto: the planner's choice (default)",
+    )
     parser.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N")
     parser.add_argument("--pipeline-parallel-size", "-pp", type=int, metavar="N")
     parser.add_argument("--data-parallel-size", "-dp", type=int, metavar="N")
@@ -62,7 +96,9 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
     if all(size is None for size in sizes):
         return named
     if args.layout is not None:
-        raise BadLayout(f"--layout {args.layout} and -tp, -pp or -dp say the same thing twice; give one of them")
+        raise BadLayout(
+            f"--layout {args.layout} and -tp, -pp or -dp say the same thing twice; give one of them"
+        )
     if any(size is not None and size < 1 for size in sizes):
         raise BadLayout(f"-tp, -pp and -dp must be at least 1, not {min(s for s in sizes if s is not None)}")
     tp, pp, dp = (size or 1 for size in sizes)
@@ -71,7 +107,13 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
 
 def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> EngineOptions:
     """Checks every flag, reads the model's config and the headers of its weights. Raises UserError."""
-    for flag in ("max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size", "num_gpu_blocks_override"):
+    for flag in (
+        "max_model_len",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "block_size",
+        "num_gpu_blocks_override",
+    ):
         value = getattr(args, flag)
         if value is not None and value < 1:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
@@ -79,7 +121,8 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     spec = spec_of(source)
     if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
-            f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory or a .gguf file"
+            f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory "
+            "or a .gguf file"
         )
     if args.max_model_len is not None and args.max_model_len > spec.max_positions:
         raise UserError(

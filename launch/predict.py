@@ -48,7 +48,7 @@ def predict(
 
 
 def choose(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> Candidate:
-    """The planner's layout for these prompts: for latency if there is one, else for throughput. Raises NoFeasiblePlan."""
+    """The planner's layout for these prompts: for one, by latency; else by throughput. Raises NoFeasiblePlan."""
     topology = this_machine(options, progress, measuring=False)
     longest = max(len(p.token_ids) for p in prompts)
     output = max(p.sampling.max_tokens for p in prompts)

@@ -37,7 +37,12 @@ class Progress:
         from rich.console import Console
 
         count = rich.DownloadColumn() if unit_is_bytes else rich.MofNCompleteColumn()
-        columns = (rich.TextColumn("· {task.description}"), rich.BarColumn(), count, rich.TimeRemainingColumn())
+        columns = (
+            rich.TextColumn("· {task.description}"),
+            rich.BarColumn(),
+            count,
+            rich.TimeRemainingColumn(),
+        )
         with rich.Progress(*columns, console=Console(stderr=True)) as shown:
             task = shown.add_task(line, total=None)
 

@@ -22,14 +22,19 @@ class Prompt:
     label: str  # what the user wrote, for people
 
 
-def from_texts(texts: Sequence[str], sampling: SamplingParams, text: Text | None, *, chat: bool) -> list[Prompt]:
+def from_texts(
+    texts: Sequence[str], sampling: SamplingParams, text: Text | None, *, chat: bool
+) -> list[Prompt]:
     """`chat`: each is a user's message in the model's chat template."""
-    fields = [{"messages": [{"role": "user", "content": t}]} if chat else {"prompt": t} for t in texts]
-    return [Prompt(_token_ids(f, text), sampling, t) for f, t in zip(fields, texts, strict=True)]
+
+    def fields(prompt: str) -> dict[str, object]:
+        return {"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}
+
+    return [Prompt(_token_ids(fields(prompt), text), sampling, prompt) for prompt in texts]
 
 
 def from_file(path: Path, sampling: SamplingParams, text: Text | None) -> list[Prompt]:
-    """One JSON object a line: prompt, messages or prompt_token_ids, and any sampling field. Raises BadRequest by line."""
+    """A JSON object a line: prompt, messages or prompt_token_ids, and any sampling field. Raises BadRequest by line."""
     prompts = []
     for number, line in _lines(path):
         try:

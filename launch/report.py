@@ -21,6 +21,7 @@ Trials = Mapping[ParallelDims, Trial]
 
 
 def error_percent(predicted: float, measured: float) -> float | None:
+    """Signed; None where nothing was measured to divide by, as the TPOT of one-token answers."""
     return 100 * (predicted - measured) / measured if measured else None
 
 
@@ -37,7 +38,9 @@ def outputs(trial: Trial | None, trials: Trials) -> str | None:
 # --- for programs -------------------------------------------------------------------------------------------
 
 
-def comparison_to_json(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> dict[str, object]:
+def comparison_to_json(
+    plan: Plan, trials: Trials, workload: Workload, topology: Topology
+) -> dict[str, object]:
     """The object that `--json` prints: the plan's, and in each candidate what was measured."""
     made = plan_to_json(plan, workload)
     made["candidates"] = [_candidate(candidate, trials, workload) for candidate in plan.candidates]
@@ -54,14 +57,14 @@ def _candidate(candidate: Candidate, trials: Trials, workload: Workload) -> dict
 
 
 def _result(predicted: object, trial: Trial, workload: Workload) -> dict[str, object]:
-    measured = None if trial.measured is None else _measured(trial.measured)
+    measured = {} if trial.measured is None else _measured(trial.measured)
     assert isinstance(predicted, Mapping), "only feasible layouts are tried"
-    errors = measured and {key: error_percent(predicted[key], value) for key, value in measured.items()}
+    errors = {key: error_percent(predicted[key], value) for key, value in measured.items()}
     return {
         "concurrency": workload.concurrency,
         "predicted": predicted,
-        "measured": measured,
-        "error_percent": errors,
+        "measured": measured or None,
+        "error_percent": errors or None,
         "failure": trial.failure,
         "logits_error": trial.forced_error,
         "devices": [
@@ -87,7 +90,11 @@ def _measured(found: Measured) -> dict[str, float]:
 
 def verdicts(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> list[dict[str, object]]:
     """For each objective: what the plan would choose, what was best, and what the choice loses to it."""
-    return [verdict for o in Objective if (verdict := _verdict(plan, trials, replace(workload, objective=o), topology))]
+    return [
+        verdict
+        for o in Objective
+        if (verdict := _verdict(plan, trials, replace(workload, objective=o), topology))
+    ]
 
 
 def _verdict(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> dict[str, object] | None:
@@ -153,12 +160,11 @@ def comparison_table(plan: Plan, trials: Trials) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    table.add_column("layout", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    table.add_column("\nlayout", no_wrap=True)
     for metric in ("TTFT ms", "TPOT ms", "tokens/s"):
-        table.add_column(f"{metric}\npredicted", justify="right", no_wrap=True)
-        table.add_column("\nmeasured", justify="right", no_wrap=True)
-        table.add_column("\nerror", justify="right", no_wrap=True)
+        for column in (f"{metric}\npredicted", "\nmeasured", "\nerror"):
+            table.add_column(column, justify="right", no_wrap=True)
     table.add_column("\noutputs", no_wrap=True)
     for candidate in plan.candidates:
         if candidate.estimate is not None:
@@ -198,5 +204,7 @@ def _vitals(trials: Trials) -> Sequence[str]:
     for dims, trial in trials.items():
         for index, v in enumerate(trial.vitals):
             throttled = f", throttled by {', '.join(v.throttled_by)}" if v.throttled_by else ""
-            lines.append(f"{dims.name}, GPU {index}: {v.sm_clock_mhz} MHz, {v.temperature_c} °C, {v.watts} W{throttled}")
+            lines.append(
+                f"{dims.name}, GPU {index}: {v.sm_clock_mhz} MHz, {v.temperature_c} °C, {v.watts} W{throttled}"
+            )
     return lines

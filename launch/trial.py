@@ -47,7 +47,9 @@ class Measured:
 class Trial:
     measured: Measured | None  # None: it could not be run, see `failure`
     token_ids: tuple[tuple[int, ...], ...] = ()  # each request's greedy output
-    forced_error: float | None = None  # of the logits on forced tokens, relative L2 to float64; None in float32
+    forced_error: float | None = (
+        None  # of the logits on forced tokens, relative L2 to float64; None in float32
+    )
     allowed_error: float | None = None
     vitals: tuple[Vitals, ...] = ()
     failure: str | None = None

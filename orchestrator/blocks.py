@@ -1,4 +1,4 @@
-"""KV blocks: who holds which, which hold a known prefix, which may be taken. Pure bookkeeping; the bytes are elsewhere."""
+"""KV blocks: who holds which, which hold a known prefix, which may be taken. The bytes are elsewhere."""
 
 from __future__ import annotations
 

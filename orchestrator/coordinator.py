@@ -101,13 +101,17 @@ class Coordinator:
         if sampling.stop and self._text is None:
             raise BadRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
         check_length(len(ids), sampling.max_tokens, self._limits)
-        stop_ids = frozenset(sampling.stop_token_ids) | (frozenset() if sampling.ignore_eos else self._eos_ids)
+        stop_ids = frozenset(sampling.stop_token_ids) | (
+            frozenset() if sampling.ignore_eos else self._eos_ids
+        )
         seed = sampling.seed if sampling.seed is not None else self._seeds.getrandbits(62)
         return [
             Request(
                 id=str(next(self._numbers)),
                 prompt_token_ids=ids,
-                sampling=msgspec.structs.replace(sampling, seed=None if sampling.is_greedy else seed + i, n=1),
+                sampling=msgspec.structs.replace(
+                    sampling, seed=None if sampling.is_greedy else seed + i, n=1
+                ),
                 stop_ids=stop_ids,
             )
             for i in range(sampling.n)
@@ -145,7 +149,9 @@ class Coordinator:
         except ShardwiseError as error:
             self._fail(replica, error)
         except Exception as error:  # ours to mend, but nobody may wait for ever because of it
-            self._fail(replica, GangDied(f"replica {replica} cannot be read: {type(error).__name__}: {error}"))
+            self._fail(
+                replica, GangDied(f"replica {replica} cannot be read: {type(error).__name__}: {error}")
+            )
             raise
 
     def _fail(self, replica: int, error: ShardwiseError) -> None:

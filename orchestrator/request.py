@@ -92,7 +92,9 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     id: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
-    stop_ids: frozenset[int] = frozenset()  # the model's eos ids (unless ignored) and the request's stop tokens
+    stop_ids: frozenset[int] = (
+        frozenset()
+    )  # the model's eos ids (unless ignored) and the request's stop tokens
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

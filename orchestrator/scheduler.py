@@ -98,13 +98,17 @@ class Scheduler:
     @property
     def load(self) -> Load:
         return Load(
-            len(self.waiting), len(self.running), self.pool.free_blocks, self._preemptions, self._prefix_hit_tokens
+            len(self.waiting),
+            len(self.running),
+            self.pool.free_blocks,
+            self._preemptions,
+            self._prefix_hit_tokens,
         )
 
     # -- a step --
 
     def schedule(self) -> Step | None:
-        """The next batch under the token budget: decodes, then prompts under way, then waiting ones. None: nothing can run."""
+        """The next batch under the token budget: decodes, prompts under way, new ones. None: nothing can run."""
         rows: list[Row] = []
         sampling: list[Sequence] = []
         budget = self.config.max_num_batched_tokens
@@ -204,7 +208,9 @@ class Scheduler:
         sequence.named = len(hits)
         sequence.slot = self._free_slots.pop()
         self._prefix_hit_tokens += sequence.scheduled
-        position = next((i for i, s in enumerate(self.running) if s.arrival > sequence.arrival), len(self.running))
+        position = next(
+            (i for i, s in enumerate(self.running) if s.arrival > sequence.arrival), len(self.running)
+        )
         self.running.insert(position, sequence)
         return sequence
 
@@ -254,7 +260,10 @@ class Scheduler:
         request = sequence.request
         if token_id in request.stop_ids and sequence.output_tokens >= request.sampling.min_tokens:
             return FinishReason.STOP
-        if sequence.output_tokens >= request.sampling.max_tokens or len(sequence.tokens) >= self.config.max_model_len:
+        if (
+            sequence.output_tokens >= request.sampling.max_tokens
+            or len(sequence.tokens) >= self.config.max_model_len
+        ):
             return FinishReason.LENGTH
         return None
 
@@ -265,8 +274,8 @@ def check_length(prompt_tokens: int, max_tokens: int, config: SchedulerConfig) -
         raise BadRequest("the prompt has no tokens; it needs at least one")
     if prompt_tokens >= config.max_model_len:
         raise BadRequest(
-            f"the prompt has {prompt_tokens} tokens; the context is {config.max_model_len} and must hold at least one more. "
-            "Shorten it or raise --max-model-len"
+            f"the prompt has {prompt_tokens} tokens; the context is {config.max_model_len} and must hold at least "
+            "one more. Shorten it or raise --max-model-len"
         )
     longest = min(prompt_tokens + max_tokens, config.max_model_len)
     capacity = config.num_blocks * config.block_size

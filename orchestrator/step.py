@@ -1,4 +1,4 @@
-"""One engine step, as it travels from the leader to every rank. Small: tokens of a prompt travel once, when admitted."""
+"""One engine step, as it travels from the leader to every rank. A prompt's tokens travel once, when admitted."""
 
 from __future__ import annotations
 

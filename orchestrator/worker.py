@@ -69,7 +69,9 @@ class Worker:
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
         """Meet the other ranks of the replica."""
         self.config, self.shard = config, shard
-        self.device = torch.device(config.device, device_index) if config.device == "cuda" else torch.device("cpu")
+        self.device = (
+            torch.device(config.device, device_index) if config.device == "cuda" else torch.device("cpu")
+        )
         backend = "nccl" if config.device == "cuda" else "gloo"
         if config.device == "cpu":
             torch.set_num_threads(config.threads)
@@ -109,7 +111,7 @@ class Worker:
         return max(0, free // block)
 
     def _run_full_batch(self) -> None:
-        """One prompt as long as the token budget, through a cache of its own: what it takes is seen by the allocator."""
+        """One prompt as long as the token budget, through a cache of its own: torch's allocator sees what it takes."""
         tokens = min(self.config.max_num_batched_tokens, self.config.spec.max_positions)
         blocks = -(-tokens // self.config.block_size)
         self.allocate(SchedulerConfig(blocks, self.config.block_size, 1, tokens, tokens))

@@ -7,6 +7,7 @@ unlike speed (mixed cards) get unlike numbers of layers.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from cluster.errors import BadLayout
 from strategies.plan import ParallelDims, Shard
@@ -42,7 +43,7 @@ def split_layers(
         end -= best[stage][end][1]
         bounds.append(end)
     bounds.reverse()
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def head_cost_in_layers(spec: ModelSpec) -> float:

@@ -49,7 +49,7 @@ class ParallelDims:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """What one rank of a replica holds, as ranges of the whole model. Ranks count tp first: rank = stage × tp + tp_rank."""
+    """What one rank of a replica holds, as ranges of the whole model. rank = stage × tp + tp_rank."""
 
     tp_rank: int
     tp: int
@@ -85,7 +85,9 @@ class Estimate:
     kv_tokens: int  # that fit a replica
     share_of_limit: float  # of the data sheet's bound; at most 1
     usd_per_million_tokens: float | None
-    breakdown: Mapping[str, float]  # decode step, seconds by cause: weights, kv, compute, all_reduce, send_recv, host
+    breakdown: Mapping[
+        str, float
+    ]  # decode step, seconds by cause: weights, kv, compute, all_reduce, send_recv, host
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,9 @@ class ModelSpec:
     o_bias: bool = False
     mlp_bias: bool = False
     qk_norm: bool = False  # RMSNorm over head_dim of q and k, before RoPE
-    windows: tuple[int | None, ...] = ()  # sliding window of each layer, in tokens that a query sees; () is none anywhere
+    windows: tuple[
+        int | None, ...
+    ] = ()  # sliding window of each layer, in tokens that a query sees; () is none anywhere
     dtype: str = "bfloat16"  # as stored
     eos_ids: tuple[int, ...] = ()
     bos_id: int | None = None

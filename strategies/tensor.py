@@ -8,7 +8,8 @@ each KV head is replicated over several ranks, which share its query heads.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import BadLayout
 from strategies.plan import Shard
@@ -17,12 +18,14 @@ from strategies.spec import ModelSpec
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
+    from cluster.collectives import StageGroup
+
 
 def split_evenly(total: int, parts: int) -> list[range]:
     """Contiguous ranges over `total`, the first `total % parts` one longer."""
     size, extra = divmod(total, parts)
     bounds = [i * size + min(i, extra) for i in range(parts + 1)]
-    return [range(a, b) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [range(a, b) for a, b in pairwise(bounds)]
 
 
 def split_heads(spec: ModelSpec, tp: int) -> list[tuple[range, range]]:
@@ -39,10 +42,13 @@ def split_heads(spec: ModelSpec, tp: int) -> list[tuple[range, range]]:
         first = kv_head * spec.group
         if len(sharers) > spec.group:
             raise BadLayout(
-                f"tp={tp} puts {len(sharers)} ranks on KV head {kv_head} of {spec.name}, which has {spec.group} query heads"
+                f"tp={tp} puts {len(sharers)} ranks on KV head {kv_head} of {spec.name}, which has "
+                f"{spec.group} query heads"
             )
-        for part in split_evenly(spec.group, len(sharers)):
-            parts.append((range(first + part.start, first + part.stop), range(kv_head, kv_head + 1)))
+        parts += [
+            (range(first + part.start, first + part.stop), range(kv_head, kv_head + 1))
+            for part in split_evenly(spec.group, len(sharers))
+        ]
     return parts
 
 
@@ -51,9 +57,7 @@ def shard_stage(spec: ModelSpec, tp: int, stage: int, pp: int, layers: range) ->
     heads = split_heads(spec, tp)
     mlp = split_evenly(spec.intermediate, tp)
     vocab = split_evenly(spec.vocab, tp)
-    return [
-        Shard(t, tp, stage, pp, layers, heads[t][0], heads[t][1], mlp[t], vocab[t]) for t in range(tp)
-    ]
+    return [Shard(t, tp, stage, pp, layers, heads[t][0], heads[t][1], mlp[t], vocab[t]) for t in range(tp)]
 
 
 def local_spec(spec: ModelSpec, shard: Shard) -> ModelSpec:
@@ -131,17 +135,7 @@ def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-class TensorGroup(Protocol):
-    """The collectives that tensor parallelism needs, over the ranks of one stage."""
-
-    def all_reduce(self, tensor: Tensor) -> Tensor:
-        """Sum over ranks, in place; the same bits on every rank."""
-
-    def all_gather_columns(self, tensor: Tensor, widths: list[int]) -> Tensor:
-        """[tokens, own width] → [tokens, sum of widths], in rank order."""
-
-
-def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: TensorGroup) -> None:
+def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: StageGroup) -> None:
     """Turn a rank's transformer, built from `local_spec`, into its part of the whole. The model does not know."""
     if shard.tp == 1:
         return
@@ -160,7 +154,7 @@ def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: TensorGroup) -
         parts.head.register_forward_hook(lambda _m, _a, out: group.all_gather_columns(out, widths))
 
 
-def _split_embedding(embed: nn.Module, rows: range, group: TensorGroup) -> None:
+def _split_embedding(embed: nn.Module, rows: range, group: StageGroup) -> None:
     """Ids of other ranks' rows look up row 0 here and count as zero; the sum puts the rows together."""
     absent: list[Tensor] = []
 

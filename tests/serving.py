@@ -159,7 +159,9 @@ def answers(
         done: list[list[Completion]] = []
         async with found.coordinator(asked, None) as coordinator:
             for prompts in rounds:
-                done += await asyncio.gather(*(coordinator.complete(ids, sampling) for ids, sampling in prompts))
+                done += await asyncio.gather(
+                    *(coordinator.complete(ids, sampling) for ids, sampling in prompts)
+                )
         return done
 
     return [done[0] for done in asyncio.run(ask())]

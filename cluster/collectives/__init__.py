@@ -28,7 +28,9 @@ class Collectives(Protocol):
     world_size: int
     previous_rank: int | None  # same tp_rank, one stage before; None on the first stage
     next_rank: int | None  # same tp_rank, one stage after; None on the last stage
-    stage: StageGroup
+
+    @property
+    def stage(self) -> StageGroup: ...
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Starts sending and returns; the tensor must not be written to afterwards."""

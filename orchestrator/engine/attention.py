@@ -32,7 +32,9 @@ class Batch:
     def cache_rows(self, block_size: int) -> Ints:
         """Where each token's K and V go: [T]."""
         row_of_T = np.repeat(np.arange(len(self.counts)), self.counts)
-        return self.tables[row_of_T, self.positions_T // block_size] * block_size + self.positions_T % block_size
+        return (
+            self.tables[row_of_T, self.positions_T // block_size] * block_size + self.positions_T % block_size
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +49,9 @@ class _Prompt:
 class SdpaContext:
     """What every layer of one step shares: index tensors, made once."""
 
-    def __init__(self, cache: KVCache, batch: Batch, windows: Sequence[int | None], device: torch.device) -> None:
+    def __init__(
+        self, cache: KVCache, batch: Batch, windows: Sequence[int | None], device: torch.device
+    ) -> None:
         self.cache = cache
         self.windows = windows
         self.positions_T = torch.from_numpy(batch.positions_T).to(device)
@@ -58,7 +62,7 @@ class SdpaContext:
         self._prompts = [
             _Prompt(
                 slice(int(offsets[i]), int(offsets[i] + batch.counts[i])),
-                self._to_device(self._seen(batch, i, int(lengths[i])), device),
+                self._to_device(self._seen(batch, int(i), int(lengths[i])), device),
                 int(batch.starts[i]),
             )
             for i in np.flatnonzero(batch.counts > 1)
@@ -66,7 +70,7 @@ class SdpaContext:
         self._decodes = None
         if len(decodes):
             longest = int(lengths[decodes].max())
-            seen = np.stack([self._seen(batch, i, longest) for i in decodes])
+            seen = np.stack([self._seen(batch, int(i), longest) for i in decodes])
             self._decodes = self._to_device(offsets[decodes], device)
             self._decode_rows_BL = self._to_device(seen, device)
             self._lengths_B = self._to_device(lengths[decodes], device)
@@ -112,8 +116,10 @@ class SdpaContext:
         kv_heads = keys.shape[1]
         k_BKLD = keys[self._decode_rows_BL].transpose(1, 2)
         v_BKLD = values[self._decode_rows_BL].transpose(1, 2)
-        q_BKGD = q_BHD.unflatten(1, (kv_heads, -1))
-        out = F.scaled_dot_product_attention(q_BKGD, k_BKLD, v_BKLD, attn_mask=self._decode_mask(longest, window))
+        q_BKGD = q_BHD.reshape(rows, kv_heads, -1, q_BHD.shape[-1])
+        out = F.scaled_dot_product_attention(
+            q_BKGD, k_BKLD, v_BKLD, attn_mask=self._decode_mask(longest, window)
+        )
         return out.reshape(rows, *q_BHD.shape[1:])
 
     def _decode_mask(self, longest: int, window: int | None) -> Tensor | None:

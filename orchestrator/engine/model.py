@@ -1,5 +1,7 @@
-"""The decoder-only transformer, written once. No word about parallelism: a rank runs a smaller one (strategies/tensor.py)
-or fewer layers of it (strategies/pipeline.py), and the sums between ranks are hooked on from outside.
+"""The decoder-only transformer, written once, with no word about parallelism.
+
+A rank runs a smaller one (strategies/tensor.py) or fewer layers of it (strategies/pipeline.py), and the sums between
+ranks are hooked on from outside.
 
 Dimensions, as suffixes of tensors: T tokens of all sequences in the batch, one after another; H query heads,
 K KV heads, D head dimension, E hidden size.
@@ -42,14 +44,20 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.sizes = [spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim, spec.kv_heads * spec.head_dim]
+        self.sizes = [
+            spec.heads * spec.head_dim,
+            spec.kv_heads * spec.head_dim,
+            spec.kv_heads * spec.head_dim,
+        ]
         self.head_dim = spec.head_dim
         self.qkv = nn.Linear(spec.hidden, sum(self.sizes), bias=spec.qkv_bias)
         self.o = nn.Linear(self.sizes[0], spec.hidden, bias=spec.o_bias)
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
 
-    def forward(self, x_TE: Tensor, layer: int, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+    def forward(
+        self, x_TE: Tensor, layer: int, rotation: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
         q, k, v = self.qkv(x_TE).split(self.sizes, dim=-1)
         q_THD, k_TKD, v_TKD = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
@@ -79,7 +87,9 @@ class Layer(nn.Module):
         self.post_norm = RMSNorm(spec.hidden, spec.rms_eps)
         self.mlp = MLP(spec)
 
-    def forward(self, x_TE: Tensor, layer: int, rotation: tuple[Tensor, Tensor], context: AttentionContext) -> Tensor:
+    def forward(
+        self, x_TE: Tensor, layer: int, rotation: tuple[Tensor, Tensor], context: AttentionContext
+    ) -> Tensor:
         x_TE = x_TE + self.attention(self.input_norm(x_TE), layer, rotation, context)
         out: Tensor = x_TE + self.mlp(self.post_norm(x_TE))
         return out

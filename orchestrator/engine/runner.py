@@ -47,7 +47,9 @@ class Slots:
         counts = np.array([row.count for row in rows], dtype=np.int64)
         ends = np.cumsum(counts)
         positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        return Batch(self._token_ids(rows), positions, starts, counts, self._tables(rows, int((starts + counts).max())))
+        return Batch(
+            self._token_ids(rows), positions, starts, counts, self._tables(rows, int((starts + counts).max()))
+        )
 
     def _token_ids(self, rows: Sequence[Row]) -> Ints:
         ids: list[int] = []
@@ -61,12 +63,18 @@ class Slots:
 
 
 class Runner:
-    """Feeds one rank's transformer. The same on every rank: only the first stage reads token ids, only the last samples."""
+    """Feeds one rank's transformer, the same on every rank. The first stage reads token ids, the last samples."""
 
     def __init__(
         self, model: Transformer, cache: KVCache, slots: Slots, shard: Shard, collectives: Collectives
     ) -> None:
-        self.model, self.cache, self.slots, self.shard, self.collectives = model, cache, slots, shard, collectives
+        self.model, self.cache, self.slots, self.shard, self.collectives = (
+            model,
+            cache,
+            slots,
+            shard,
+            collectives,
+        )
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._windows = model.spec.windows or (None,) * model.spec.layers
@@ -82,7 +90,7 @@ class Runner:
         return StepResult(step.id, token_ids, logprobs)
 
     def forward(self, step: Step) -> Tensor | None:
-        """Logits of the rows that sample, [R, V], on every rank of the last stage; elsewhere the next stage gets the states."""
+        """Logits of the rows that sample, [R, V], on the last stage; elsewhere the next stage gets the states."""
         hidden_TE = self._layers(step)
         if hidden_TE is None:
             return None

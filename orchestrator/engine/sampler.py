@@ -1,4 +1,4 @@
-"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, and a draw that depends on (seed, position) alone.
+"""From logits to tokens: penalties, temperature, top-k, top-p, min-p, and a draw from (seed, position) alone.
 
 The draw is Gumbel-max over noise hashed from seed, position and token id: no state, no order, the same in every batch,
 layout and device. Rounding differences between layouts change a token only where two perturbed logits nearly tie.
@@ -32,9 +32,11 @@ class History:
 
 
 def sample(logits_RV: Tensor, rows: Sequence[History]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
-    """One token for each row of float32 logits, and its log-probabilities (of the model's own logits) where asked for."""
+    """One token for each row of float32 logits; its log-probabilities by the model's own logits, where asked for."""
     raw_RV = logits_RV
-    if any(r.sampling.has_penalties or len(r.token_ids) - r.prompt_tokens < r.sampling.min_tokens for r in rows):
+    if any(
+        r.sampling.has_penalties or len(r.token_ids) - r.prompt_tokens < r.sampling.min_tokens for r in rows
+    ):
         logits_RV = logits_RV.clone()
         for row_V, history in zip(logits_RV, rows, strict=True):
             _ban_stops(row_V, history)
@@ -67,10 +69,12 @@ def _penalise(row_V: Tensor, history: History) -> None:
     if params.repetition_penalty != 1:
         seen = torch.tensor(sorted(set(history.token_ids)), device=row_V.device)
         values = row_V[seen]
-        row_V[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+        row_V[seen] = torch.where(
+            values > 0, values / params.repetition_penalty, values * params.repetition_penalty
+        )
     if (params.presence_penalty or params.frequency_penalty) and history.output_ids:
         output = torch.tensor(history.output_ids, device=row_V.device)
-        ids, counts = output.unique(return_counts=True)
+        ids, counts = torch.unique(output, return_counts=True)
         row_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
 
 
@@ -78,7 +82,9 @@ def _filter(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     """-inf where min-p, top-k or top-p leaves a token out; the likeliest token always stays."""
     if any(p.min_p for p in params):
         floor = _column([p.min_p for p in params], logits_RV).log()
-        logits_RV = logits_RV.masked_fill(logits_RV < logits_RV.amax(dim=-1, keepdim=True) + floor, -torch.inf)
+        logits_RV = logits_RV.masked_fill(
+            logits_RV < logits_RV.amax(dim=-1, keepdim=True) + floor, -torch.inf
+        )
     if not any(p.top_k > 0 or p.top_p < 1 for p in params):
         return logits_RV
     vocab = logits_RV.shape[-1]
@@ -103,7 +109,7 @@ def _mix(x: int) -> int:
 
 
 def _gumbel(keys: Sequence[int], like_RV: Tensor) -> Tensor:
-    """Standard Gumbel noise [R, V]: a 32-bit integer hash ("lowbias32", C. Wellons) of token id, then of the row's key."""
+    """Standard Gumbel noise [R, V]: a hash ("lowbias32", C. Wellons) of token id, then of the row's key."""
     low32 = 0xFFFFFFFF
     x = torch.arange(like_RV.shape[-1], device=like_RV.device)
     key = torch.tensor([[k & low32, k >> 32] for k in keys], device=like_RV.device)

@@ -34,7 +34,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "num_key_value_heads": 4,
             "attention_bias": True,
             "mlp_bias": True,
-            "rope_parameters": ROPE | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
+            "rope_parameters": ROPE
+            | {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0},
         },
     ),
     "mistral, sliding window, linear rope": (
@@ -129,7 +130,12 @@ def test_seeded_draws_are_the_same_in_every_layout_and_batch(tmp_path: Path, poo
     model = make_model(tmp_path, "llama", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
     asked = options(tmp_path)
     seeded = [
-        (prompt, SamplingParams(max_tokens=20, temperature=1.0, seed=i, top_k=40 * (i % 2), top_p=0.95, repetition_penalty=1.1))
+        (
+            prompt,
+            SamplingParams(
+                max_tokens=20, temperature=1.0, seed=i, top_k=40 * (i % 2), top_p=0.95, repetition_penalty=1.1
+            ),
+        )
         for i, prompt in enumerate(prompts(model.config.vocab_size))
     ]
     found: dict[str, list[list[int]]] = {}

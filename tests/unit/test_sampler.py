@@ -42,7 +42,13 @@ def test_temperature_sharpens() -> None:
 
 @pytest.mark.parametrize(
     ("params", "kept"),
-    [({"top_k": 2}, 2), ({"top_p": 0.69}, 2), ({"top_p": 0.71}, 3), ({"min_p": 0.3}, 3), ({"top_k": 4, "top_p": 0.5}, 2)],
+    [
+        ({"top_k": 2}, 2),
+        ({"top_p": 0.69}, 2),
+        ({"top_p": 0.71}, 3),
+        ({"min_p": 0.3}, 3),
+        ({"top_k": 4, "top_p": 0.5}, 2),
+    ],
 )
 def test_filters_leave_the_head_of_the_distribution(params: dict[str, object], kept: int) -> None:
     expected = torch.where(torch.arange(5) < kept, LOGITS.exp(), 0.0)

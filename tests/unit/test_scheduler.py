@@ -1,4 +1,4 @@
-"""The scheduler against a model whose KV can be checked: each cache row holds the whole prefix that it was made from."""
+"""The scheduler against a model whose KV can be checked: a cache row holds the whole prefix it was made from."""
 
 from __future__ import annotations
 
@@ -64,12 +64,16 @@ class CheckedRanks:
         return self.tables[slot][block] * self.config.block_size + offset
 
 
-def request(name: str, prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset(), **kw: int) -> Request:
+def request(
+    name: str, prompt: list[int], max_tokens: int, stop_ids: frozenset[int] = frozenset(), **kw: int
+) -> Request:
     sampling = SamplingParams(max_tokens=max_tokens, **kw)
     return Request(id=name, prompt_token_ids=prompt, sampling=sampling, stop_ids=stop_ids)
 
 
-def run_all(scheduler: Scheduler, aborts: dict[int, str] | None = None) -> tuple[dict[str, list[int]], dict[str, FinishReason]]:
+def run_all(
+    scheduler: Scheduler, aborts: dict[int, str] | None = None
+) -> tuple[dict[str, list[int]], dict[str, FinishReason]]:
     """Keeps `groups` steps in flight, as the leader does; results arrive late and in order."""
     ranks = CheckedRanks(scheduler.config)
     in_flight: deque[StepResult] = deque()
@@ -95,7 +99,9 @@ def run_all(scheduler: Scheduler, aborts: dict[int, str] | None = None) -> tuple
 @settings(max_examples=150, deadline=None)
 @given(
     prompts=st.lists(
-        st.tuples(st.integers(0, 30), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 20)),
+        st.tuples(
+            st.integers(0, 30), st.lists(st.integers(0, 3), min_size=1, max_size=12), st.integers(1, 20)
+        ),
         min_size=1,
         max_size=9,
     ),

@@ -25,7 +25,7 @@ ROOT = str(Path(__file__).parents[2])
 
 @pytest.fixture(scope="module")
 def cluster():
-    with Cluster.embedded(SLOTS, num_gpus=0) as cluster:
+    with Cluster.embedded(SLOTS, num_gpus=2) as cluster:  # GPUs in name only: Ray counts, nobody computes
         yield cluster
 
 
@@ -56,6 +56,14 @@ def test_a_worker_is_told_what_it_may_use(lasting):
     assert Path(f"/proc/{member.pid}/fd/2").samefile(member.log)
 
 
+def test_each_gpu_worker_sees_all_gpus_and_knows_its_own(cluster):
+    gang = cluster.acquire(Parrot, 2, "cuda", timeout_s=PATIENCE_S)
+    assert [member.device for member in gang.members] == [0, 1]
+    visible = gang.call_all("environment", [[["CUDA_VISIBLE_DEVICES"]]] * 2)
+    assert [call.result(PATIENCE_S) for call in visible] == [[os.environ.get("CUDA_VISIBLE_DEVICES")]] * 2
+    gang.kill()
+
+
 def test_errors_come_back(lasting):
     with pytest.raises(BadLayout) as caught:
         lasting.call(0, "complain").result(PATIENCE_S)
@@ -82,10 +90,8 @@ def test_more_than_there_is_fails_at_once(cluster, lasting):
     assert str(caught.value).endswith(
         f" of process {os.getpid()} on {os.uname().nodename} (1). Use at most 3, or add nodes."
     )
-    with pytest.raises(
-        PlacementFailed, match=r"1 GPU needed; the cluster has none.* Add nodes that have a GPU"
-    ):
-        cluster.acquire(Parrot, 1, "cuda", timeout_s=PATIENCE_S)
+    with pytest.raises(PlacementFailed, match=r"3 GPU needed; the cluster has 2 .* Use at most 2, or add"):
+        cluster.acquire(Parrot, 3, "cuda", timeout_s=PATIENCE_S)
 
 
 def test_what_others_hold_fails_within_seconds(cluster, lasting):

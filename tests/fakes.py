@@ -16,7 +16,7 @@ from pathlib import Path
 from cluster.errors import GangDied
 from cluster.gang import Answer, Call, Fate, Member, attempt, failed, obituary, read_last_words
 
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 180.0
 
 
 class ProcessGang:

@@ -9,7 +9,7 @@ from strategies.spec import ModelSpec
 
 
 class KVCache:
-    """keys[layer], values[layer]: [num_blocks × block_size, kv_heads, head_dim]; block b has rows from b × block_size."""
+    """keys[layer], values[layer]: [num_blocks × block_size, kv_heads, head_dim]; block b: rows from b × block_size."""
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device

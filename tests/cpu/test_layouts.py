@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from orchestrator.request import SamplingParams
-from tests.serving import Pool, answers, greedy_reference, options, served
+from tests.oracle import SmolLM2Oracle, greedy
+from tests.serving import Pool, answers, assert_logits_agree, options, served
 from tests.tiny import make_model
 
 LAYOUTS = ["tp1", "tp2", "tp3", "pp2", "pp3", "dp2", "tp2pp2", "tp2dp2"]
@@ -90,22 +90,12 @@ def test_layout_equals_transformers(layout: str, tiny: tuple[Path, Any], pool: P
         done = answers(found, asked, [(prompt, sampling) for prompt in given])
         seen = pool.seen_logits()
         loads = [part.call(0, "current_load").result(10) for part in pool.given]
-    assert [c.token_ids for c in done] == [greedy_reference(model, p, OUTPUT_TOKENS) for p in given]
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
     if "dp" not in layout:  # one replica alone takes all prompts
         assert sum(load.preemptions for load in loads) > 0
         assert sum(load.prefix_hit_tokens for load in loads) > 0
     for prompt, completion in zip(given, done, strict=True):
-        _assert_logits_agree(model, prompt, completion.token_ids, seen)
-
-
-def _assert_logits_agree(
-    model: Any, prompt: list[int], output: list[int], seen: dict[tuple[int, ...], list[float]]
-) -> None:
-    tokens = prompt + output
-    with torch.no_grad():
-        expected = model(torch.tensor([tokens])).logits[0, len(prompt) - 1 : -1]
-    ours = torch.tensor([seen[tuple(tokens[:end])] for end in range(len(prompt), len(tokens))])
-    assert (ours - expected).norm() / expected.norm() < 1e-4
+        assert_logits_agree(model, prompt, completion.token_ids, seen)
 
 
 def test_eight_ranks_at_once(tmp_path: Path, pool: Pool) -> None:
@@ -114,7 +104,20 @@ def test_eight_ranks_at_once(tmp_path: Path, pool: Pool) -> None:
     given = prompts(model.config.vocab_size)
     with served("tp2pp2dp2", asked, pool) as found:
         done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
-    assert [c.token_ids for c in done] == [greedy_reference(model, p, OUTPUT_TOKENS) for p in given]
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
+
+
+def test_smollm2_itself(pool: Pool) -> None:
+    oracle = SmolLM2Oracle("cpu")
+    asked = options("smollm2", max_model_len=256, max_num_batched_tokens=64, block_size=16)
+    for layout in LAYOUTS:
+        with served(layout, asked, pool) as found:
+            sampling = SamplingParams(max_tokens=len(oracle.tokens[0]), ignore_eos=True)
+            done = answers(found, asked, [(prompt, sampling) for prompt in oracle.prompts])
+            seen = pool.seen_logits()
+        assert [c.token_ids for c in done] == oracle.tokens, layout
+        for prompt, completion in zip(oracle.prompts, done, strict=True):
+            assert_logits_agree(oracle.model, prompt, completion.token_ids, seen)
 
 
 def test_more_ranks_than_kv_heads(tmp_path: Path, pool: Pool) -> None:
@@ -123,7 +126,7 @@ def test_more_ranks_than_kv_heads(tmp_path: Path, pool: Pool) -> None:
     given = prompts(model.config.vocab_size)
     with served("tp5", asked, pool) as found:
         done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
-    assert [c.token_ids for c in done] == [greedy_reference(model, p, OUTPUT_TOKENS) for p in given]
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
 
 
 def test_seeded_draws_are_the_same_in_every_layout_and_batch(tmp_path: Path, pool: Pool) -> None:

@@ -140,7 +140,7 @@ class Cluster:
         ray.shutdown()
         if self._guard:
             self._guard.finish()
-        _set_environment(self._restore)
+            _set_environment(self._restore)
 
 
 class RayGang:
@@ -190,6 +190,8 @@ class RayGang:
     def kill(self) -> None:
         if self._fate.claim():
             self._end(GangDied(f"the gang of {len(self._members)} was stopped"))
+        else:  # somebody is at it
+            self._fate.wait(2 * _KILL_S)
 
     def _ask(self, index: int, name: str, what: str, *args: object) -> Call:
         call = Call(self._members[index], name)
@@ -353,7 +355,7 @@ def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tupl
             f"{len(actors)} actors were placed but did not all start within {timeout_s:g} s. "
             "Give it more time, or look at the load of the nodes."
         ) from None
-    except ray.exceptions.RayActorError as error:
+    except ray.exceptions.RayError as error:
         raise GangDied(f"an actor died while it started: {_how(error)}") from None
     order = sorted(range(len(actors)), key=lambda i: (facts[i].node_id, facts[i].device, facts[i].pid))
     return [actors[i] for i in order], [facts[i] for i in order]

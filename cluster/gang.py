@@ -16,7 +16,7 @@ import threading
 import traceback
 from collections.abc import Callable, Generator, Sequence
 from concurrent import futures
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -181,6 +181,10 @@ class Fate:
         for call in calls:
             call.fail(GangDied(str(death)))
         self._death.set_result(death)
+
+    def wait(self, timeout_s: float) -> None:
+        """Returns when it has ended, or after `timeout_s`."""
+        wait([self._death], timeout_s)
 
     def watch(self, on_death: Callable[[GangDied], None]) -> None:
         self._death.add_done_callback(lambda future: on_death(future.result()))

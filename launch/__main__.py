@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import sys
+from typing import NoReturn
 
-from cluster.errors import ShardwiseError
+from cluster.errors import ShardwiseError, UserError
 
 COMMANDS = {
     "plan": "pick the layout for a model on a machine, and say why the others lost",
@@ -16,10 +18,23 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong with the arguments in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(UserError.exit_code, f"{self.prog}: {message}; see {self.prog} --help\n")
+
+    def refuse(self, unknown: str) -> NoReturn:
+        """An argument that no parser knows, and the flag that it may have been meant for."""
+        known = self._option_string_actions
+        near = difflib.get_close_matches(unknown.partition("=")[0], known, n=1, cutoff=0.75)
+        self.error(f"unknown argument {unknown}" + (f", the nearest is {near[0]}" if near else ""))
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(prog="shardwise", description="Splits a language model over whatever GPUs are there.")
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    parser = _Parser(prog="shardwise", description="Splits a language model over whatever GPUs are there.")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     named = next((word for word in argv if not word.startswith("-")), None)
     for name, summary in COMMANDS.items():
         command = commands.add_parser(name, help=summary, description=summary)
@@ -27,7 +42,12 @@ def main(argv: list[str] | None = None) -> int:
             module = importlib.import_module(f"launch.{name}")
             module.add_arguments(command)
             command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:
+        commands.choices.get(args.command, parser).refuse(unknown[0])
+    if args.command is None:
+        parser.print_help(sys.stderr)
+        return UserError.exit_code
     try:
         return int(args.run(args))
     except ShardwiseError as error:

@@ -55,7 +55,9 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
     parser.add_argument("--output-tokens", type=int, default=256, metavar="N", help="of each request (256)")
     parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
-    parser.add_argument("--objective", choices=tuple(Objective), default=Objective.LATENCY, help="(latency)")
+    parser.add_argument(
+        "--objective", choices=tuple(map(str, Objective)), default=Objective.LATENCY, help="(latency)"
+    )
 
 
 def run(args: argparse.Namespace) -> int:

@@ -16,6 +16,9 @@ Binding: TypeAlias = Any
 """The pynvml module, which has no types, or its fake."""
 
 _MOST_LANES = 18
+# nvml.h. The binding has the first one as a tuple, by a comma too many, and its own call then refuses it.
+_P2P_READ = 0
+_P2P_NVLINK = 2
 """NVLink lanes to ask about: an H100 or B200 has 18, the most of any card so far."""
 
 _THROTTLE = {
@@ -93,9 +96,9 @@ def read_gpus(binding: Binding = None) -> GpuReport:
                 gpus=tuple(_gpu(nvml, i, handle) for i, handle in enumerate(handles)),
                 driver=_text(_ask(nvml, "nvmlSystemGetDriverVersion") or ""),
                 cuda=(cuda // 1000, cuda % 1000 // 10),
-                peer_access=dict(_pairs(nvml, handles, nvml.NVML_P2P_CAPS_INDEX_READ)),
+                peer_access=dict(_pairs(nvml, handles, _P2P_READ)),
                 nvlink=frozenset(
-                    pair for pair, ok in _pairs(nvml, handles, nvml.NVML_P2P_CAPS_INDEX_NVLINK) if ok
+                    pair for pair, ok in _pairs(nvml, handles, _P2P_NVLINK) if ok
                 ),
             )
     except nvml.NVMLError as error:

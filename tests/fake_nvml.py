@@ -40,8 +40,6 @@ class FakeNvml:
     NVML_FEATURE_ENABLED = pynvml.NVML_FEATURE_ENABLED
     NVML_DEVICE_MIG_ENABLE = pynvml.NVML_DEVICE_MIG_ENABLE
     NVML_NVLINK_DEVICE_TYPE_SWITCH = pynvml.NVML_NVLINK_DEVICE_TYPE_SWITCH
-    NVML_P2P_CAPS_INDEX_READ = pynvml.NVML_P2P_CAPS_INDEX_READ
-    NVML_P2P_CAPS_INDEX_NVLINK = pynvml.NVML_P2P_CAPS_INDEX_NVLINK
     NVML_P2P_STATUS_OK = pynvml.NVML_P2P_STATUS_OK
     NVML_CLOCK_SM = pynvml.NVML_CLOCK_SM
     NVML_CLOCK_MEM = pynvml.NVML_CLOCK_MEM
@@ -79,7 +77,8 @@ class FakeNvml:
 
     def nvmlDeviceGetP2PStatus(self, a: FakeGpu, b: FakeGpu, capability: int) -> int:  # noqa: N802
         joined = ("switch" in a.nvlink and "switch" in b.nvlink) or b.pci in a.nvlink
-        answer = joined if capability == self.NVML_P2P_CAPS_INDEX_NVLINK else self.peer_access or joined
+        assert isinstance(capability, int), "ctypes takes no tuple"
+        answer = joined if capability == pynvml.NVML_P2P_CAPS_INDEX_NVLINK else self.peer_access or joined
         return pynvml.NVML_P2P_STATUS_OK if answer else pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED
 
     def nvmlDeviceGetTotalEccErrors(self, gpu: FakeGpu, error: int, counter: int) -> int:  # noqa: N802
@@ -91,7 +90,7 @@ class FakeNvml:
     def nvmlDeviceGetClockInfo(self, gpu: FakeGpu, clock: int) -> int:  # noqa: N802
         return gpu.sm_clock_mhz if clock == self.NVML_CLOCK_SM else gpu.memory_clock_mhz
 
-    nvmlDeviceGetMaxClockInfo = nvmlDeviceGetClockInfo  # noqa: N815
+    nvmlDeviceGetMaxClockInfo = nvmlDeviceGetClockInfo
 
     def _supported(self, value: Any) -> Any:
         if value is None:

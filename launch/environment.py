@@ -68,7 +68,7 @@ def _fetch_pip(index: str) -> bytes:
         wheel = _get(urljoin(page, url), "*/*")
     except (OSError, ValueError, LookupError, StopIteration) as error:
         raise ValueError(
-            f"this Python has no ensurepip, and {page} gives no {PIP_WHEEL} ({error or 'not listed'}). "
+            f"this Python has no ensurepip, and {page} gives no {PIP_WHEEL} ({str(error) or 'not listed'}). "
             "As root: apt install python3-venv"
         ) from None
     if (digest := hashlib.sha256(wheel).hexdigest()) != PIP_SHA256:

@@ -1,0 +1,65 @@
+"""The command itself: quick to say what it can do, one line for what it was asked wrongly."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from launch.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+HEAVY = ("torch", "ray", "transformers", "numpy")
+PATIENCE_S = 5.0  # it takes 0.1 s; the rest is for a machine with other work
+
+HELP = f"""
+import sys
+from launch.__main__ import main
+try:
+    main(["--help"])
+finally:
+    print([name for name in {HEAVY} if name in sys.modules], file=sys.stderr)
+"""
+
+
+def test_help_is_quick_and_imports_nothing_heavy() -> None:
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", HELP], cwd=ROOT, capture_output=True, text=True)
+    assert time.monotonic() - started < PATIENCE_S
+    assert done.returncode == 0
+    assert done.stderr == "[]\n"
+    assert all(name in done.stdout for name in ("plan", "compare", "generate", "doctor"))
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("frobnicate", "invalid choice: 'frobnicate'"),
+        ("plan", "shardwise plan: the following arguments are required: MODEL"),
+        ("plan qwen3-8b --objective best", "invalid choice: 'best' (choose from"),
+        ("compare smollm2 --concurrency abc", "argument --concurrency: invalid int value: 'abc'"),
+        ("compare smollm2 --concurency 4", "unknown argument --concurency, the nearest is --concurrency"),
+        ("compare smollm2 --concurency=4", "unknown argument --concurency=4, the nearest is --concurrency"),
+        ("plan qwen3-8b --frobnicate", "unknown argument --frobnicate; see shardwise plan --help"),
+        ("generate smollm2", "one of the arguments --prompt --prompts is required"),
+        ("--frobnicate", "shardwise: unknown argument --frobnicate; see shardwise --help"),
+    ],
+)
+def test_wrong_arguments_get_one_line(argv: str, says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(argv.split())
+    out, err = capsys.readouterr()
+    assert ended.value.code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert says in err
+
+
+def test_no_command_at_all_gets_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("usage: shardwise")

@@ -65,13 +65,13 @@ def _try_all(
     from launch.start import cluster
     from launch.trial import Truth, measure_truth, run_trial
 
-    feasible = [candidate.dims for candidate in plan.candidates if candidate.feasible]
+    feasible = [candidate for candidate in plan.candidates if candidate.feasible]
     if not feasible:
         return {}
-    feasible.sort(key=lambda dims: (dims.world_size, dims.dp, dims.pp))
+    feasible.sort(key=lambda candidate: (candidate.dims.world_size, candidate.dims.dp, candidate.dims.pp))
     trials: dict[ParallelDims, Trial] = {}
-    with cluster(options, max(dims.world_size for dims in feasible), progress) as found:
-        truth: Truth | None = measure_truth(found, options, feasible, topology, progress)
-        for dims in feasible:
-            trials[dims] = run_trial(found, dims, options, workload, topology, truth, progress)
+    with cluster(options, max(c.dims.world_size for c in feasible), progress) as found:
+        truth: Truth | None = measure_truth(found, options, [c.dims for c in feasible], topology, progress)
+        for candidate in feasible:
+            trials[candidate.dims] = run_trial(found, candidate, options, workload, topology, truth, progress)
     return trials

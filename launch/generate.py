@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from launch.start import Deployment
     from orchestrator.request import Completion, SamplingParams
     from orchestrator.text import Text
-    from strategies.plan import ParallelDims
+    from strategies.plan import Candidate
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,6 +52,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.progress import Progress
     from orchestrator.request import SamplingParams
     from orchestrator.text import text_of
+    from strategies.plan import Candidate
 
     sampling = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
@@ -61,8 +62,8 @@ def run(args: argparse.Namespace) -> int:
     text = text_of(options.source)
     prompts = _prompts(args, sampling, text, options)
     progress = Progress()
-    dims = dims or _planned(options, prompts, progress)
-    return _generate(prompts, dims, options, text, progress, as_json=args.json)
+    chosen = Candidate(dims, reason=None, estimate=None) if dims else _planned(options, prompts, progress)
+    return _generate(prompts, chosen, options, text, progress, as_json=args.json)
 
 
 def _prompts(
@@ -86,18 +87,18 @@ def _prompts(
     return prompts
 
 
-def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> ParallelDims:
+def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> Candidate:
     """The planner's choice for these prompts on this machine."""
     from launch.predict import choose
 
-    chosen = choose(options, prompts, progress).dims
-    progress.say(f"layout {chosen.name}, the planner's choice; `shardwise plan` says why")
+    chosen = choose(options, prompts, progress)
+    progress.say(f"layout {chosen.dims.name}, the planner's choice; `shardwise plan` says why")
     return chosen
 
 
 def _generate(
     prompts: Sequence[Prompt],
-    dims: ParallelDims,
+    chosen: Candidate,
     options: EngineOptions,
     text: Text | None,
     progress: Progress,
@@ -106,9 +107,10 @@ def _generate(
 ) -> int:
     from launch.start import cluster, deployment
 
+    dims = chosen.dims
     with (
         cluster(options, dims.world_size, progress) as found,
-        deployment(found, dims, options, progress) as served,
+        deployment(found, dims, options, progress, shards=chosen.shards) as served,
     ):
         printer = _JsonLines() if as_json else _People(prompts)
         started = time.perf_counter()

@@ -91,13 +91,16 @@ def deployment(
     dims: ParallelDims,
     options: EngineOptions,
     progress: Progress,
+    *,
+    shards: Sequence[Shard] = (),
     score: Sequence[int] = (),
 ) -> Iterator[Deployment]:
     """A gang of workers for each replica, one worker a device, loaded and serving; all gone at the end.
 
-    `score` are forced tokens whose logits are wanted, to compare layouts by.
+    `shards` are a plan's, which knows how fast each device is; without them all count as equal. `score` are forced
+    tokens whose logits are wanted, to compare layouts by.
     """
-    shards = shard_replica(options.spec, dims)
+    shards = shards or shard_replica(options.spec, dims)
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
         gangs = _acquire(found, dims, options.device)

@@ -23,7 +23,7 @@ from launch.progress import Progress
 from launch.start import Deployment, Devices, deployment
 from orchestrator.coordinator import Coordinator
 from orchestrator.request import Completion, SamplingParams
-from strategies.plan import ParallelDims
+from strategies.plan import Candidate, ParallelDims
 from strategies.spec import Workload
 
 FORCED_TOKENS = 16  # whose logits are compared in half precision
@@ -86,14 +86,14 @@ def measure_truth(
     for dtype in ("float64", options.dtype):
         asked = replace(options, dtype=dtype, max_num_seqs=1, max_model_len=None, num_blocks=None)
         asked = replace(asked, max_num_batched_tokens=FORCED_TOKENS)
-        with deployment(found, one, asked, Progress(quiet=True), score) as started:
+        with deployment(found, one, asked, Progress(quiet=True), score=score) as started:
             scored.append(np.frombuffer(started.scored, np.float32))
     return Truth(scored[0], _distance(scored[1], scored[0]))
 
 
 def run_trial(
     found: Devices,
-    dims: ParallelDims,
+    candidate: Candidate,
     options: EngineOptions,
     workload: Workload,
     topology: Topology,
@@ -101,9 +101,11 @@ def run_trial(
     progress: Progress,
 ) -> Trial:
     """Start the layout, warm it up, answer the workload's requests at once."""
+    dims = candidate.dims
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
+    placed = deployment(found, dims, options, progress, shards=candidate.shards, score=score)
     try:
-        with deployment(found, dims, options, progress, score) as started, _watched(topology, dims) as vitals:
+        with placed as started, _watched(topology, dims) as vitals:
             progress.say(f"{dims.name}: measuring")
             done, seconds = asyncio.run(_answer(started, options, workload))
             scored = np.frombuffer(started.scored, np.float32)

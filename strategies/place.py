@@ -26,8 +26,14 @@ def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -
             known = ", ".join(name for name in device.flops_per_s if name in BYTES_PER_ELEMENT)
             raise BadLayout(f"the {device.name} computes in {known}, not in {dtype}; choose with --dtype")
     stages = [devices[s * dims.tp : (s + 1) * dims.tp] for s in range(dims.pp)]
-    speeds = tuple(min(topology.devices[i].bandwidth_bytes_per_s for i in stage) for stage in stages)
+    speeds = tuple(min(_speed(topology, i) for i in stage) for stage in stages)
     return Placement(spec, dims, dtype, shards(spec, dims.tp, dims.pp, speeds), topology, devices)
+
+
+def _speed(topology: Topology, index: int) -> float:
+    """Of the slowest device of its name: equal cards are equal, whatever a measurement's scatter says."""
+    name = topology.devices[index].name
+    return min(device.bandwidth_bytes_per_s for device in topology.devices if device.name == name)
 
 
 @functools.lru_cache(maxsize=256)

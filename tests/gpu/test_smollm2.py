@@ -12,7 +12,7 @@ from launch.progress import Progress
 from launch.start import Devices, cluster, deployment
 from launch.trial import Truth, forced_tokens, measure_truth, run_trial
 from orchestrator.request import SamplingParams
-from strategies.plan import ParallelDims
+from strategies.plan import Candidate, ParallelDims
 from strategies.spec import Workload
 from tests.oracle import SmolLM2Oracle
 from tests.serving import answers, options
@@ -37,7 +37,7 @@ def oracle() -> SmolLM2Oracle:
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_float32_tokens_and_logits(layout: str, devices: Devices, oracle: SmolLM2Oracle) -> None:
     score = forced_tokens(FLOAT32.spec.vocab)
-    with deployment(devices, ParallelDims.parse(layout), FLOAT32, Progress(), score) as found:
+    with deployment(devices, ParallelDims.parse(layout), FLOAT32, Progress(), score=score) as found:
         sampling = SamplingParams(max_tokens=len(oracle.tokens[0]), ignore_eos=True)
         done = answers(found, FLOAT32, [(prompt, sampling) for prompt in oracle.prompts])
         ours = torch.from_numpy(np.frombuffer(found.scored, np.float32).reshape(len(score), -1).copy())
@@ -57,7 +57,15 @@ def test_bfloat16_outputs_are_equal_within_one_process_own_error(devices: Device
     assert isinstance(truth, Truth)
     assert 0 < truth.own_error < 0.1
     for dims in layouts:
-        trial = run_trial(devices, dims, asked, Workload(32, 16, 4), topology, truth, Progress())
+        trial = run_trial(
+            devices,
+            Candidate(dims, reason=None, estimate=None),
+            asked,
+            Workload(32, 16, 4),
+            topology,
+            truth,
+            Progress(),
+        )
         assert trial.forced_error is not None
         assert trial.allowed_error is not None
         assert trial.forced_error <= trial.allowed_error

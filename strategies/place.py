@@ -15,6 +15,10 @@ from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 
 
+EQUAL_SPEED = 0.9
+"""Stages whose speeds differ by less get equal layers: two measurements of one card may differ by as much."""
+
+
 def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -> Placement:
     """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split."""
     have = len(topology.devices)
@@ -26,14 +30,9 @@ def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -
             known = ", ".join(name for name in device.flops_per_s if name in BYTES_PER_ELEMENT)
             raise BadLayout(f"the {device.name} computes in {known}, not in {dtype}; choose with --dtype")
     stages = [devices[s * dims.tp : (s + 1) * dims.tp] for s in range(dims.pp)]
-    speeds = tuple(min(_speed(topology, i) for i in stage) for stage in stages)
+    rates = [min(topology.devices[i].bandwidth_bytes_per_s for i in stage) for stage in stages]
+    speeds = tuple(max(rates) if rate > EQUAL_SPEED * max(rates) else rate for rate in rates)
     return Placement(spec, dims, dtype, shards(spec, dims.tp, dims.pp, speeds), topology, devices)
-
-
-def _speed(topology: Topology, index: int) -> float:
-    """Of the slowest device of its name: equal cards are equal, whatever a measurement's scatter says."""
-    name = topology.devices[index].name
-    return min(device.bandwidth_bytes_per_s for device in topology.devices if device.name == name)
 
 
 @functools.lru_cache(maxsize=256)

@@ -56,16 +56,8 @@ def test_bfloat16_outputs_are_equal_within_one_process_own_error(devices: Device
     truth = measure_truth(devices, asked, layouts, topology, Progress())
     assert isinstance(truth, Truth)
     assert 0 < truth.own_error < 0.1
-    for dims in layouts:
-        trial = run_trial(
-            devices,
-            Candidate(dims, reason=None, estimate=None),
-            asked,
-            Workload(32, 16, 4),
-            topology,
-            truth,
-            Progress(),
-        )
+    for candidate in (Candidate(dims, reason=None, estimate=None) for dims in layouts):
+        trial = run_trial(devices, candidate, asked, Workload(32, 16, 4), topology, truth, Progress())
         assert trial.forced_error is not None
         assert trial.allowed_error is not None
         assert trial.forced_error <= trial.allowed_error

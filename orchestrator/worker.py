@@ -58,8 +58,9 @@ class Worker:
         self._loaded = (0, 0)
         self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()  # requests to add, ids to abort
         self._steps: Writer | None = None
-        self._results: Writer | Reader | None = None
         self._tokens: Writer | None = None
+        self._results_out: Writer | None = None  # on the last stage, where there are several
+        self._results_in: Reader | None = None  # its other end, on the leader
 
     # -- getting ready --
 
@@ -144,8 +145,8 @@ class Worker:
         return [self._steps.address(i) for i in range(len(followers))] if self._steps else []
 
     def open_results(self, via: Via, interface: str) -> Address:
-        self._results = Writer.create([via], interface=interface)
-        return self._results.address(0)
+        self._results_out = Writer.create([via], interface=interface)
+        return self._results_out.address(0)
 
     def open_tokens(self, interface: str) -> Address:
         self._tokens = Writer.create([Via.SOCKET], interface=interface)
@@ -172,7 +173,7 @@ class Worker:
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""
         self.scheduler = Scheduler(self.limits)
-        self._results = Reader.open(results) if results else None
+        self._results_in = Reader.open(results) if results else None
         in_flight: deque[StepResult | None] = deque()  # None: the last stage will tell
         while not self._stopping:
             self._admit(wait=not (in_flight or self.scheduler.has_work))
@@ -209,9 +210,9 @@ class Worker:
 
     def _collect(self) -> StepResult | None:
         """The oldest step's tokens, from the last stage. None only when stopping."""
-        assert isinstance(self._results, Reader)
+        assert self._results_in is not None
         while not self._stopping:
-            message = self._results.recv(IDLE_WAIT_S)
+            message = self._results_in.recv(IDLE_WAIT_S)
             if message is not None:
                 return msgspec.msgpack.decode(message, type=StepResult)
         return None
@@ -233,5 +234,5 @@ class Worker:
             if message == _STOP:
                 return
             result = self.runner.run(msgspec.msgpack.decode(message, type=Step))
-            if result is not None and isinstance(self._results, Writer):
-                self._results.send(msgspec.msgpack.encode(result))
+            if result is not None and self._results_out is not None:
+                self._results_out.send(msgspec.msgpack.encode(result))

@@ -97,9 +97,7 @@ def read_gpus(binding: Binding = None) -> GpuReport:
                 driver=_text(_ask(nvml, "nvmlSystemGetDriverVersion") or ""),
                 cuda=(cuda // 1000, cuda % 1000 // 10),
                 peer_access=dict(_pairs(nvml, handles, _P2P_READ)),
-                nvlink=frozenset(
-                    pair for pair, ok in _pairs(nvml, handles, _P2P_NVLINK) if ok
-                ),
+                nvlink=frozenset(pair for pair, ok in _pairs(nvml, handles, _P2P_NVLINK) if ok),
             )
     except nvml.NVMLError as error:
         return GpuReport(problem=str(error))

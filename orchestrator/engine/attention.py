@@ -95,8 +95,8 @@ class SdpaContext:
         if self._decodes is not None:
             out_THD[self._decodes] = self._decode(q_THD[self._decodes], keys, values, window)
         for index, prompt in enumerate(self._prompts):
-            k_KLD = keys[prompt.seen_rows].transpose(0, 1)
-            v_KLD = values[prompt.seen_rows].transpose(0, 1)
+            k_KLD = keys.index_select(0, prompt.seen_rows).transpose(0, 1)
+            v_KLD = values.index_select(0, prompt.seen_rows).transpose(0, 1)
             q_HTD = q_THD[prompt.tokens].transpose(0, 1)
             mask = self._prompt_mask(index, window)
             out = F.scaled_dot_product_attention(
@@ -114,8 +114,9 @@ class SdpaContext:
         """One query a sequence. The query heads of a KV head stand as its rows, so nothing is repeated."""
         rows, longest = self._decode_rows_BL.shape
         kv_heads = keys.shape[1]
-        k_BKLD = keys[self._decode_rows_BL].transpose(1, 2)
-        v_BKLD = values[self._decode_rows_BL].transpose(1, 2)
+        seen = self._decode_rows_BL.flatten()
+        k_BKLD = keys.index_select(0, seen).view(rows, longest, kv_heads, -1).transpose(1, 2)
+        v_BKLD = values.index_select(0, seen).view(rows, longest, kv_heads, -1).transpose(1, 2)
         q_BKGD = q_BHD.reshape(rows, kv_heads, -1, q_BHD.shape[-1])
         out = F.scaled_dot_product_attention(
             q_BKGD, k_BKLD, v_BKLD, attn_mask=self._decode_mask(longest, window)

@@ -70,12 +70,14 @@ class Worker:
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
         """Meet the other ranks of the replica."""
         self.config, self.shard = config, shard
-        self.device = (
-            torch.device(config.device, device_index) if config.device == "cuda" else torch.device("cpu")
-        )
-        backend = "nccl" if config.device == "cuda" else "gloo"
-        if config.device == "cpu":
+        on_gpu = config.device == "cuda"
+        self.device = torch.device("cuda", device_index) if on_gpu else torch.device("cpu")
+        if on_gpu:
+            # cuDNN compiles a plan for every new shape, some 100 ms, and a decode's context grows at every step.
+            torch.backends.cuda.enable_cudnn_sdp(False)
+        else:
             torch.set_num_threads(config.threads)
+        backend = "nccl" if on_gpu else "gloo"
         size = shard.tp * shard.pp
         self.collectives: TorchCollectives = join(
             shard.rank, size, shard.tp, shard.pp, init_method, backend, self.device, config.join_timeout_s

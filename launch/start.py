@@ -28,7 +28,6 @@ LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen l
 CALL_TIMEOUT_S = 120.0
 LOOK_S = 0.25  # between two looks at a load
 LOOPBACK = "127.0.0.1"
-LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +55,7 @@ class Deployment:
     scored: bytes  # float32 logits after each token of `score`, [T, vocabulary], of the first replica
 
     def coordinator(self, options: EngineOptions, text: Text | None) -> Coordinator:
+        """The one that these replicas will ever have: their tokens come to it, and they end when it leaves."""
         spec = options.spec
         return Coordinator(
             self.replicas, self.limits, vocab=spec.vocab, eos_ids=spec.eos_ids, text=text, seed=options.seed
@@ -64,6 +64,9 @@ class Deployment:
 
 class Devices(Protocol):
     """Where gangs come from: cluster.actors.Cluster, or a stand-in without Ray."""
+
+    def require(self, count: int, device: str) -> None:
+        """Raises PlacementFailed unless so many devices are free."""
 
     def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
         """`count` processes, each with a device of its own. Raises PlacementFailed."""
@@ -80,8 +83,8 @@ def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterato
             yield found
         return
     progress.say("starting a private Ray")
-    gpus = devices if options.device == "cuda" else 0
-    with Cluster.embedded(num_cpu_devices=devices if not gpus else 0, num_gpus=gpus) as started:
+    slots, gpus = (devices, 0) if options.device == "cpu" else (0, None)  # None: those that are here
+    with Cluster.embedded(num_cpu_devices=slots, num_gpus=gpus) as started:
         yield started
 
 
@@ -115,7 +118,8 @@ def deployment(
 
 
 def _acquire(found: Devices, dims: ParallelDims, device: str) -> list[Gang]:
-    """The gangs of all replicas, started side by side: most of a start is importing torch."""
+    """The gangs of all replicas, started side by side: most of a start is importing torch. All of them or none."""
+    found.require(dims.world_size, device)
     with ThreadPoolExecutor(dims.dp) as starters:
         starting = [
             starters.submit(found.acquire, Worker, dims.replica_size, device, timeout_s=ACQUIRE_TIMEOUT_S)
@@ -194,7 +198,7 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
     """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
     size, asked = options.block_size, options.max_model_len
     blocks = min(blocks, options.num_blocks or blocks)
-    least = asked or min(LEAST_CONTEXT, options.spec.max_positions)
+    least = options.least_context
     if blocks * size < least:
         raise BadLayout(
             f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "

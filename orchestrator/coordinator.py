@@ -10,13 +10,22 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import msgspec
 
-from cluster.errors import BadRequest, GangDied, ShardwiseError
+from cluster.errors import GangDied, ShardwiseError
 from orchestrator.replica import Replica
-from orchestrator.request import Completion, FinishReason, Request, SamplingParams, Token, TokenLogprobs
+from orchestrator.request import (
+    Completion,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Token,
+    TokenLogprobs,
+    check_tokens,
+)
 from orchestrator.router import Outstanding, choose
 from orchestrator.scheduler import SchedulerConfig, check_length
 from orchestrator.text import AnswerText, Text
@@ -84,22 +93,21 @@ class Coordinator:
         request from its replica.
         """
         requests = self._admit(prompt_token_ids, sampling)
-        answers = [await self._submit(r, on_text if i == 0 else None) for i, r in enumerate(requests)]
+        answers = [self._route(r, on_text if i == 0 else None) for i, r in enumerate(requests)]
         try:
+            for answer in answers:
+                await self._replicas[answer.replica].submit([answer.request])
             return await asyncio.gather(*(answer.done for answer in answers))
         finally:
             for answer in answers:
-                if self._open.pop(answer.request.id, None) is not None and answer.replica not in self._dead:
-                    await self._replicas[answer.replica].abort([answer.request.id])
+                if self._open.pop(answer.request.id, None) is not None:
+                    with suppress(GangDied):  # then it is dropped already
+                        await self._replicas[answer.replica].abort([answer.request.id])
 
     def _admit(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> list[Request]:
         """The request as its n sequences, or BadRequest. Each sampled one has a seed, so that it can be run again."""
         ids = list(prompt_token_ids)
-        outside = next((t for t in [*ids, *sampling.stop_token_ids] if not 0 <= t < self._vocab), None)
-        if outside is not None:
-            raise BadRequest(f"token id {outside} is outside the vocabulary, 0 to {self._vocab - 1}")
-        if sampling.stop and self._text is None:
-            raise BadRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+        check_tokens(ids, sampling, vocab=self._vocab, has_tokenizer=self._text is not None)
         check_length(len(ids), sampling.max_tokens, self._limits)
         stop_ids = frozenset(sampling.stop_token_ids) | (
             frozenset() if sampling.ignore_eos else self._eos_ids
@@ -110,25 +118,24 @@ class Coordinator:
                 id=str(next(self._numbers)),
                 prompt_token_ids=ids,
                 sampling=msgspec.structs.replace(
-                    sampling, seed=None if sampling.is_greedy else seed + i, n=1
+                    sampling, seed=None if sampling.is_greedy else (seed + i) % 2**63, n=1
                 ),
                 stop_ids=stop_ids,
             )
             for i in range(sampling.n)
         ]
 
-    async def _submit(self, request: Request, on_text: OnText | None) -> _Answer:
-        replica = self._route()
+    def _route(self, request: Request, on_text: OnText | None) -> _Answer:
+        replica = self._choose()
         text = None
         if self._text is not None:
             text = AnswerText(self._text, request.sampling.stop, request.sampling.min_tokens)
         done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
         answer = _Answer(request, replica, done, text, on_text, time.perf_counter())
         self._open[request.id] = answer
-        await self._replicas[replica].submit([request])
         return answer
 
-    def _route(self) -> int:
+    def _choose(self) -> int:
         if len(self._dead) == len(self._replicas):
             raise next(iter(self._dead.values()))
         loads = {i: Outstanding(i, 0, 0) for i in range(len(self._replicas)) if i not in self._dead}

@@ -14,6 +14,8 @@ from cluster.gang import Call, Gang
 from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load
 
+OBITUARY_S = 2.0  # a death is told, with its last words, within 0.3 s of the first broken wire
+
 
 class Replica(Protocol):
     async def submit(self, requests: Sequence[Request]) -> None:
@@ -66,10 +68,12 @@ class GangReplica:
         died = asyncio.ensure_future(self._gang.died())
         loops = [asyncio.ensure_future(_outcome(loop)) for loop in self._loops]
         await asyncio.wait({died, *loops}, return_when=asyncio.FIRST_COMPLETED)
-        if died.done():
+        error = next((loop.result() for loop in loops if loop.done()), None)
+        if isinstance(error, GangDied):  # a neighbour's broken wire: the gang is about to say who died, and how
+            await asyncio.wait({died}, timeout=OBITUARY_S)
+        if error is None or died.done():
             return died.result()
-        error = next(loop.result() for loop in loops if loop.done())
-        self._gang.kill()
+        await asyncio.to_thread(self._gang.kill)
         return error
 
 

@@ -3,29 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
-from cluster.errors import GangDied
+from cluster.errors import GangDied, ShardwiseError
 from cluster.gang import Call, Gang, Member, results
 from launch.models import resolve
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.start import Deployment, Devices, deployment
-from orchestrator.request import Completion, SamplingParams
+from orchestrator.replica import Replica
+from orchestrator.request import Completion, SamplingParams, Token
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.step import Step
+from orchestrator.step import Step, StepResult
 from orchestrator.worker import Worker
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
 from tests.fakes import ProcessGang
+from tests.hosts import PATIENCE_S
 from tests.oracle import next_logits
+
+ENDLESS_TOKENS = 8000  # some 10 s: whoever strikes in the middle need not hurry
 
 
 class ReusedWorker(Worker):
@@ -52,6 +59,54 @@ class ReusedWorker(Worker):
     def start_afresh(self) -> None:
         self.collectives.leave()
         self.__init__()  # type: ignore[misc]
+
+
+class FrailWorker(Worker):
+    """Writes where it is to its standard error; rank 1 raises at a prompt that holds FATAL_TOKEN."""
+
+    FATAL_TOKEN = 130
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        super().allocate(limits)
+        print(f"rank {self.shard.rank} is ready", file=sys.stderr, flush=True)
+        run = self.runner.run
+
+        def fragile(step: Step) -> StepResult | None:
+            if self.shard.rank == 1 and any(self.FATAL_TOKEN in a.token_ids for a in step.admits):
+                raise IndexError(f"no row {self.FATAL_TOKEN}")
+            return run(step)
+
+        self.runner.run = fragile  # type: ignore[method-assign]
+
+
+class Hosting:
+    """Devices that host another class than they are asked to, and remember their gangs."""
+
+    def __init__(self, devices: Devices, worker_class: type) -> None:
+        self._devices, self._worker_class = devices, worker_class
+        self.gangs: list[Gang] = []
+
+    def require(self, count: int, device: str) -> None:
+        self._devices.require(count, device)
+
+    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
+        gang = self._devices.acquire(self._worker_class, count, device, timeout_s=timeout_s)
+        self.gangs.append(gang)
+        return gang
+
+
+class Tapped:
+    """A replica that tells when its first tokens have come."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self.submit, self.abort, self.load = replica.submit, replica.abort, replica.load
+        self.flowing = asyncio.Event()
+
+    async def steps(self) -> AsyncIterator[list[Token]]:
+        async for tokens in self._replica.steps():
+            self.flowing.set()
+            yield tokens
 
 
 class Slice:
@@ -99,6 +154,9 @@ class Pool:
         self.given: list[Slice] = []  # of the newest deployment
         self._lock = threading.Lock()
 
+    def require(self, count: int, device: str) -> None:
+        assert count <= len(self.free)
+
     def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
         with self._lock:
             taken, self.free = self.free[:count], self.free[count:]
@@ -116,6 +174,9 @@ class Pool:
 
 class Processes:
     """Satisfies launch.start.Devices without Ray."""
+
+    def require(self, count: int, device: str) -> None:
+        """A process for whoever asks."""
 
     def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
         return ProcessGang(worker_class, count)
@@ -166,6 +227,27 @@ def answers(
         return done
 
     return [done[0] for done in asyncio.run(ask())]
+
+
+def struck(
+    found: Deployment, asked: EngineOptions, prompt: Sequence[int], strike: Callable[[], None]
+) -> tuple[ShardwiseError, float]:
+    """How a request without end fails after `strike`, which comes once its first tokens have, and after how long."""
+
+    async def ask() -> tuple[ShardwiseError, float]:
+        replica = Tapped(found.replicas[0])
+        sampling = SamplingParams(max_tokens=ENDLESS_TOKENS, ignore_eos=True)
+        async with replace(found, replicas=(replica,)).coordinator(asked, None) as coordinator:
+            asking = asyncio.ensure_future(coordinator.complete(prompt, sampling))
+            await asyncio.wait_for(replica.flowing.wait(), PATIENCE_S)
+            assert not asking.done()
+            strike()
+            start_s = time.monotonic()
+            with pytest.raises(ShardwiseError) as caught:
+                await asyncio.wait_for(asking, PATIENCE_S)
+            return caught.value, time.monotonic() - start_s
+
+    return asyncio.run(ask())
 
 
 def assert_logits_agree(

@@ -10,15 +10,14 @@ import time
 from pathlib import Path
 
 import pytest
-import ray
 
 from cluster import guard
 from cluster.actors import Cluster
 from cluster.channel import Via
 from cluster.errors import BadLayout, GangDied, PlacementFailed, WorkerFailed
 from tests.hosted import Parrot, Talker, Unwilling
+from tests.hosts import PATIENCE_S, gone, head_address, second_node
 
-PATIENCE_S = 60.0
 SLOTS = 3
 ROOT = str(Path(__file__).parents[2])
 
@@ -42,10 +41,6 @@ def pair(cluster):
     gang = cluster.acquire(Parrot, 2, "cpu", timeout_s=PATIENCE_S)
     yield gang
     gang.kill()
-
-
-def gone(gang) -> bool:
-    return not any(os.path.exists(f"/proc/{member.pid}/exe") for member in gang.members)
 
 
 def test_a_worker_is_told_what_it_may_use(lasting):
@@ -179,10 +174,6 @@ with Cluster.connect(sys.argv[1]) as cluster:
 """
 
 
-def head_address() -> str:
-    return ray.get_runtime_context().gcs_address
-
-
 def test_a_guest_takes_only_its_own_away(lasting):
     guest = subprocess.run(
         [sys.executable, "-c", GUEST, head_address()],
@@ -213,21 +204,12 @@ def test_no_cluster_there_is_said_in_seconds(address, message):
 
 
 @pytest.fixture
-def second_node(cluster):
-    """Another raylet on this host: a node of its own, as far as Ray can tell."""
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--address", head_address()]
-    command += ["--num-cpus", "2", "--num-gpus", "0", "--object-store-memory", str(80 * 2**20), "--block"]
-    raylet = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + PATIENCE_S
-    while sum(node["Alive"] for node in ray.nodes()) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    yield
-    raylet.terminate()
-    raylet.wait(PATIENCE_S)
+def two_nodes(cluster):
+    with second_node(2):
+        yield
 
 
-def test_a_gang_on_two_nodes_talks_over_sockets_and_dies_as_one(cluster, lasting, second_node):
+def test_a_gang_on_two_nodes_talks_over_sockets_and_dies_as_one(cluster, lasting, two_nodes):
     gang = cluster.acquire(Talker, 4, "cpu", timeout_s=PATIENCE_S)
     nodes = [member.node_id for member in gang.members]
     assert nodes == sorted(nodes)

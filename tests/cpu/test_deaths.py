@@ -1,0 +1,125 @@
+"""A replica that breaks in the middle of a request: who died is told in seconds, nothing stays, others go on."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cluster.errors import GangDied, PlacementFailed, WorkerFailed
+from cluster.gang import Gang
+from launch.options import EngineOptions
+from launch.start import Deployment
+from orchestrator.request import Completion, SamplingParams
+from tests.fakes import ProcessGang
+from tests.hosted import Parrot
+from tests.hosts import PATIENCE_S, gone
+from tests.oracle import greedy
+from tests.serving import FrailWorker, Hosting, Processes, Tapped, options, served, struck
+from tests.tiny import make_model
+
+PROMPT = [3, 1, 4, 1, 5]
+OUTPUT_TOKENS = 24
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    directory = tmp_path_factory.mktemp("model")
+    return directory, make_model(directory, "llama", max_position_embeddings=8192)
+
+
+@contextmanager
+def frail(layout: str, asked: EngineOptions) -> Iterator[tuple[Deployment, list[Gang]]]:
+    where = Hosting(Processes(), FrailWorker)
+    with served(layout, asked, where) as found:
+        yield found, where.gangs
+
+
+@pytest.mark.parametrize(("layout", "rank"), [("tp2", 0), ("tp2", 1), ("pp2", 1)])
+def test_a_killed_worker_fails_the_request_with_its_last_words(
+    layout: str, rank: int, tiny: tuple[Path, Any]
+) -> None:
+    asked = options(tiny[0], max_model_len=None)
+    with frail(layout, asked) as (found, (gang,)):
+        member = gang.members[rank]
+        error, seconds = struck(found, asked, PROMPT, lambda: os.kill(member.pid, signal.SIGKILL))
+        assert isinstance(error, GangDied)
+        assert str(error).startswith(f"{member} died: signal SIGKILL. Its last words:")
+        assert f"rank {rank} is ready" in str(error)
+        assert seconds < 5
+        assert gone(gang)
+
+
+def test_a_worker_that_raises_ends_its_replica_and_says_why(tiny: tuple[Path, Any]) -> None:
+    asked = options(tiny[0], max_model_len=None)
+
+    async def ask_for_trouble(found: Deployment) -> None:
+        async with found.coordinator(asked, None) as coordinator:
+            await coordinator.complete([*PROMPT, FrailWorker.FATAL_TOKEN], SamplingParams())
+
+    with frail("tp2", asked) as (found, (gang,)):
+        with pytest.raises(WorkerFailed) as caught:
+            asyncio.run(asyncio.wait_for(ask_for_trouble(found), PATIENCE_S))
+        assert str(caught.value) == f"{gang.members[1]} failed in follow(): IndexError: no row 130"
+        assert gone(gang)
+
+
+def test_the_other_replica_goes_on(tiny: tuple[Path, Any]) -> None:
+    directory, model = tiny
+    asked = options(directory, max_model_len=None)
+    long = SamplingParams(max_tokens=1000, ignore_eos=True)  # some seconds: both are at it when one is killed
+    short = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
+
+    async def lose_one(found: Deployment, gangs: Sequence[Gang]) -> tuple[list[Any], list[Completion]]:
+        replicas = tuple(Tapped(replica) for replica in found.replicas)
+        async with replace(found, replicas=replicas).coordinator(asked, None) as coordinator:
+            asking = [asyncio.ensure_future(coordinator.complete(PROMPT, long)) for _ in replicas]
+            for replica in replicas:
+                await asyncio.wait_for(replica.flowing.wait(), PATIENCE_S)
+            os.kill(gangs[0].members[0].pid, signal.SIGKILL)
+            outcomes = await asyncio.gather(*asking, return_exceptions=True)
+            later = [await coordinator.complete(PROMPT, short) for _ in replicas]
+            return outcomes, [answer for (answer,) in later]
+
+    with frail("dp2", asked) as (found, gangs):
+        outcomes, later = asyncio.run(lose_one(found, gangs))
+        assert [gone(gang) for gang in gangs] == [True, False]
+    (death,) = [outcome for outcome in outcomes if isinstance(outcome, Exception)]
+    (finished,) = [outcome[0] for outcome in outcomes if isinstance(outcome, list)]
+    assert str(death).startswith(f"{gangs[0].members[0]} died: signal SIGKILL.")
+    expected = greedy(model, PROMPT, OUTPUT_TOKENS)
+    assert [done.token_ids for done in later] == [expected] * 2
+    assert len(finished.token_ids) == long.max_tokens
+    assert finished.token_ids[:OUTPUT_TOKENS] == expected
+
+
+class TooSmall:
+    """Devices that another user takes while the replicas are being started: the second gang finds none."""
+
+    def __init__(self) -> None:
+        self._acquired = itertools.count()
+        self.gangs: list[Gang] = []
+
+    def require(self, count: int, device: str) -> None:
+        """There were enough a moment ago."""
+
+    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
+        if next(self._acquired) == 1:
+            raise PlacementFailed("taken")
+        self.gangs.append(ProcessGang(Parrot, count))
+        return self.gangs[-1]
+
+
+def test_a_replica_that_cannot_be_placed_takes_the_others_with_it(tiny: tuple[Path, Any]) -> None:
+    where = TooSmall()
+    with pytest.raises(PlacementFailed, match="taken"), served("dp2", options(tiny[0]), where):
+        pass
+    assert gone(where.gangs[0])

@@ -1,0 +1,123 @@
+"""The whole path under Ray: right tokens on one node and on two, deaths told, refusals in words, nothing left."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from cluster.errors import GangDied, PlacementFailed
+from launch.progress import Progress
+from launch.start import Deployment, Devices, cluster
+from orchestrator.request import SamplingParams
+from tests.hosts import PATIENCE_S, gone, second_node
+from tests.oracle import greedy
+from tests.serving import FrailWorker, Hosting, answers, options, served, struck
+from tests.tiny import make_model
+
+SLOTS = 4
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(60))]
+OUTPUT_TOKENS = 24
+
+Tiny = tuple[Path, list[list[int]]]  # a model and the tokens that transformers answers PROMPTS with
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    directory = tmp_path_factory.mktemp("model")
+    model = make_model(directory, "llama", max_position_embeddings=8192)
+    return directory, [greedy(model, prompt, OUTPUT_TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def devices(tiny: Tiny) -> Iterator[Devices]:
+    with cluster(options(tiny[0]), SLOTS, Progress(quiet=True)) as found:
+        yield found
+
+
+def assert_right(found: Deployment, tiny: Tiny) -> None:
+    sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
+    done = answers(found, options(tiny[0]), [(prompt, sampling) for prompt in PROMPTS])
+    assert [answer.token_ids for answer in done] == tiny[1]
+
+
+def hosts() -> list[psutil.Process]:
+    """Our actors' processes."""
+    return [child for child in psutil.Process().children(recursive=True) if child.name() == "ray::Host"]
+
+
+def test_pp2_answers_as_transformers(devices: Devices, tiny: Tiny) -> None:
+    with served("pp2", options(tiny[0]), devices) as found:
+        assert_right(found, tiny)
+    assert hosts() == []
+
+
+def test_a_killed_actor_fails_the_request_with_its_last_words(devices: Devices, tiny: Tiny) -> None:
+    asked = options(tiny[0], max_model_len=None)
+    where = Hosting(devices, FrailWorker)
+    with served("tp2", asked, where) as found:
+        (gang,) = where.gangs
+        error, seconds = struck(
+            found, asked, PROMPTS[0], lambda: os.kill(gang.members[1].pid, signal.SIGKILL)
+        )
+        assert isinstance(error, GangDied)
+        assert str(error).startswith(f"{gang.members[1]} died: killed or crashed")
+        assert "rank 1 is ready" in str(error)
+        assert seconds < 5
+        assert gone(gang)
+    assert hosts() == []
+
+
+@pytest.fixture(scope="class")
+def holder(devices: Devices, tiny: Tiny) -> Iterator[Deployment]:
+    with served("tp2dp2", options(tiny[0]), devices) as found:
+        yield found
+
+
+class TestWhereAllDevicesAreHeld:
+    def test_who_holds_them_answers_as_transformers(self, holder: Deployment, tiny: Tiny) -> None:
+        assert_right(holder, tiny)
+
+    @pytest.mark.parametrize(
+        ("layout", "need", "way_out"),
+        [("tp2dp4", 8, "Use at most 4, or add nodes."), ("pp2", 2, "Wait for them, or end who holds them.")],
+    )
+    def test_others_are_told_so(
+        self, layout: str, need: int, way_out: str, holder: Deployment, devices: Devices, tiny: Tiny
+    ) -> None:
+        assert len(before := hosts()) == SLOTS
+        start_s = time.monotonic()
+        with pytest.raises(PlacementFailed) as caught, served(layout, options(tiny[0]), devices):
+            pass
+        assert time.monotonic() - start_s < 8
+        message = str(caught.value)
+        assert message.startswith(f"{need} CPU needed; the cluster has {SLOTS} on ")
+        assert "; free: 0; held by Worker-" in message
+        assert message.count(f" of process {os.getpid()} on {os.uname().nodename} (2)") == 2
+        assert message.endswith(way_out)
+        assert hosts() == before
+
+
+@pytest.fixture(scope="class")
+def a_device_on_each(devices: Devices) -> Iterator[None]:
+    taken = ray.util.placement_group([{"CPU": 1}] * (SLOTS - 1))
+    assert taken.wait(PATIENCE_S)
+    with second_node(1):
+        yield
+    ray.util.remove_placement_group(taken)
+
+
+@pytest.mark.usefixtures("a_device_on_each")
+class TestOnTwoNodes:
+    @pytest.mark.parametrize("layout", ["tp2", "pp2"])
+    def test_answers_as_transformers(self, layout: str, devices: Devices, tiny: Tiny) -> None:
+        where = Hosting(devices, FrailWorker)
+        with served(layout, options(tiny[0]), where) as found:
+            assert len({member.node_id for member in where.gangs[0].members}) == 2
+            assert_right(found, tiny)

@@ -23,6 +23,10 @@ from cluster.topology import Device, Link, LinkKind, Topology
 MOST_CPU_RANKS = 8
 """CPU ranks offered unasked. More would only thin out each other's threads."""
 
+LIMIT_CPU_RANKS = 64
+"""CPU ranks that one host is ever split into. A process each, with a link to every other: thousands are a slip of
+the keyboard that would take minutes to plan."""
+
 SHEET_CPU_CORES = 8
 """Cores of the catalogue's CPU (its source: eight AVX2 cores)."""
 
@@ -236,6 +240,11 @@ def usable_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
 
 def cpu_topology(world_size: int | None = None, cpu: Cpu | None = None) -> Topology:
     """Ranks that share one host's cores and memory: one pool."""
+    if world_size is not None and world_size > LIMIT_CPU_RANKS:
+        limit = f"{LIMIT_CPU_RANKS} ranks at most"
+        raise PlacementFailed(
+            f"{world_size} CPU ranks asked for; one host is split into {limit}: ask for fewer"
+        )
     cpu = cpu or read_cpu()
     ranks = world_size or min(cpu.cores, MOST_CPU_RANKS)
     node = platform.node()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import difflib
 import importlib
+import os
+import select
 import signal
 import sys
 from types import FrameType
@@ -60,20 +62,36 @@ def _run(args: argparse.Namespace) -> int:
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal ended_by
         ended_by = signal.SIGTERM
-        interrupt = signal.getsignal(
-            signal.SIGINT
-        )  # asyncio has its own; a shell's background job ignores it
+        # asyncio has its own; a shell's background job ignores it.
+        interrupt = signal.getsignal(signal.SIGINT)
         (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
 
     signal.signal(signal.SIGTERM, terminate)
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings meant for those who write with torch
     try:
-        return int(args.run(args))
+        code = int(args.run(args))
+        sys.stdout.flush()
+        return code
     except ShardwiseError as error:
         print(f"shardwise {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 128 + ended_by
+    except BrokenPipeError:
+        if not _reader_is_gone():
+            raise
+        return 128 + signal.SIGPIPE
+
+
+def _reader_is_gone() -> bool:
+    """Whether nobody reads our standard output any more, as after `| head`. Then what is left goes nowhere."""
+    look = select.poll()
+    look.register(sys.stdout, 0)
+    gone = bool(look.poll(0))  # an error or a hang-up, which nobody need ask for
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return gone
 
 
 if __name__ == "__main__":

@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_engine_arguments(parser)
-    add_workload_arguments(parser)
     parser.add_argument(
         "--layouts",
         metavar="A,B",
@@ -31,12 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"
     )
+    add_workload_arguments(parser)
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import NoFeasiblePlan
-    from launch.options import engine_options
-    from launch.predict import predict, this_machine
+    from launch.options import check_blocks, engine_options
+    from launch.predict import measured_machine, predict, this_machine
     from launch.progress import Progress
     from launch.report import comparison_to_json, show_comparison
 
@@ -47,8 +47,9 @@ def run(args: argparse.Namespace) -> int:
     options = replace(
         options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens
     )
+    check_blocks(options)
     progress = Progress()
-    topology = this_machine(options, progress, measuring=not args.no_measure)
+    topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
     plan = predict(options, topology, workload, layouts)
     trials = {} if args.no_measure else _try_all(plan, options, workload, topology, progress)
     if args.json:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import BadRequest, UserError
+from cluster.errors import UserError
 
 if TYPE_CHECKING:
     from launch.options import EngineOptions
@@ -21,13 +21,14 @@ if TYPE_CHECKING:
     from orchestrator.text import Text
     from strategies.plan import Candidate
 
+LABEL_WIDTH = 80  # characters of a prompt that are shown above its answer
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from launch.options import add_engine_arguments, add_layout_arguments
 
-    add_engine_arguments(parser)
-    add_layout_arguments(parser)
-    what = parser.add_mutually_exclusive_group(required=True)
+    prompts = parser.add_argument_group("prompts")
+    what = prompts.add_mutually_exclusive_group(required=True)
     what.add_argument("--prompt", nargs="+", metavar="TEXT", help="one or more prompts")
     what.add_argument(
         "--prompts",
@@ -35,41 +36,53 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.jsonl",
         help="prompt, messages or prompt_token_ids a line, and sampling fields",
     )
-    parser.add_argument(
+    prompts.add_argument(
         "--chat", action="store_true", help="each --prompt is a user's message in the model's chat template"
     )
-    parser.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (128)")
-    parser.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="0: all (default)")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--max-tokens", type=int, default=128, metavar="N", help="of an answer (128)")
+    sampling.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    sampling.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="of the likeliest tokens that add up to it (1: all)",
+    )
+    sampling.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="of the K likeliest tokens (0: all)"
+    )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line on standard output, nothing else"
     )
+    add_layout_arguments(parser)
+    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.options import engine_options, layout
+    from launch.options import check_blocks, engine_options, layout
+    from launch.predict import fitted
     from launch.progress import Progress
     from orchestrator.request import SamplingParams
     from orchestrator.text import text_of
-    from strategies.plan import Candidate
 
     sampling = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
     )
     dims = layout(args)
     options = engine_options(args)
+    check_blocks(options)
     text = text_of(options.source)
     prompts = _prompts(args, sampling, text, options)
     progress = Progress()
-    chosen = Candidate(dims, reason=None, estimate=None) if dims else _planned(options, prompts, progress)
+    chosen = _planned(options, prompts, progress) if dims is None else fitted(options, prompts, dims)
     return _generate(prompts, chosen, options, text, progress, as_json=args.json)
 
 
 def _prompts(
     args: argparse.Namespace, sampling: SamplingParams, text: Text | None, options: EngineOptions
 ) -> list[Prompt]:
-    from launch.prompts import from_file, from_texts
+    from launch.prompts import check, from_file, from_texts
 
     if args.chat and args.prompts is not None:
         raise UserError("--chat is for --prompt; a line of a --prompts file says it with messages")
@@ -78,12 +91,7 @@ def _prompts(
     else:
         prompts = from_texts(args.prompt, sampling, text, chat=args.chat)
     context = options.max_model_len or options.spec.max_positions
-    for number, prompt in enumerate(prompts, 1):
-        if len(prompt.token_ids) >= context:
-            raise BadRequest(
-                f"prompt {number} has {len(prompt.token_ids)} tokens; the context is {context} and must hold at least "
-                "one more. Shorten it or raise --max-model-len"
-            )
+    check(prompts, vocab=options.spec.vocab, context=context, has_tokenizer=text is not None)
     return prompts
 
 
@@ -91,7 +99,7 @@ def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progre
     """The planner's choice for these prompts on this machine."""
     from launch.predict import choose
 
-    chosen = choose(options, prompts, progress)
+    chosen = choose(options, prompts)
     progress.say(f"layout {chosen.dims.name}, the planner's choice; `shardwise plan` says why")
     return chosen
 
@@ -105,6 +113,7 @@ def _generate(
     *,
     as_json: bool,
 ) -> int:
+    from launch.prompts import check
     from launch.start import cluster, deployment
 
     dims = chosen.dims
@@ -112,6 +121,12 @@ def _generate(
         cluster(options, dims.world_size, progress) as found,
         deployment(found, dims, options, progress, shards=chosen.shards) as served,
     ):
+        check(
+            prompts,
+            vocab=options.spec.vocab,
+            context=served.limits.max_model_len,  # what fits may be less than the model's
+            has_tokenizer=text is not None,
+        )
         printer = _JsonLines() if as_json else _People(prompts)
         started = time.perf_counter()
         tokens = asyncio.run(_answer_all(prompts, served, options, text, printer))
@@ -172,14 +187,18 @@ class _People:
         sys.stdout.flush()
 
     def answer(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
-        if not self._single:
-            print(f"── {prompt.label}")
         for choice, done in enumerate(completions):
+            number = f" ({choice + 1} of {len(completions)})" if len(completions) > 1 else ""
+            if not self._single or choice:
+                print(f"── {_one_line(prompt.label)}{number}")
             shown = self._single and choice == 0 and done.text is not None
-            answer = (
-                "" if shown else done.text if done.text is not None else " ".join(map(str, done.token_ids))
-            )
-            print(answer, flush=True)
+            text = done.text if done.text is not None else " ".join(map(str, done.token_ids))
+            print("" if shown else text, flush=True)
+
+
+def _one_line(label: str) -> str:
+    line = " ".join(label.split())
+    return line if len(line) <= LABEL_WIDTH else line[: LABEL_WIDTH - 1] + "…"
 
 
 if TYPE_CHECKING:

@@ -20,9 +20,15 @@ def resolve(model: str) -> ModelSource:
     if model.lower() == SMOLLM2:
         return ModelSource(SMOLLM2, _smollm2(), SourceKind.GGUF)
     path = Path(model).expanduser().absolute()  # workers run elsewhere
-    if path.is_dir():
+    try:
+        is_directory, is_file = path.is_dir(), path.is_file()
+    except OSError as error:
+        raise BadModel(
+            f"{model[:200]} cannot be read ({error.strerror}); give a directory, a .gguf file or a built-in name"
+        ) from None
+    if is_directory:
         return _directory(path)
-    if path.is_file():
+    if is_file:
         if path.suffix != ".gguf":
             raise BadModel(
                 f"{model} is a file, but no .gguf; give a .gguf file or a directory with config.json"

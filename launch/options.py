@@ -12,6 +12,15 @@ from strategies.plan import ParallelDims
 from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
+_MOST = {  # far over what serves well anywhere, under what would fail only for want of memory
+    "max_model_len": 10**8,
+    "max_num_seqs": 65_536,
+    "max_num_batched_tokens": 10**6,
+    "block_size": 1024,
+    "num_gpu_blocks_override": 10**9,
+}
+LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
+
 
 @dataclass(frozen=True, slots=True)
 class EngineOptions:
@@ -32,61 +41,71 @@ class EngineOptions:
     address: str | None  # of a Ray cluster; None: a private one
     peer_access: bool  # False: NCCL_P2P_DISABLE is set
 
+    @property
+    def least_context(self) -> int:
+        """Tokens that a replica must have room for: the context asked for, or what is of some use."""
+        return self.max_model_len or min(LEAST_CONTEXT, self.spec.max_positions)
+
 
 def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a directory, a .gguf file, a built-in name, or smollm2"
     )
-    parser.add_argument(
+    engine = parser.add_argument_group("engine")
+    engine.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: cuda where there is one"
     )
-    parser.add_argument(
+    engine.add_argument(
         "--dtype",
         choices=("auto", *BYTES_PER_ELEMENT),
         default="auto",
         help="default: float32 on cpu, half precision on cuda",
     )
-    parser.add_argument(
+    engine.add_argument(
         "--weights",
         choices=("checkpoint", "dummy"),
         default="checkpoint",
         help="dummy: random, from the config alone",
     )
-    parser.add_argument(
+    engine.add_argument(
         "--max-model-len",
         type=int,
         metavar="N",
         help="context length in tokens; default: the model's, or what fits",
     )
-    parser.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences at once (256)")
-    parser.add_argument(
+    engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences at once (256)")
+    engine.add_argument(
         "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens a step (2048)"
     )
-    parser.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
-    parser.add_argument(
+    engine.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
+    engine.add_argument(
         "--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks; default: what fits"
     )
-    parser.add_argument(
+    engine.add_argument(
         "--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start"
     )
-    parser.add_argument(
+    engine.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of dummy weights, and of requests that give none"
     )
-    parser.add_argument(
+    engine.add_argument(
         "--address", metavar="HOST:PORT", help="an existing Ray cluster; default: a private one, gone at exit"
     )
 
 
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--layout",
-        default=None,
-        metavar="NAME",
-        help="tp2, pp2, tp2pp2dp2, …; auto: the planner's choice (default)",
+    layouts = parser.add_argument_group("layout")
+    layouts.add_argument(
+        "--layout", metavar="NAME", help="tp2, pp2, tp2pp2dp2, …; auto: the planner's choice (default)"
     )
-    parser.add_argument("--tensor-parallel-size", "-tp", type=int, metavar="N")
-    parser.add_argument("--pipeline-parallel-size", "-pp", type=int, metavar="N")
-    parser.add_argument("--data-parallel-size", "-dp", type=int, metavar="N")
+    layouts.add_argument(
+        "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that split each layer"
+    )
+    layouts.add_argument(
+        "--pipeline-parallel-size", "-pp", type=int, metavar="N", help="stages, each with some of the layers"
+    )
+    layouts.add_argument(
+        "--data-parallel-size", "-dp", type=int, metavar="N", help="replicas, each with the whole model"
+    )
 
 
 def layout(args: argparse.Namespace) -> ParallelDims | None:
@@ -107,16 +126,8 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
 
 def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> EngineOptions:
     """Checks every flag, reads the model's config and the headers of its weights. Raises UserError."""
-    for flag in (
-        "max_model_len",
-        "max_num_seqs",
-        "max_num_batched_tokens",
-        "block_size",
-        "num_gpu_blocks_override",
-    ):
-        value = getattr(args, flag)
-        if value is not None and value < 1:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
+    _check_sizes(args)
+    address = _address(args.address)
     source = resolve(args.model)
     spec = spec_of(source)
     if needs_weights and source.path is None and args.weights == "checkpoint":
@@ -126,7 +137,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         )
     if args.max_model_len is not None and args.max_model_len > spec.max_positions:
         raise UserError(
-            f"--max-model-len is {args.max_model_len}; {spec.name} was made for at most {spec.max_positions} positions"
+            f"--max-model-len is {args.max_model_len}; {spec.name} was made for {spec.max_positions} positions at most"
         )
     if needs_weights and args.weights == "checkpoint":
         from orchestrator.engine.checkpoint import open_checkpoint
@@ -146,12 +157,43 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         num_blocks=args.num_gpu_blocks_override,
         prefix_caching=not args.no_enable_prefix_caching,
         seed=args.seed,
-        address=args.address,
+        address=address,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
     )
 
 
+def _check_sizes(args: argparse.Namespace) -> None:
+    for flag, most in _MOST.items():
+        value = getattr(args, flag)
+        if value is not None and not 1 <= value <= most:
+            raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be from 1 to {most}")
+
+
+def check_blocks(options: EngineOptions) -> None:
+    """The KV blocks asked for hold one context. Raises UserError."""
+    if options.num_blocks is None:
+        return
+    tokens = options.num_blocks * options.block_size
+    if tokens < options.least_context:
+        raise UserError(
+            f"--num-gpu-blocks-override {options.num_blocks} blocks of {options.block_size} hold {tokens} tokens, "
+            f"fewer than a context of {options.least_context}; raise it or lower --max-model-len"
+        )
+
+
+def _address(asked: str | None) -> str | None:
+    """Of a Ray cluster; whether one answers there is found out later."""
+    if asked is None or asked == "auto" or asked.startswith("ray://"):  # which is refused with its own reason
+        return asked
+    host, _, port = asked.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--address {asked} is not HOST:PORT, such as 10.0.0.1:6379, nor auto")
+    return asked
+
+
 def _device(asked: str) -> str:
+    if asked == "cpu":
+        return asked
     import torch
 
     found = torch.cuda.is_available()

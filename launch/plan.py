@@ -52,11 +52,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
-    parser.add_argument("--output-tokens", type=int, default=256, metavar="N", help="of each request (256)")
-    parser.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
-    parser.add_argument(
-        "--objective", choices=tuple(map(str, Objective)), default=Objective.LATENCY, help="(latency)"
+    asked = parser.add_argument_group("workload")
+    asked.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
+    asked.add_argument("--output-tokens", type=int, default=256, metavar="N", help="of each request (256)")
+    asked.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
+    asked.add_argument(
+        "--objective",
+        choices=tuple(map(str, Objective)),
+        default=Objective.LATENCY,
+        help="what the chosen layout is best at (latency)",
     )
 
 
@@ -192,7 +196,7 @@ def show(made: Plan, workload: Workload, title: str) -> None:
     parts += rejections(made)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
-    parts.append(_bullets(made.explanation))
+    parts.append(bullets(made.explanation))
     wide = Console(highlight=False, markup=False)
     width = wide.width if wide.is_terminal else WIDTH
     Console(highlight=False, markup=False, width=width).print(Group(*parts))
@@ -260,7 +264,7 @@ def _rejections(rejected: Sequence[Candidate]) -> Table:
     return table
 
 
-def _bullets(sentences: Sequence[str]) -> Table:
+def bullets(sentences: Sequence[str]) -> Table:
     from rich.table import Table
 
     table = Table.grid(padding=(0, 1, 0, 0))

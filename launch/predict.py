@@ -8,31 +8,38 @@ from pathlib import Path
 
 from cluster import measure
 from cluster.discover import discover
-from cluster.errors import NoFeasiblePlan
+from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.topology import Topology
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
+from strategies.pipeline import shard_replica
 from strategies.plan import Candidate, ParallelDims, Plan
 from strategies.planner import plan
 from strategies.spec import Objective, Workload
 
 
-def this_machine(options: EngineOptions, progress: Progress, *, measuring: bool) -> Topology:
-    """Its devices and links; measured now or on an earlier day. `measuring` False: only if it was earlier."""
-    found = discover(
-        device=options.device, peer_access=options.peer_access, visible=os.environ.get("CUDA_VISIBLE_DEVICES")
+def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
+    """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
+    found = _found(options, cpu_ranks)
+    fingerprint = measure.fingerprint_of(found)
+    earlier = measure.load(measure.profile_path(cache_directory(), fingerprint), fingerprint)
+    return found if earlier is None else measure.apply(earlier, found, options.dtype)
+
+
+def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
+    """The same, measured now if it never was."""
+    found = _found(options)
+    return measure.apply(measure.measure(found, cache_directory(), progress.say), found, options.dtype)
+
+
+def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
+    return discover(
+        cpu_ranks if options.device == "cpu" else None,
+        options.device,
+        peer_access=options.peer_access,
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
     )
-    kept = cache_directory()
-    if measuring:
-        profile = measure.measure(found, kept, progress.say)
-    else:
-        fingerprint = measure.fingerprint_of(found)
-        earlier = measure.load(measure.profile_path(kept, fingerprint), fingerprint)
-        if earlier is None:
-            return found
-        profile = earlier
-    return measure.apply(profile, found, options.dtype)
 
 
 def cache_directory() -> Path:
@@ -47,14 +54,29 @@ def predict(
     return plan(options.spec, topology, workload, options.dtype, layouts=layouts, max_model_len=length)
 
 
-def choose(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> Candidate:
+def choose(options: EngineOptions, prompts: Sequence[Prompt]) -> Candidate:
     """The planner's layout for these prompts: for one, by latency; else by throughput. Raises NoFeasiblePlan."""
-    topology = this_machine(options, progress, measuring=False)
+    made = predict(options, this_machine(options), _workload(options, prompts), None)
+    if made.chosen is None:
+        raise NoFeasiblePlan(" ".join(made.explanation))
+    return made.chosen
+
+
+def fitted(options: EngineOptions, prompts: Sequence[Prompt], dims: ParallelDims) -> Candidate:
+    """The layout asked for, if model and machine can be split so. Raises BadLayout with the arithmetic."""
+    if options.address is not None:  # other machines, whose memory is seen once they are joined
+        return Candidate(dims, None, None, shard_replica(options.spec, dims))
+    topology = this_machine(options, cpu_ranks=dims.world_size)
+    made = predict(options, topology, _workload(options, prompts), [dims])
+    if made.chosen is None:
+        reason = made.candidates[0].reason
+        raise BadLayout(f"{dims.name} does not fit: {reason}. {' '.join(made.explanation)}")
+    return made.chosen
+
+
+def _workload(options: EngineOptions, prompts: Sequence[Prompt]) -> Workload:
     longest = max(len(p.token_ids) for p in prompts)
     output = max(p.sampling.max_tokens for p in prompts)
     output = max(1, min(output, options.spec.max_positions - longest))
     objective = Objective.LATENCY if len(prompts) == 1 else Objective.THROUGHPUT
-    made = predict(options, topology, Workload(longest, output, len(prompts), objective), None)
-    if made.chosen is None:
-        raise NoFeasiblePlan(" ".join(made.explanation))
-    return made.chosen
+    return Workload(longest, output, len(prompts), objective)

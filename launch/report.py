@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.topology import Topology
-from launch.plan import WIDTH, candidate_to_json, heading, plan_to_json, rejections
+from launch.plan import WIDTH, bullets, candidate_to_json, heading, plan_table, plan_to_json, rejections
 from launch.trial import Measured, Trial
 from strategies.cost import score
 from strategies.explain import ms
@@ -143,9 +143,13 @@ def show_comparison(plan: Plan, trials: Trials, workload: Workload, topology: To
     console = Console(highlight=False, markup=False)
     if not console.is_terminal:
         console.width = WIDTH
-    console.print(heading(plan, topology, workload, dtype), "", comparison_table(plan, trials), sep="\n")
+    console.print(heading(plan, topology, workload, dtype), "", sep="\n")
+    if plan.chosen is not None:
+        console.print(comparison_table(plan, trials) if trials else plan_table(plan))
     for part in rejections(plan):
         console.print(part)
+    if plan.chosen is None:
+        console.print(bullets(plan.explanation))
     for verdict in verdicts(plan, trials, workload, topology):
         console.print(_sentence(verdict))
     for line in _vitals(trials):
@@ -162,8 +166,8 @@ def comparison_table(plan: Plan, trials: Trials) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
     table.add_column("\nlayout", no_wrap=True)
-    for metric in ("TTFT ms", "TPOT ms", "tokens/s"):
-        for column in (f"{metric}\npredicted", "\nmeasured", "\nerror"):
+    for metric in ("TTFT ms", "TPOT ms", "tok/s"):
+        for column in (f"{metric}\npred.", "\nmeas.", "\nerror"):
             table.add_column(column, justify="right", no_wrap=True)
     table.add_column("\noutputs", no_wrap=True)
     for candidate in plan.candidates:
@@ -177,7 +181,7 @@ def comparison_table(plan: Plan, trials: Trials) -> Table:
 
 def _cells(predicted: Estimate, measured: Measured | None) -> list[str]:
     def number(value: float, is_time: bool) -> str:
-        return ms(value).removesuffix(" ms") if is_time else f"{value:,.1f}"
+        return ms(value).removesuffix(" ms") if is_time else f"{value:,.{1 if value < 100 else 0}f}"
 
     cells: list[str] = []
     for name, is_time in (("ttft_s", True), ("tpot_s", True), ("output_tokens_per_s", False)):
@@ -188,7 +192,7 @@ def _cells(predicted: Estimate, measured: Measured | None) -> list[str]:
             continue
         real = getattr(measured, name)
         error = error_percent(value, real)
-        cells += [number(real, is_time), "" if error is None else f"{error:+.0f} %"]
+        cells += [number(real, is_time), "" if error is None else f"{error:+.0f}%"]
     return cells
 
 
@@ -196,7 +200,7 @@ def _sentence(verdict: Mapping[str, object]) -> str:
     objective, chosen, winner = verdict["objective"], verdict["chosen"], verdict["winner"]
     if chosen == winner:
         return f"For {objective} the plan chose {chosen}, and {chosen} was best."
-    return f"For {objective} the plan chose {chosen}; {winner} was best, by {verdict['regret_percent']} %."
+    return f"For {objective} the plan chose {chosen}; {winner} was best, by {verdict['regret_percent']:.1f}%."
 
 
 def _vitals(trials: Trials) -> Sequence[str]:

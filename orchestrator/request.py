@@ -44,11 +44,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         for name, low, high in _RANGES:
             value = getattr(self, name)
             if value is not None and not low <= value <= high:
-                raise BadRequest(f"{name} is {value}; it must be {_interval(low, high)}")
+                rule = f"at least {low}" if value < low else f"from {low} to {high}"
+                raise BadRequest(f"{name} is {value}; it must be {rule}")
         if self.top_p == 0:
             raise BadRequest("top_p is 0; it must be above 0 and at most 1")
-        if self.repetition_penalty == 0:
-            raise BadRequest("repetition_penalty is 0; it must be above 0")
+        if 0 < self.temperature < LEAST_TEMPERATURE:
+            rule = f"0, which is greedy, or at least {LEAST_TEMPERATURE:g}"
+            raise BadRequest(f"temperature is {self.temperature:g}; it must be {rule}")
         if self.min_tokens > self.max_tokens:
             raise BadRequest(f"min_tokens is {self.min_tokens}, above max_tokens, {self.max_tokens}")
         if self.temperature == 0 and self.n > 1:
@@ -65,25 +67,24 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
+LEAST_TEMPERATURE = 1e-6  # logits over less may pass what float32 holds
+_MOST_TOKENS = 10**9  # of any length that a message between ranks carries
+
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _RANGES: Sequence[tuple[str, float, float]] = (
-    ("max_tokens", 1, math.inf),
-    ("min_tokens", 0, math.inf),
-    ("temperature", 0, math.inf),
-    ("top_k", -1, math.inf),
+    ("max_tokens", 1, _MOST_TOKENS),
+    ("min_tokens", 0, _MOST_TOKENS),
+    ("temperature", 0, 1_000_000),
+    ("top_k", -1, _MOST_TOKENS),
     ("top_p", 0, 1),
     ("min_p", 0, 1),
-    ("repetition_penalty", 0, math.inf),
+    ("repetition_penalty", 0.001, 1000),
     ("presence_penalty", -2, 2),
     ("frequency_penalty", -2, 2),
     ("seed", -(2**63), 2**63 - 1),
     ("logprobs", 0, 20),
     ("n", 1, 128),
 )
-
-
-def _interval(low: float, high: float) -> str:
-    return f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):
@@ -95,6 +96,29 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop_ids: frozenset[int] = (
         frozenset()
     )  # the model's eos ids (unless ignored) and the request's stop tokens
+
+
+def check_tokens(
+    prompt_token_ids: Sequence[int], sampling: SamplingParams, *, vocab: int, has_tokenizer: bool
+) -> None:
+    """Raises BadRequest where the model has no such tokens, or no text to find stop strings in."""
+    named = (*prompt_token_ids, *sampling.stop_token_ids)
+    outside = next((token_id for token_id in named if not 0 <= token_id < vocab), None)
+    if outside is not None:
+        raise BadRequest(f"token id {outside} is outside the vocabulary; it must be from 0 to {vocab - 1}")
+    if sampling.stop and not has_tokenizer:
+        raise BadRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
+
+
+def check_context(prompt_tokens: int, context: int) -> None:
+    """Raises BadRequest where a prompt leaves no room for an answer, or has nothing to answer."""
+    if not prompt_tokens:
+        raise BadRequest("the prompt has no tokens; it needs at least one")
+    if prompt_tokens >= context:
+        raise BadRequest(
+            f"the prompt has {prompt_tokens} tokens; the context is {context} and must hold at least one more. "
+            "Shorten it or raise --max-model-len"
+        )
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True, array_like=True):

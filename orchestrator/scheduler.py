@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import BadRequest
 from orchestrator.blocks import BlockPool, block_hashes
-from orchestrator.request import FinishReason, Request, Token
+from orchestrator.request import FinishReason, Request, Token, check_context
 from orchestrator.step import Admit, Row, Step, StepResult
 
 
@@ -270,13 +270,7 @@ class Scheduler:
 
 def check_length(prompt_tokens: int, max_tokens: int, config: SchedulerConfig) -> None:
     """Raises BadRequest where a request can never run, with the limit that it breaks."""
-    if not prompt_tokens:
-        raise BadRequest("the prompt has no tokens; it needs at least one")
-    if prompt_tokens >= config.max_model_len:
-        raise BadRequest(
-            f"the prompt has {prompt_tokens} tokens; the context is {config.max_model_len} and must hold at least "
-            "one more. Shorten it or raise --max-model-len"
-        )
+    check_context(prompt_tokens, config.max_model_len)
     longest = min(prompt_tokens + max_tokens, config.max_model_len)
     capacity = config.num_blocks * config.block_size
     if longest > capacity:

@@ -46,16 +46,22 @@ class Text:
         self.special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
 
     def encode(self, text: str) -> list[int]:
-        """With bos or eos, where the tokenizer adds them."""
-        ids: list[int] = self._tokenizer.encode(text).ids
-        return ids
+        """With bos or eos, where the tokenizer adds them. Raises BadRequest."""
+        return self._encode(text, add_special_tokens=True)
 
     def encode_chat(self, messages: Sequence[Message], tools: Sequence[Message] | None = None) -> list[int]:
         """The conversation in the model's template, up to where the answer starts. Raises BadRequest."""
         if self._render is None:
             raise BadRequest(f"{self._name} has no chat template; give a prompt instead of messages")
-        rendered = self._render(messages, tools)
-        ids: list[int] = self._tokenizer.encode(rendered, add_special_tokens=False).ids
+        return self._encode(self._render(messages, tools), add_special_tokens=False)
+
+    def _encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        try:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except TypeError:  # what it says of a str that has no UTF-8
+            raise BadRequest(
+                "the text holds half a character (a lone surrogate); give whole Unicode"
+            ) from None
         return ids
 
     def decode(self, token_ids: Sequence[int]) -> str:

@@ -36,10 +36,26 @@ def plan(
     if feasible:
         sentences = explain(feasible, workload)
     else:
-        length = max_model_len or workload.prompt_tokens + workload.output_tokens
-        sentences = ways_out(spec, topology, dtype, length)
+        sentences = _instead(spec, topology, workload, dtype, layouts, max_model_len)
     candidates = (*(c for c, _ in feasible), *(c for c, _ in judged if not c.feasible))
     return Plan(spec.name, topology.name, candidates, candidates[0] if feasible else None, sentences)
+
+
+def _instead(
+    spec: ModelSpec,
+    topology: Topology,
+    workload: Workload,
+    dtype: str,
+    layouts: Sequence[ParallelDims] | None,
+    max_model_len: int | None,
+) -> tuple[str, ...]:
+    """What to do where nothing that was tried fits: take what was not asked for, or change what there is."""
+    if layouts is not None:
+        best = plan(spec, topology, workload, dtype, max_model_len=max_model_len).chosen
+        if best is not None:
+            return (f"{best.dims.name} fits {topology.name}, and would be chosen.",)
+    length = max_model_len or workload.prompt_tokens + workload.output_tokens
+    return ways_out(spec, topology, dtype, length)
 
 
 def enumerate_layouts(devices: int) -> list[ParallelDims]:

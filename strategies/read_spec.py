@@ -5,6 +5,7 @@ Defaults of missing fields are those of transformers' own configuration classes 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
@@ -59,7 +60,7 @@ class _Fields:
             if default is None:
                 raise BadModel(f"{self.model}: the config has no {key}, which is required")
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
             raise self.bad(key, "it must be a number")
         return float(value)
 

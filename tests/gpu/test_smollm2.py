@@ -51,7 +51,7 @@ def test_bfloat16_outputs_are_equal_within_one_process_own_error(devices: Device
     from launch.predict import this_machine
 
     asked = options("smollm2", device="cuda", dtype="bfloat16", max_num_batched_tokens=64, block_size=16)
-    topology = this_machine(asked, Progress(), measuring=False)
+    topology = this_machine(asked)
     layouts = [ParallelDims.parse(name) for name in LAYOUTS]
     truth = measure_truth(devices, asked, layouts, topology, Progress())
     assert isinstance(truth, Truth)

@@ -2,8 +2,8 @@
 
 Ray's servers die with their owner; its agents, its workers (for seconds) and its directory do not. So the
 owner starts `python guard.py OWNER_PID DIRECTORY`, which sleeps until the owner is dead or writes a line to
-it, then kills every process whose standard output or error lies in DIRECTORY, and removes DIRECTORY. It
-imports the standard library alone, so that it starts in milliseconds.
+it, then kills every process that writes Ray's outputs in DIRECTORY, and removes DIRECTORY. It imports the
+standard library alone, so that it starts in milliseconds.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import os
 import select
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
 
+_OUTPUTS = (".out", ".err")  # the names that Ray gives to the outputs of what it starts
 _PATIENCE_S = 10.0  # killed processes are gone in milliseconds; after this long they cannot be killed
 
 
@@ -69,17 +71,22 @@ def _wait(owner: int) -> None:
 
 
 def _members(directory: str) -> Iterator[int]:
-    """Who writes its output to the directory; a reader of logs has them elsewhere than at 1 and 2."""
-    for name in os.listdir("/proc"):
-        if name.isdecimal() and any(_target(name, fd).startswith(directory + "/") for fd in (1, 2)):
-            yield int(name)
+    """Who writes Ray's outputs in the directory: as its own, or, as Ray's agents, beside pipes to the raylet.
+
+    Not who reads them, and not who only logs there, as the owner does and whoever joined its cluster.
+    """
+    for pid in filter(str.isdecimal, os.listdir("/proc")):
+        if any(path.startswith(directory + "/") and path.endswith(_OUTPUTS) for path in _written(pid)):
+            yield int(pid)
 
 
-def _target(pid: str, descriptor: int) -> str:
-    try:
-        return os.readlink(f"/proc/{pid}/fd/{descriptor}")
-    except OSError:  # it has ended, or is not ours
-        return ""
+def _written(pid: str) -> Iterator[str]:
+    """Paths of the files that a process has open for writing."""
+    with contextlib.suppress(OSError):  # it has ended, or is not ours
+        for descriptor in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(OSError):  # closed meanwhile
+                if descriptor.stat(follow_symlinks=False).st_mode & stat.S_IWUSR:
+                    yield os.readlink(descriptor.path).removesuffix(" (deleted)")
 
 
 if __name__ == "__main__":

@@ -167,6 +167,7 @@ class Coordinator:
             if answer.replica == replica and not answer.done.done():
                 del self._open[answer.request.id]
                 answer.done.set_exception(error)
+                answer.done.exception()  # asked here, lest asyncio complain: submitting may have failed first
 
     async def _take(self, token: Token) -> None:
         answer = self._open.get(token.request_id)

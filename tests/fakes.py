@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import multiprocessing
 import os
@@ -9,14 +10,51 @@ import shutil
 import signal
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 
 from cluster.errors import GangDied
 from cluster.gang import Answer, Call, Fate, Member, attempt, failed, obituary, read_last_words
+from orchestrator.request import FinishReason, Request, Token
+from orchestrator.scheduler import Load
 
 START_TIMEOUT_S = 180.0
+
+
+class FakeReplica:
+    """orchestrator.replica.Replica, whose tokens and whose death a test puts in by hand."""
+
+    def __init__(self) -> None:
+        self.submitted: asyncio.Queue[Request] = asyncio.Queue()
+        self.aborted: asyncio.Queue[str] = asyncio.Queue()
+        self._steps: asyncio.Queue[list[Token] | Exception] = asyncio.Queue()
+
+    async def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            self.submitted.put_nowait(request)
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self.aborted.put_nowait(request_id)
+
+    async def steps(self) -> AsyncIterator[list[Token]]:
+        while True:
+            step = await self._steps.get()
+            if isinstance(step, Exception):
+                raise step
+            yield step
+
+    async def load(self) -> Load:
+        return Load(0, self.submitted.qsize(), 0, 0, 0)
+
+    def say(self, request: Request, *token_ids: int, end: FinishReason | None = None) -> None:
+        """A token a step; the last one with the reason to `end`, if there is one."""
+        for i, token_id in enumerate(token_ids, 1):
+            self._steps.put_nowait([Token(request.id, token_id, end if i == len(token_ids) else None)])
+
+    def die(self, error: Exception) -> None:
+        self._steps.put_nowait(error)
 
 
 class ProcessGang:

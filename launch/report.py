@@ -145,7 +145,7 @@ def show_comparison(plan: Plan, trials: Trials, workload: Workload, topology: To
         console.width = WIDTH
     console.print(heading(plan, topology, workload, dtype), "", sep="\n")
     if plan.chosen is not None:
-        console.print(comparison_table(plan, trials) if trials else plan_table(plan))
+        console.print(*([comparison_table(plan, trials), ""] if trials else [plan_table(plan)]), sep="\n")
     for part in rejections(plan):
         console.print(part)
     if plan.chosen is None:
@@ -164,7 +164,7 @@ def comparison_table(plan: Plan, trials: Trials) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), collapse_padding=True)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)  # 80 columns, with room for long names
     table.add_column("\nlayout", no_wrap=True)
     for metric in ("TTFT ms", "TPOT ms", "tok/s"):
         for column in (f"{metric}\npred.", "\nmeas.", "\nerror"):

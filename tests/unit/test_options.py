@@ -1,0 +1,102 @@
+"""What the engine's flags come to."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+
+from cluster.errors import BadLayout, UserError
+from launch.options import (
+    EngineOptions,
+    add_engine_arguments,
+    add_layout_arguments,
+    check_blocks,
+    engine_options,
+    layout,
+)
+from strategies.plan import ParallelDims
+
+
+def parsed(*argv: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    add_layout_arguments(parser)
+    return parser.parse_args(["model", *argv])
+
+
+@pytest.mark.parametrize(
+    ("argv", "dims"),
+    [
+        ("", None),
+        ("--layout auto", None),
+        ("--layout tp2pp3dp4", ParallelDims(2, 3, 4)),
+        ("-tp 2", ParallelDims(2, 1, 1)),
+        ("-pp 3 -dp 4", ParallelDims(1, 3, 4)),
+        ("--tensor-parallel-size 2 --data-parallel-size 2", ParallelDims(2, 1, 2)),
+    ],
+)
+def test_layouts(argv: str, dims: ParallelDims | None) -> None:
+    assert layout(parsed(*argv.split())) == dims
+
+
+@pytest.mark.parametrize("argv", ["--layout tp2 -tp 2", "--layout auto -dp 2", "-pp 0", "-tp -3"])
+def test_layouts_that_are_refused(argv: str) -> None:
+    with pytest.raises(BadLayout):
+        layout(parsed(*argv.split()))
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+        "max_position_embeddings": 256,
+        "rms_norm_eps": 1e-5,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    return tmp_path
+
+
+def made(model: Path, *argv: str) -> EngineOptions:
+    args = parsed("--weights", "dummy", "--device", "cpu", *argv)
+    args.model = str(model)
+    return engine_options(args)
+
+
+def test_defaults_on_a_cpu(model: Path) -> None:
+    options = made(model)
+    assert (options.device, options.dtype, options.dummy_weights) == ("cpu", "float32", True)
+    assert (options.max_model_len, options.num_blocks, options.prefix_caching) == (None, None, True)
+    assert options.least_context == 256  # all positions, where these are few
+    assert made(model, "--dtype", "bfloat16").dtype == "bfloat16"
+
+
+def test_environment_says_whether_gpus_reach_each_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert made(model).peer_access
+    monkeypatch.setenv("NCCL_P2P_DISABLE", "1")
+    assert not made(model).peer_access
+
+
+def test_blocks_asked_for_must_hold_a_context(model: Path) -> None:
+    check_blocks(made(model, "--num-gpu-blocks-override", "16"))
+    check_blocks(made(model, "--num-gpu-blocks-override", "2", "--max-model-len", "32"))
+    with pytest.raises(UserError, match="15 blocks of 16 hold 240 tokens, fewer than a context of 256"):
+        check_blocks(made(model, "--num-gpu-blocks-override", "15"))
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1:6379", "auto", "ray://10.0.0.1:10001"])
+def test_addresses(model: Path, address: str) -> None:
+    assert made(model, "--address", address).address == address
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", ":6379", "head:port"])
+def test_addresses_that_are_none(model: Path, address: str) -> None:
+    with pytest.raises(UserError, match=f"--address {address} is not HOST:PORT"):
+        made(model, "--address", address)

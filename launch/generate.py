@@ -90,8 +90,7 @@ def _prompts(
         prompts = from_file(args.prompts, sampling, text)
     else:
         prompts = from_texts(args.prompt, sampling, text, chat=args.chat)
-    context = options.max_model_len or options.spec.max_positions
-    check(prompts, vocab=options.spec.vocab, context=context, has_tokenizer=text is not None)
+    check(prompts, vocab=options.spec.vocab, context=options.most_context, has_tokenizer=text is not None)
     return prompts
 
 

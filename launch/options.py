@@ -42,6 +42,12 @@ class EngineOptions:
     peer_access: bool  # False: NCCL_P2P_DISABLE is set
 
     @property
+    def most_context(self) -> int:
+        """Tokens that a sequence may have at most, whatever the memory turns out to hold."""
+        most = self.max_model_len or self.spec.max_positions
+        return most if self.num_blocks is None else min(most, self.num_blocks * self.block_size)
+
+    @property
     def least_context(self) -> int:
         """Tokens that a replica must have room for: the context asked for, or what is of some use."""
         return self.max_model_len or min(LEAST_CONTEXT, self.spec.max_positions)

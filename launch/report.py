@@ -144,8 +144,10 @@ def show_comparison(plan: Plan, trials: Trials, workload: Workload, topology: To
     if not console.is_terminal:
         console.width = WIDTH
     console.print(heading(plan, topology, workload, dtype), "", sep="\n")
-    if plan.chosen is not None:
-        console.print(*([comparison_table(plan, trials), ""] if trials else [plan_table(plan)]), sep="\n")
+    if trials:
+        console.print(comparison_table(plan, trials), "", sep="\n")
+    elif plan.chosen is not None:
+        console.print(plan_table(plan))
     for part in rejections(plan):
         console.print(part)
     if plan.chosen is None:

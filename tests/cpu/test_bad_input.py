@@ -9,7 +9,9 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -262,6 +264,17 @@ def test_commands(command: str, refused: Callable[[str], str]) -> None:
     if "--device" not in command and not command.startswith("plan"):
         command += " --device cpu"
     assert COMMANDS[command.removesuffix(" --device cpu")] in refused(command)
+
+
+def test_a_prompt_longer_than_what_fits_beside_the_weights(
+    refused: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Known once the weights are loaded, and told before anything is asked."""
+    served = SimpleNamespace(limits=SimpleNamespace(max_model_len=2))
+    monkeypatch.setattr(launch.start, "cluster", lambda *_: nullcontext())
+    monkeypatch.setattr(launch.start, "deployment", lambda *_, **__: nullcontext(served))
+    said = refused("generate plain --device cpu --layout tp1 --prompts good.jsonl")
+    assert "good.jsonl line 1: the prompt has 2 tokens; the context is 2" in said
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")

@@ -78,6 +78,12 @@ def test_defaults_on_a_cpu(model: Path) -> None:
     assert made(model, "--dtype", "bfloat16").dtype == "bfloat16"
 
 
+def test_no_sequence_is_longer_than_the_blocks_asked_for(model: Path) -> None:
+    assert made(model).most_context == 256
+    assert made(model, "--max-model-len", "100").most_context == 100
+    assert made(model, "--num-gpu-blocks-override", "3").most_context == 48
+
+
 def test_environment_says_whether_gpus_reach_each_other(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert made(model).peer_access
     monkeypatch.setenv("NCCL_P2P_DISABLE", "1")

@@ -1,7 +1,7 @@
 """Ray: reserve devices, host one object on each, see who dies, leave nothing behind. Alone in importing ray.
 
     with Cluster.embedded(num_cpu_devices=2) as cluster:
-        gang = cluster.acquire(Worker, 2, "cpu", timeout_s=60)
+        (gang,) = cluster.acquire(Worker, [2], "cpu", timeout_s=60)
         gang.call(0, "report").result(timeout_s=10)
 
 An embedded cluster is private: a directory of its own, a random token in memory instead of Ray's file in
@@ -22,6 +22,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,18 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 from ray.util.state import get_log, list_actors
 
 from cluster.errors import GangDied, PlacementFailed
-from cluster.gang import Answer, Call, Fate, Member, attempt, failed, last_words, obituary, read_last_words
+from cluster.gang import (
+    Answer,
+    Call,
+    Fate,
+    Member,
+    attempt,
+    failed,
+    last_words,
+    obituary,
+    read_last_words,
+    results,
+)
 from cluster.guard import Guard
 from cluster.life import Life, machine
 from cluster.placement import refusal
@@ -112,38 +124,36 @@ class Cluster:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def require(self, count: int, device: str) -> None:
-        """Raises PlacementFailed (need, have, who holds it) unless so many devices are free, or free in 3 s."""
-        resource = _RESOURCE[device]
-        deadline = time.monotonic() + _RELEASE_S
-        while ray.available_resources().get(resource, 0) < count:
-            if ray.cluster_resources().get(resource, 0) < count or time.monotonic() > deadline:
-                raise _refusal(count, resource)
-            time.sleep(_LOOK_S)
-
     def acquire(
-        self, worker_class: type, count: int, device: str, *, timeout_s: float, threads: int = 1
-    ) -> RayGang:
-        """`count` actors, each on a device of its own, each hosting a `worker_class()`.
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float, threads: int = 1
+    ) -> list[RayGang]:
+        """Gangs of these sizes, or none: actors, each on a device of its own, each hosting a `worker_class()`.
 
         device: "cpu" or "cuda"; threads: OMP_NUM_THREADS of each. Nodes are filled one after the other, and
         members are numbered node by node. Each sees every GPU of its node: peers need that for direct access.
         Raises PlacementFailed (need, have, who holds it) at once when the devices do not exist, in 3 s when
         others hold them, after `timeout_s` when actors do not start.
+
+        All start side by side, and this thread alone waits: Ray ends a process that calls it in another thread
+        while this one, interrupted, shuts it down.
         """
         deadline = time.monotonic() + timeout_s
-        self.require(count, device)
         resource = _RESOURCE[device]
-        group = _reserve(worker_class.__name__, count, resource, timeout_s)
-        try:
-            actors = _spawn(group, count, resource, _actor_environment(device, threads))
-            gang = RayGang(group, *_introduce(actors, deadline, timeout_s))
-        except BaseException:
-            ray.util.remove_placement_group(group)
-            raise
-        self._gangs.append(gang)
-        gang.start(worker_class, deadline)
-        return gang
+        _check_free(sum(sizes), resource)
+        with ExitStack() as undo:
+            groups = [_reserve(worker_class.__name__, size, resource, undo) for size in sizes]
+            if not all(group.wait(_left(deadline)) for group in groups):
+                raise _refusal(sum(sizes), resource)
+            environment = _actor_environment(device, threads)
+            actors = [_spawn(g, size, resource, environment) for g, size in zip(groups, sizes, strict=True)]
+            facts = [_introduce(gang, deadline, timeout_s) for gang in actors]
+            gangs = [RayGang(group, *known) for group, known in zip(groups, facts, strict=True)]
+            for gang in gangs:
+                undo.callback(gang.kill)
+            results([call for gang in gangs for call in gang.host(worker_class)], _left(deadline))
+            undo.pop_all()
+        self._gangs += gangs
+        return gangs
 
     def close(self) -> None:
         """Kill our gangs; end the cluster if it is ours. Returns when nothing is left; can be repeated."""
@@ -170,17 +180,9 @@ class RayGang:
         for index, actor in enumerate(actors):
             actor.wait.remote().future().add_done_callback(lambda future, i=index: self._on_end(i, future))
 
-    def start(self, worker_class: type, deadline: float) -> None:
-        """Make the hosted objects; on any failure the gang is killed."""
-        try:
-            calls = [
-                self._ask(i, worker_class.__name__, "start", worker_class) for i in range(len(self._actors))
-            ]
-            for call in calls:
-                call.result(max(0.0, deadline - time.monotonic()))
-        except BaseException:
-            self.kill()
-            raise
+    def host(self, worker_class: type) -> list[Call]:
+        """Make the hosted objects: the first calls of all."""
+        return [self._ask(i, worker_class.__name__, "start", worker_class) for i in range(len(self._actors))]
 
     @property
     def members(self) -> tuple[Member, ...]:
@@ -288,19 +290,25 @@ def _local_index(gpus: Sequence[str]) -> int:
 # -- placing --
 
 
-def _reserve(name: str, count: int, resource: str, timeout_s: float) -> Any:
-    """A placement group with one device in each of `count` bundles."""
+def _check_free(count: int, resource: str) -> None:
+    """Raises PlacementFailed unless so many devices are free, or get free in 3 s."""
+    deadline = time.monotonic() + _RELEASE_S
+    while ray.available_resources().get(resource, 0) < count:
+        if ray.cluster_resources().get(resource, 0) < count or time.monotonic() > deadline:
+            raise _refusal(count, resource)
+        time.sleep(_LOOK_S)
+
+
+def _reserve(name: str, count: int, resource: str, undo: ExitStack) -> Any:
+    """A placement group with one device in each of `count` bundles, as soon as it is placed."""
     title = f"{name}-{secrets.token_hex(2)} of process {os.getpid()} on {socket.gethostname()}"  # unique
     group = ray.util.placement_group([{resource: 1}] * count, strategy="PACK", name=title)
-    try:
-        placed = group.wait(timeout_s)
-    except BaseException:
-        ray.util.remove_placement_group(group)
-        raise
-    if not placed:
-        ray.util.remove_placement_group(group)
-        raise _refusal(count, resource)
+    undo.callback(ray.util.remove_placement_group, group)
     return group
+
+
+def _left(deadline: float) -> float:
+    return max(0.0, deadline - time.monotonic())
 
 
 def _refusal(count: int, resource: str) -> PlacementFailed:
@@ -356,9 +364,7 @@ def _actor_environment(device: str, threads: int) -> dict[str, str]:
 def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tuple[list[Any], list[_Facts]]:
     """Wait until every actor runs; actors and what they say of themselves, node by node."""
     try:
-        facts = ray.get(
-            [actor.introduce.remote() for actor in actors], timeout=max(0, deadline - time.monotonic())
-        )
+        facts = ray.get([actor.introduce.remote() for actor in actors], timeout=_left(deadline))
     except ray.exceptions.GetTimeoutError:
         raise PlacementFailed(
             f"{len(actors)} actors were placed but did not all start within {timeout_s:g} s. "

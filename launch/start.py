@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -65,11 +64,10 @@ class Deployment:
 class Devices(Protocol):
     """Where gangs come from: cluster.actors.Cluster, or a stand-in without Ray."""
 
-    def require(self, count: int, device: str) -> None:
-        """Raises PlacementFailed unless so many devices are free."""
-
-    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
-        """`count` processes, each with a device of its own. Raises PlacementFailed."""
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        """Gangs of these sizes, all or none, each process with a device of its own. Raises PlacementFailed."""
 
 
 @contextmanager
@@ -106,7 +104,8 @@ def deployment(
     shards = shards or shard_replica(options.spec, dims)
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
-        gangs = _acquire(found, dims, options.device)
+        sizes = [dims.replica_size] * dims.dp
+        gangs = found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         for gang in gangs:
             owned.callback(gang.kill)
         placed = [Placed(gang, _ranks(gang)) for gang in gangs]
@@ -115,23 +114,6 @@ def deployment(
         limits = _fit(placed, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
         yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes), scored)
-
-
-def _acquire(found: Devices, dims: ParallelDims, device: str) -> list[Gang]:
-    """The gangs of all replicas, started side by side: most of a start is importing torch. All of them or none."""
-    found.require(dims.world_size, device)
-    with ThreadPoolExecutor(dims.dp) as starters:
-        starting = [
-            starters.submit(found.acquire, Worker, dims.replica_size, device, timeout_s=ACQUIRE_TIMEOUT_S)
-            for _ in range(dims.dp)
-        ]
-    failed = next((error for s in starting if (error := s.exception()) is not None), None)
-    if failed is not None:
-        for started in starting:
-            if started.exception() is None:
-                started.result().kill()
-        raise failed
-    return [started.result() for started in starting]
 
 
 def _ranks(gang: Gang) -> tuple[int, ...]:

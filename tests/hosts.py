@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import ray
 
 from cluster.gang import Gang
 
 PATIENCE_S = 60.0
+ROOT = Path(__file__).parents[1]  # where `python -m launch` and `tests` are found
 
 
 def gone(gang: Gang) -> bool:

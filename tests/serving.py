@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import sys
-import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -86,13 +86,12 @@ class Hosting:
         self._devices, self._worker_class = devices, worker_class
         self.gangs: list[Gang] = []
 
-    def require(self, count: int, device: str) -> None:
-        self._devices.require(count, device)
-
-    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
-        gang = self._devices.acquire(self._worker_class, count, device, timeout_s=timeout_s)
-        self.gangs.append(gang)
-        return gang
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        gangs = self._devices.acquire(self._worker_class, sizes, device, timeout_s=timeout_s)
+        self.gangs += gangs
+        return gangs
 
 
 class Tapped:
@@ -152,16 +151,15 @@ class Pool:
         self.gang = ProcessGang(ReusedWorker, size)
         self.free = list(range(size))
         self.given: list[Slice] = []  # of the newest deployment
-        self._lock = threading.Lock()
 
-    def require(self, count: int, device: str) -> None:
-        assert count <= len(self.free)
-
-    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
-        with self._lock:
-            taken, self.free = self.free[:count], self.free[count:]
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        self.given = []
+        for size in sizes:
+            taken, self.free = self.free[:size], self.free[size:]
             self.given.append(Slice(self, taken))
-            return self.given[-1]
+        return self.given
 
     def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
         """Of the newest deployment: token ids so far → logits of the next."""
@@ -175,11 +173,11 @@ class Pool:
 class Processes:
     """Satisfies launch.start.Devices without Ray."""
 
-    def require(self, count: int, device: str) -> None:
-        """A process for whoever asks."""
-
-    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
-        return ProcessGang(worker_class, count)
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        with ThreadPoolExecutor(len(sizes)) as starters:  # most of a start is importing torch
+            return list(starters.map(lambda size: ProcessGang(worker_class, size), sizes))
 
 
 def options(model: Path | str, **changes: Any) -> EngineOptions:
@@ -204,8 +202,6 @@ def options(model: Path | str, **changes: Any) -> EngineOptions:
 
 @contextmanager
 def served(layout: str, asked: EngineOptions, where: Devices | None = None) -> Iterator[Deployment]:
-    if isinstance(where, Pool):
-        where.given.clear()
     with deployment(where or Processes(), ParallelDims.parse(layout), asked, Progress(quiet=True)) as found:
         yield found
 

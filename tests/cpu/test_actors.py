@@ -31,14 +31,14 @@ def cluster():
 @pytest.fixture(scope="module")
 def lasting(cluster):
     """A gang that the tests which kill nobody share."""
-    gang = cluster.acquire(Parrot, 1, "cpu", timeout_s=PATIENCE_S, threads=2)
+    (gang,) = cluster.acquire(Parrot, [1], "cpu", timeout_s=PATIENCE_S, threads=2)
     yield gang
     gang.kill()
 
 
 @pytest.fixture
 def pair(cluster):
-    gang = cluster.acquire(Parrot, 2, "cpu", timeout_s=PATIENCE_S)
+    (gang,) = cluster.acquire(Parrot, [2], "cpu", timeout_s=PATIENCE_S)
     yield gang
     gang.kill()
 
@@ -52,7 +52,7 @@ def test_a_worker_is_told_what_it_may_use(lasting):
 
 
 def test_each_gpu_worker_sees_all_gpus_and_knows_its_own(cluster):
-    gang = cluster.acquire(Parrot, 2, "cuda", timeout_s=PATIENCE_S)
+    (gang,) = cluster.acquire(Parrot, [2], "cuda", timeout_s=PATIENCE_S)
     assert [member.device for member in gang.members] == [0, 1]
     visible = gang.call_all("environment", [[["CUDA_VISIBLE_DEVICES"]]] * 2)
     assert [call.result(PATIENCE_S) for call in visible] == [[os.environ.get("CUDA_VISIBLE_DEVICES")]] * 2
@@ -78,7 +78,7 @@ def test_what_a_worker_prints_stays_with_it(lasting, capfd):
 def test_more_than_there_is_fails_at_once(cluster, lasting):
     start_s = time.monotonic()
     with pytest.raises(PlacementFailed) as caught:
-        cluster.acquire(Parrot, 9, "cpu", timeout_s=PATIENCE_S)
+        cluster.acquire(Parrot, [9], "cpu", timeout_s=PATIENCE_S)
     assert time.monotonic() - start_s < 2
     address = lasting.members[0].node
     assert f"9 CPU needed; the cluster has 3 on {address}; free: 2; held by Parrot-" in str(caught.value)
@@ -86,19 +86,19 @@ def test_more_than_there_is_fails_at_once(cluster, lasting):
         f" of process {os.getpid()} on {os.uname().nodename} (1). Use at most 3, or add nodes."
     )
     with pytest.raises(PlacementFailed, match=r"3 GPU needed; the cluster has 2 .* Use at most 2, or add"):
-        cluster.acquire(Parrot, 3, "cuda", timeout_s=PATIENCE_S)
+        cluster.acquire(Parrot, [3], "cuda", timeout_s=PATIENCE_S)
 
 
 def test_what_others_hold_fails_within_seconds(cluster, lasting):
     start_s = time.monotonic()
     with pytest.raises(PlacementFailed, match=r"free: 2; held by Parrot-\w+ of .* \(1\)\. Use at most 2"):
-        cluster.acquire(Parrot, 3, "cpu", timeout_s=PATIENCE_S)
+        cluster.acquire(Parrot, [3], "cpu", timeout_s=PATIENCE_S)
     assert time.monotonic() - start_s < 8
 
 
 def test_a_class_that_cannot_be_made_frees_its_devices(cluster):
     with pytest.raises(BadLayout, match="no device for me"):
-        cluster.acquire(Unwilling, 2, "cpu", timeout_s=PATIENCE_S)
+        cluster.acquire(Unwilling, [1, 1], "cpu", timeout_s=PATIENCE_S)
 
 
 def test_calls_overlap_and_a_killed_gang_tells_who_waits(pair):
@@ -139,7 +139,7 @@ import sys, time
 from cluster.actors import Cluster
 from tests.hosted import Parrot
 with Cluster.embedded(1, num_gpus=0) as cluster:
-    gang = cluster.acquire(Parrot, 1, "cpu", timeout_s=60)
+    (gang,) = cluster.acquire(Parrot, [1], "cpu", timeout_s=60)
     print(gang.members[0].log, flush=True)
     gang.call(0, "wait").result()
 """
@@ -169,7 +169,7 @@ import sys
 from cluster.actors import Cluster
 from tests.hosted import Parrot
 with Cluster.connect(sys.argv[1]) as cluster:
-    gang = cluster.acquire(Parrot, 1, "cpu", timeout_s=60)
+    (gang,) = cluster.acquire(Parrot, [1], "cpu", timeout_s=60)
     print(gang.call(0, "echo", "hello").result(60), gang.members[0].pid)
 """
 
@@ -210,7 +210,7 @@ def two_nodes(cluster):
 
 
 def test_a_gang_on_two_nodes_talks_over_sockets_and_dies_as_one(cluster, lasting, two_nodes):
-    gang = cluster.acquire(Talker, 4, "cpu", timeout_s=PATIENCE_S)
+    (gang,) = cluster.acquire(Talker, [4], "cpu", timeout_s=PATIENCE_S)
     nodes = [member.node_id for member in gang.members]
     assert nodes == sorted(nodes)
     assert len(set(nodes)) == 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -14,13 +13,11 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import GangDied, PlacementFailed, WorkerFailed
+from cluster.errors import GangDied, WorkerFailed
 from cluster.gang import Gang
 from launch.options import EngineOptions
 from launch.start import Deployment
 from orchestrator.request import Completion, SamplingParams
-from tests.fakes import ProcessGang
-from tests.hosted import Parrot
 from tests.hosts import PATIENCE_S, gone
 from tests.oracle import greedy
 from tests.serving import FrailWorker, Hosting, Processes, Tapped, options, served, struck
@@ -99,27 +96,3 @@ def test_the_other_replica_goes_on(tiny: tuple[Path, Any]) -> None:
     assert [done.token_ids for done in later] == [expected] * 2
     assert len(finished.token_ids) == long.max_tokens
     assert finished.token_ids[:OUTPUT_TOKENS] == expected
-
-
-class TooSmall:
-    """Devices that another user takes while the replicas are being started: the second gang finds none."""
-
-    def __init__(self) -> None:
-        self._acquired = itertools.count()
-        self.gangs: list[Gang] = []
-
-    def require(self, count: int, device: str) -> None:
-        """There were enough a moment ago."""
-
-    def acquire(self, worker_class: type, count: int, device: str, *, timeout_s: float) -> Gang:
-        if next(self._acquired) == 1:
-            raise PlacementFailed("taken")
-        self.gangs.append(ProcessGang(Parrot, count))
-        return self.gangs[-1]
-
-
-def test_a_replica_that_cannot_be_placed_takes_the_others_with_it(tiny: tuple[Path, Any]) -> None:
-    where = TooSmall()
-    with pytest.raises(PlacementFailed, match="taken"), served("dp2", options(tiny[0]), where):
-        pass
-    assert gone(where.gangs[0])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +19,7 @@ from cluster.errors import GangDied, PlacementFailed
 from launch.progress import Progress
 from launch.start import Deployment, Devices, cluster
 from orchestrator.request import SamplingParams
-from tests.hosts import PATIENCE_S, gone, second_node
+from tests.hosts import PATIENCE_S, ROOT, gone, head_address, second_node
 from tests.oracle import greedy
 from tests.serving import FrailWorker, Hosting, answers, options, served, struck
 from tests.tiny import make_model
@@ -24,6 +27,7 @@ from tests.tiny import make_model
 SLOTS = 4
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(60))]
 OUTPUT_TOKENS = 24
+OUTPUTS = (OUTPUT_TOKENS, 1, 12)  # where each prompt asks for its own: they finish in another order
 
 Tiny = tuple[Path, list[list[int]]]  # a model and the tokens that transformers answers PROMPTS with
 
@@ -115,9 +119,29 @@ def a_device_on_each(devices: Devices) -> Iterator[None]:
 
 @pytest.mark.usefixtures("a_device_on_each")
 class TestOnTwoNodes:
-    @pytest.mark.parametrize("layout", ["tp2", "pp2"])
-    def test_answers_as_transformers(self, layout: str, devices: Devices, tiny: Tiny) -> None:
+    def test_tp2_answers_as_transformers(self, devices: Devices, tiny: Tiny) -> None:
         where = Hosting(devices, FrailWorker)
-        with served(layout, options(tiny[0]), where) as found:
+        with served("tp2", options(tiny[0]), where) as found:
             assert len({member.node_id for member in where.gangs[0].members}) == 2
             assert_right(found, tiny)
+
+    def test_a_guest_command_prints_pp2_answers_in_order_and_nothing_else(
+        self, devices: Devices, tiny: Tiny, tmp_path: Path
+    ) -> None:
+        asked = [{"prompt_token_ids": p, "max_tokens": n} for p, n in zip(PROMPTS, OUTPUTS, strict=True)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, asked)))
+        arguments = [str(tiny[0]), "--prompts", str(tmp_path / "prompts.jsonl"), "--json", "--device", "cpu"]
+        arguments += ["--layout", "pp2", "--address", head_address()]
+        command = [sys.executable, "-m", "launch", "generate", *arguments]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S)
+        assert done.returncode == 0, done.stderr
+        assert all(line.startswith("· ") for line in done.stderr.splitlines())
+        assert [json.loads(line) for line in done.stdout.splitlines()] == [
+            {
+                "token_ids": tokens[:count],
+                "text": None,
+                "finish_reason": "length",
+                "prompt_tokens": len(prompt),
+            }
+            for prompt, tokens, count in zip(PROMPTS, tiny[1], OUTPUTS, strict=True)
+        ]

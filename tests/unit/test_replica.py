@@ -1,0 +1,88 @@
+"""Why a replica ended: whoever died, told by its gang, rather than the neighbours that it left waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from cluster.channel import Address
+from cluster.errors import GangDied, ShardwiseError, WorkerFailed
+from cluster.gang import Answer, Call, Failure, Fate, Member
+from orchestrator import replica
+from orchestrator.replica import GangReplica
+
+NOWHERE = Address(0, "tcp://127.0.0.1:9", b"token")
+OBITUARY = "worker 1 died: signal SIGKILL. It wrote nothing to its standard error."
+BROKEN_WIRE = Failure("GangDied", "rank 0: all-reduce failed, so a peer died or stopped", "")
+
+
+class LoopingGang:
+    """Two members in their loops, which fail and die as the test says."""
+
+    def __init__(self) -> None:
+        self.fate = Fate()
+        self.loops = [Call(Member(i, "127.0.0.1", "local", i, 0, ""), "loop") for i in range(2)]
+        for loop in self.loops:
+            self.fate.begin(loop)
+
+    async def died(self) -> GangDied:
+        return await self.fate.died()
+
+    def kill(self) -> None:
+        if self.fate.claim():
+            self.fate.end(GangDied("the gang of 2 was stopped"))
+
+    def fail(self, rank: int, failure: Failure) -> None:
+        self.fate.answer(self.loops[rank], Answer(None, failure))
+
+
+def ending(gang: LoopingGang, happens: Callable[[], None]) -> ShardwiseError:
+    """What the replica's stream of tokens raises when that `happens` to the gang."""
+
+    async def read() -> None:
+        threading.Timer(0, happens).start()  # as from a gang: in a thread of its own
+        async for _ in GangReplica(gang, 0, NOWHERE, gang.loops).steps():
+            pass
+
+    with pytest.raises(ShardwiseError) as caught:
+        asyncio.run(asyncio.wait_for(read(), 10))
+    return caught.value
+
+
+def test_a_broken_wire_waits_for_the_obituary() -> None:
+    gang = LoopingGang()
+
+    def die() -> None:
+        gang.fail(0, BROKEN_WIRE)
+        gang.fate.claim()
+        threading.Timer(0.1, gang.fate.end, [GangDied(OBITUARY)]).start()
+
+    assert str(ending(gang, die)) == OBITUARY
+
+
+def test_a_broken_wire_where_nobody_died_is_told_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OBITUARY_S", 0.05)
+    gang = LoopingGang()
+    error = ending(gang, lambda: gang.fail(0, BROKEN_WIRE))
+    assert isinstance(error, GangDied)
+    assert str(error) == BROKEN_WIRE.message
+    assert not gang.fate.claim(), "the gang was killed"
+
+
+def test_a_worker_s_own_failure_is_told_at_once_and_ends_the_gang() -> None:
+    gang = LoopingGang()
+    error = ending(gang, lambda: gang.fail(1, Failure("ValueError", "no such row", "")))
+    assert isinstance(error, WorkerFailed)
+    assert str(error).endswith("failed in loop(): ValueError: no such row")
+    assert not gang.fate.claim()
+
+
+def test_a_loop_that_ends_by_itself_ends_the_gang(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(replica, "OBITUARY_S", 0.05)
+    gang = LoopingGang()
+    error = ending(gang, lambda: gang.fate.answer(gang.loops[0], Answer(None)))
+    assert str(error) == "a rank's loop ended though nobody stopped it"
+    assert not gang.fate.claim()

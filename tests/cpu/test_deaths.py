@@ -72,7 +72,7 @@ def test_a_worker_that_raises_ends_its_replica_and_says_why(tiny: tuple[Path, An
 def test_the_other_replica_goes_on(tiny: tuple[Path, Any]) -> None:
     directory, model = tiny
     asked = options(directory, max_model_len=None)
-    long = SamplingParams(max_tokens=1000, ignore_eos=True)  # some seconds: both are at it when one is killed
+    long = SamplingParams(max_tokens=500, ignore_eos=True)  # some seconds: both are at it when one is killed
     short = SamplingParams(max_tokens=OUTPUT_TOKENS, ignore_eos=True)
 
     async def lose_one(found: Deployment, gangs: Sequence[Gang]) -> tuple[list[Any], list[Completion]]:

@@ -46,10 +46,10 @@ def scratch() -> Iterator[Path]:
 
 
 @contextmanager
-def generating(model: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
+def generating(model: Path, layout: str, scratch: Path) -> Iterator[subprocess.Popen[str]]:
     """The command, started."""
     arguments = [str(model), "--prompts", str(model / "prompts.jsonl")]
-    arguments += ["--layout", "tp2", "--device", "cpu", "--json"]
+    arguments += ["--layout", layout, "--device", "cpu", "--json"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     with subprocess.Popen(
         [sys.executable, "-m", "launch", "generate", *arguments],
@@ -77,13 +77,17 @@ def end(command: subprocess.Popen[str], how: signal.Signals) -> tuple[str, list[
 
 
 @pytest.mark.parametrize(
-    ("how", "code", "words"),
-    [(signal.SIGINT, 130, ["interrupted"]), (signal.SIGTERM, 143, ["interrupted"]), (signal.SIGKILL, -9, [])],
+    ("how", "layout", "code", "words"),
+    [
+        (signal.SIGINT, "tp2", 130, ["interrupted"]),
+        (signal.SIGTERM, "tp1", 143, ["interrupted"]),
+        (signal.SIGKILL, "tp1", -9, []),
+    ],
 )
 def test_ended_in_the_middle_of_an_answer(
-    how: signal.Signals, code: int, words: list[str], tiny: Tiny, scratch: Path
+    how: signal.Signals, layout: str, code: int, words: list[str], tiny: Tiny, scratch: Path
 ) -> None:
-    with generating(tiny[0], scratch) as command:
+    with generating(tiny[0], layout, scratch) as command:
         assert command.stdout is not None
         first = json.loads(command.stdout.readline())
         assert first["token_ids"] == tiny[1]
@@ -93,7 +97,7 @@ def test_ended_in_the_middle_of_an_answer(
 
 
 def test_interrupted_while_its_workers_start(tiny: Tiny, scratch: Path) -> None:
-    with generating(tiny[0], scratch) as command:
+    with generating(tiny[0], "tp2", scratch) as command:
         assert command.stderr is not None
         while "placing" not in (line := command.stderr.readline()):
             assert line, "it ended by itself"

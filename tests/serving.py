@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 
 from cluster.errors import GangDied, ShardwiseError
@@ -23,89 +21,14 @@ from launch.progress import Progress
 from launch.start import Deployment, Devices, deployment
 from orchestrator.replica import Replica
 from orchestrator.request import Completion, SamplingParams, Token
-from orchestrator.scheduler import SchedulerConfig
-from orchestrator.step import Step, StepResult
-from orchestrator.worker import Worker
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
 from tests.fakes import ProcessGang
-from tests.hosts import PATIENCE_S
 from tests.oracle import next_logits
+from tests.workers import ReusedWorker
 
+PATIENCE_S = 60.0
 ENDLESS_TOKENS = 8000  # some 10 s: whoever strikes in the middle need not hurry
-
-
-class ReusedWorker(Worker):
-    """A worker that can serve one deployment after another, and remembers its logits: importing torch takes seconds."""
-
-    def allocate(self, limits: SchedulerConfig) -> None:
-        super().allocate(limits)
-        self.seen: dict[tuple[int, ...], list[float]] = {}
-        forward = self.runner.forward
-
-        def remembering(step: Step) -> torch.Tensor | None:
-            logits = forward(step)
-            sampling = [row for row in step.rows if row.samples]
-            if logits is not None and self.shard.tp_rank == 0:
-                for row, values in zip(sampling, logits, strict=True):
-                    self.seen[tuple(self.runner.slots.history(row.slot).token_ids)] = values.tolist()
-            return logits
-
-        self.runner.forward = remembering  # type: ignore[method-assign]
-
-    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
-        return self.seen
-
-    def start_afresh(self) -> None:
-        self.collectives.leave()
-        self.__init__()  # type: ignore[misc]
-
-
-class FrailWorker(Worker):
-    """Writes where it is to its standard error; rank 1 raises at a prompt that holds FATAL_TOKEN."""
-
-    FATAL_TOKEN = 130
-
-    def allocate(self, limits: SchedulerConfig) -> None:
-        super().allocate(limits)
-        print(f"rank {self.shard.rank} is ready", file=sys.stderr, flush=True)
-        run = self.runner.run
-
-        def fragile(step: Step) -> StepResult | None:
-            if self.shard.rank == 1 and any(self.FATAL_TOKEN in a.token_ids for a in step.admits):
-                raise IndexError(f"no row {self.FATAL_TOKEN}")
-            return run(step)
-
-        self.runner.run = fragile  # type: ignore[method-assign]
-
-
-class Hosting:
-    """Devices that host another class than they are asked to, and remember their gangs."""
-
-    def __init__(self, devices: Devices, worker_class: type) -> None:
-        self._devices, self._worker_class = devices, worker_class
-        self.gangs: list[Gang] = []
-
-    def acquire(
-        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
-    ) -> Sequence[Gang]:
-        gangs = self._devices.acquire(self._worker_class, sizes, device, timeout_s=timeout_s)
-        self.gangs += gangs
-        return gangs
-
-
-class Tapped:
-    """A replica that tells when its first tokens have come."""
-
-    def __init__(self, replica: Replica) -> None:
-        self._replica = replica
-        self.submit, self.abort, self.load = replica.submit, replica.abort, replica.load
-        self.flowing = asyncio.Event()
-
-    async def steps(self) -> AsyncIterator[list[Token]]:
-        async for tokens in self._replica.steps():
-            self.flowing.set()
-            yield tokens
 
 
 class Slice:
@@ -180,6 +103,35 @@ class Processes:
             return list(starters.map(lambda size: ProcessGang(worker_class, size), sizes))
 
 
+class Hosting:
+    """Devices that host another class than they are asked to, and remember their gangs."""
+
+    def __init__(self, devices: Devices, worker_class: type) -> None:
+        self._devices, self._worker_class = devices, worker_class
+        self.gangs: list[Gang] = []
+
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        gangs = self._devices.acquire(self._worker_class, sizes, device, timeout_s=timeout_s)
+        self.gangs += gangs
+        return gangs
+
+
+class Tapped:
+    """A replica that tells when its first tokens have come."""
+
+    def __init__(self, replica: Replica) -> None:
+        self._replica = replica
+        self.submit, self.abort, self.load = replica.submit, replica.abort, replica.load
+        self.flowing = asyncio.Event()
+
+    async def steps(self) -> AsyncIterator[list[Token]]:
+        async for tokens in self._replica.steps():
+            self.flowing.set()
+            yield tokens
+
+
 def options(model: Path | str, **changes: Any) -> EngineOptions:
     """Small enough that chunked prefill and preemption happen with a handful of short prompts."""
     source = resolve(str(model))
@@ -239,9 +191,11 @@ def struck(
             assert not asking.done()
             strike()
             start_s = time.monotonic()
-            with pytest.raises(ShardwiseError) as caught:
+            try:
                 await asyncio.wait_for(asking, PATIENCE_S)
-            return caught.value, time.monotonic() - start_s
+            except ShardwiseError as error:
+                return error, time.monotonic() - start_s
+            raise AssertionError("the request was answered all the same")
 
     return asyncio.run(ask())
 

@@ -20,8 +20,9 @@ from launch.start import Deployment
 from orchestrator.request import Completion, SamplingParams
 from tests.hosts import PATIENCE_S, gone
 from tests.oracle import greedy
-from tests.serving import FrailWorker, Hosting, Processes, Tapped, options, served, struck
+from tests.serving import Hosting, Processes, Tapped, options, served, struck
 from tests.tiny import make_model
+from tests.workers import FrailWorker
 
 PROMPT = [3, 1, 4, 1, 5]
 OUTPUT_TOKENS = 24

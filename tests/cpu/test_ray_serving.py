@@ -21,8 +21,9 @@ from launch.start import Deployment, Devices, cluster
 from orchestrator.request import SamplingParams
 from tests.hosts import PATIENCE_S, ROOT, gone, head_address, second_node
 from tests.oracle import greedy
-from tests.serving import FrailWorker, Hosting, answers, options, served, struck
+from tests.serving import Hosting, answers, options, served, struck
 from tests.tiny import make_model
+from tests.workers import FrailWorker
 
 SLOTS = 4
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2, 6], list(range(60))]

@@ -1,0 +1,55 @@
+"""Workers that tests host. The module imports no more than a worker needs: each process of a gang imports it."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from orchestrator.scheduler import SchedulerConfig
+from orchestrator.step import Step, StepResult
+from orchestrator.worker import Worker
+
+
+class ReusedWorker(Worker):
+    """A worker that can serve one deployment after another, and remembers its logits: importing torch takes seconds."""
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        super().allocate(limits)
+        self.seen: dict[tuple[int, ...], list[float]] = {}
+        forward = self.runner.forward
+
+        def remembering(step: Step) -> torch.Tensor | None:
+            logits = forward(step)
+            sampling = [row for row in step.rows if row.samples]
+            if logits is not None and self.shard.tp_rank == 0:
+                for row, values in zip(sampling, logits, strict=True):
+                    self.seen[tuple(self.runner.slots.history(row.slot).token_ids)] = values.tolist()
+            return logits
+
+        self.runner.forward = remembering  # type: ignore[method-assign]
+
+    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
+        return self.seen
+
+    def start_afresh(self) -> None:
+        self.collectives.leave()
+        self.__init__()  # type: ignore[misc]
+
+
+class FrailWorker(Worker):
+    """Writes where it is to its standard error; rank 1 raises at a prompt that holds FATAL_TOKEN."""
+
+    FATAL_TOKEN = 130
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        super().allocate(limits)
+        print(f"rank {self.shard.rank} is ready", file=sys.stderr, flush=True)
+        run = self.runner.run
+
+        def fragile(step: Step) -> StepResult | None:
+            if self.shard.rank == 1 and any(self.FATAL_TOKEN in a.token_ids for a in step.admits):
+                raise IndexError(f"no row {self.FATAL_TOKEN}")
+            return run(step)
+
+        self.runner.run = fragile  # type: ignore[method-assign]

@@ -107,17 +107,21 @@ def test_eight_ranks_at_once(tmp_path: Path, pool: Pool) -> None:
     assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
 
 
-def test_smollm2_itself(pool: Pool) -> None:
-    oracle = SmolLM2Oracle("cpu")
+@pytest.fixture(scope="module")
+def oracle() -> SmolLM2Oracle:
+    return SmolLM2Oracle("cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_smollm2_itself(layout: str, oracle: SmolLM2Oracle, pool: Pool) -> None:
     asked = options("smollm2", max_model_len=256, max_num_batched_tokens=64, block_size=16)
-    for layout in LAYOUTS:
-        with served(layout, asked, pool) as found:
-            sampling = SamplingParams(max_tokens=len(oracle.tokens[0]), ignore_eos=True)
-            done = answers(found, asked, [(prompt, sampling) for prompt in oracle.prompts])
-            seen = pool.seen_logits()
-        assert [c.token_ids for c in done] == oracle.tokens, layout
-        for prompt, completion in zip(oracle.prompts, done, strict=True):
-            assert_logits_agree(oracle.model, prompt, completion.token_ids, seen)
+    with served(layout, asked, pool) as found:
+        sampling = SamplingParams(max_tokens=len(oracle.tokens[0]), ignore_eos=True)
+        done = answers(found, asked, [(prompt, sampling) for prompt in oracle.prompts])
+        seen = pool.seen_logits()
+    assert [c.token_ids for c in done] == oracle.tokens
+    for prompt, completion in zip(oracle.prompts, done, strict=True):
+        assert_logits_agree(oracle.model, prompt, completion.token_ids, seen)
 
 
 def test_more_ranks_than_kv_heads(tmp_path: Path, pool: Pool) -> None:

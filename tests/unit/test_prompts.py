@@ -65,7 +65,7 @@ def test_messages_are_shown_by_the_last_one() -> None:
 def test_a_long_wrong_value_is_quoted_in_part(tmp_path: Path) -> None:
     with pytest.raises(BadRequest) as refused:
         read(tmp_path, '{"prompt_token_ids": "' + "x" * 10_000 + '"}')
-    assert len(str(refused.value)) < 200
+    assert len(str(refused.value).removeprefix(str(tmp_path))) < 200
     assert '"xxx' in str(refused.value)
 
 

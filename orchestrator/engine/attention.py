@@ -73,6 +73,10 @@ class SdpaContext:
             seen = np.stack([self._seen(batch, int(i), longest) for i in decodes])
             self._decodes = self._to_device(offsets[decodes], device)
             self._decode_rows_BL = self._to_device(seen, device)
+            first = int(seen[0, 0])
+            in_one_piece = len(seen) == 1 and np.array_equal(seen[0], np.arange(first, first + longest))
+            # A lone sequence's blocks mostly follow each other: then its cache is read where it lies.
+            self._piece = slice(first, first + longest) if in_one_piece else None
             self._lengths_B = self._to_device(lengths[decodes], device)
         self._masks: dict[tuple[int, int | None], Tensor | None] = {}
 
@@ -114,14 +118,21 @@ class SdpaContext:
         """One query a sequence. The query heads of a KV head stand as its rows, so nothing is repeated."""
         rows, longest = self._decode_rows_BL.shape
         kv_heads = keys.shape[1]
-        seen = self._decode_rows_BL.flatten()
-        k_BKLD = keys.index_select(0, seen).view(rows, longest, kv_heads, -1).transpose(1, 2)
-        v_BKLD = values.index_select(0, seen).view(rows, longest, kv_heads, -1).transpose(1, 2)
+        k_BKLD, v_BKLD = (
+            self._seen_by_decodes(cached).view(rows, longest, kv_heads, -1).transpose(1, 2)
+            for cached in (keys, values)
+        )
         q_BKGD = q_BHD.reshape(rows, kv_heads, -1, q_BHD.shape[-1])
         out = F.scaled_dot_product_attention(
             q_BKGD, k_BKLD, v_BKLD, attn_mask=self._decode_mask(longest, window)
         )
         return out.reshape(rows, *q_BHD.shape[1:])
+
+    def _seen_by_decodes(self, cached: Tensor) -> Tensor:
+        """[B × L, K, D]"""
+        if self._piece is not None:
+            return cached[self._piece]
+        return cached.index_select(0, self._decode_rows_BL.flatten())
 
     def _decode_mask(self, longest: int, window: int | None) -> Tensor | None:
         """[B, 1, 1, L], true where seen; None where every row sees everything."""

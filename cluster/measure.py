@@ -133,15 +133,19 @@ def save(profile: MachineProfile, path: Path) -> None:
 
 def fit(points: Sequence[Point]) -> Fit:
     """The line through (bytes, seconds) with the least squared relative error, its latency at least 0."""
-    weights = [1 / seconds**2 for _, seconds in points]
-    w, ws, wss, wt, wst = (
-        sum(weight * size**i * seconds**j for weight, (size, seconds) in zip(weights, points, strict=True))
-        for i, j in ((0, 0), (1, 0), (2, 0), (0, 1), (1, 1))
-    )
-    slope = (w * wst - ws * wt) / (w * wss - ws**2)
-    latency = (wt - slope * ws) / w
+    weighted = [(1 / seconds**2, size, seconds) for size, seconds in points]
+    total = sum(w for w, _, _ in weighted)
+    # About the means: without them the sums of sizes that lie close together cancel to nothing.
+    mean_size = sum(w * size for w, size, _ in weighted) / total
+    mean_s = sum(w * seconds for w, _, seconds in weighted) / total
+    spread = sum(w * (size - mean_size) ** 2 for w, size, _ in weighted)
+    slope = sum(w * (size - mean_size) * (seconds - mean_s) for w, size, seconds in weighted) / spread
+    latency = mean_s - slope * mean_size
     if latency < 0:
-        latency, slope = 0.0, wst / wss
+        latency = 0.0
+        slope = sum(w * size * seconds for w, size, seconds in weighted) / sum(
+            w * size**2 for w, size, _ in weighted
+        )
     if slope <= 0:  # all latency: the largest message bounds the bandwidth from below
         size, seconds = max(points)
         slope = seconds / size

@@ -21,13 +21,13 @@ def resolve(model: str) -> ModelSource:
         return ModelSource(SMOLLM2, _smollm2(), SourceKind.GGUF)
     path = Path(model).expanduser().absolute()  # workers run elsewhere
     try:
-        is_directory, is_file = path.is_dir(), path.is_file()
+        if path.is_dir():
+            return _directory(path)
+        is_file = path.is_file()
     except OSError as error:
         raise BadModel(
             f"{model[:200]} cannot be read ({error.strerror}); give a directory, a .gguf file or a built-in name"
         ) from None
-    if is_directory:
-        return _directory(path)
     if is_file:
         if path.suffix != ".gguf":
             raise BadModel(

@@ -65,8 +65,7 @@ class SafetensorsCheckpoint:
         path = self._file(name)
         try:
             if path not in self._open:
-                opened: Any = safe_open(path, framework="pt")
-                self._open[path] = opened, frozenset(opened.keys())
+                self._open[path] = _opened(path)
             file, names = self._open[path]
             part = file.get_slice(name) if name in names else None
         except (SafetensorError, OSError) as error:
@@ -85,6 +84,16 @@ class SafetensorsCheckpoint:
                 f"the index in {self._directory} has no tensor {name}, which {self.spec.name} needs"
             )
         return self._directory / self._files[name]
+
+
+def _opened(path: Path) -> tuple[Any, frozenset[str]]:
+    """safetensors' handle on a file, and the tensors in it. Raises BadModel where it may not be read."""
+    try:
+        path.open("rb").close()  # safetensors calls any file that it cannot open missing
+    except OSError as error:
+        raise BadModel(f"{path} cannot be read ({error.strerror}); check its owner and mode") from None
+    opened: Any = safe_open(path, framework="pt")
+    return opened, frozenset(opened.keys())
 
 
 def _file_of_each(directory: Path, names: Mapping[str, object]) -> Mapping[str, str]:

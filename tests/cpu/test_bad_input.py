@@ -305,6 +305,32 @@ def test_as_a_process(command: str, zoo: Path) -> None:
     assert done.stderr.startswith("shardwise generate: ")
 
 
+@pytest.mark.parametrize(
+    ("locked", "said"),
+    [
+        (".", "unreadable cannot be read (Permission denied); give a directory"),
+        ("config.json", "unreadable has no readable config.json (Permission denied)"),
+        ("model.safetensors", "model.safetensors cannot be read (Permission denied)"),
+    ],
+)
+def test_files_that_may_not_be_read(locked: str, said: str, zoo: Path, tmp_path: Path) -> None:
+    model = tmp_path / "unreadable"
+    shutil.copytree(zoo / "plain", model)
+    (model / locked).chmod(0)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    # Root reads everything, unless it lays down the capabilities that let it.
+    humble = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.geteuid() == 0 else []
+    argv = [*humble, sys.executable, "-m", "launch", "generate", str(model), "--prompts", "good.jsonl"]
+    try:
+        done = subprocess.run(
+            [*argv, "--device", "cpu"], cwd=zoo, env=environment, capture_output=True, text=True, check=False
+        )
+    finally:
+        (model / locked).chmod(0o700)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert said in done.stderr
+
+
 def test_a_reader_that_leaves_is_no_error() -> None:
     argv = [sys.executable, "-m", "launch", "plan", "llama-3.3-70b", "--on", "h100-node", "--json"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as planning:

@@ -40,6 +40,7 @@ class EngineOptions:
     seed: int
     address: str | None  # of a Ray cluster; None: a private one
     peer_access: bool  # False: NCCL_P2P_DISABLE is set
+    gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
 
     @property
     def most_context(self) -> int:
@@ -86,6 +87,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     engine.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
     engine.add_argument(
         "--num-gpu-blocks-override", type=int, metavar="N", help="KV blocks; default: what fits"
+    )
+    engine.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        default=0.9,
+        metavar="SHARE",
+        help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
     )
     engine.add_argument(
         "--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start"
@@ -165,6 +173,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         seed=args.seed,
         address=address,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
+        gpu_memory_utilization=args.gpu_memory_utilization,
     )
 
 
@@ -173,6 +182,9 @@ def _check_sizes(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not 1 <= value <= most:
             raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be from 1 to {most}")
+    share = args.gpu_memory_utilization
+    if not 0 < share <= 1:  # nan too
+        raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
 
 
 def check_blocks(options: EngineOptions) -> None:

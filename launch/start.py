@@ -133,6 +133,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         threads=max(1, cores // dims.world_size),
+        memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         join_timeout_s=JOIN_TIMEOUT_S,
     )

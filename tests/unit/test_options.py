@@ -17,6 +17,7 @@ from launch.options import (
     engine_options,
     layout,
 )
+from launch.start import _engine_config
 from strategies.plan import ParallelDims
 
 
@@ -106,3 +107,18 @@ def test_addresses(model: Path, address: str) -> None:
 def test_addresses_that_are_none(model: Path, address: str) -> None:
     with pytest.raises(UserError, match=f"--address {address} is not HOST:PORT"):
         made(model, "--address", address)
+
+
+@pytest.mark.parametrize("share", [0.001, 0.88, 1.0])
+def test_the_share_of_a_gpus_memory_reaches_the_workers(model: Path, share: float) -> None:
+    options = made(model, "--gpu-memory-utilization", str(share))
+    assert options.gpu_memory_utilization == share
+    assert _engine_config(options, ParallelDims()).memory_utilization == share
+
+
+@pytest.mark.parametrize("share", ["0", "-0.1", "1.01", "nan", "inf"])
+def test_shares_of_a_gpus_memory_that_are_none(model: Path, share: str) -> None:
+    with pytest.raises(
+        UserError, match=f"--gpu-memory-utilization is {share}; it must be over 0 and at most 1"
+    ):
+        made(model, "--gpu-memory-utilization", share)

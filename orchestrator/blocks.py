@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
+from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 
@@ -29,7 +30,8 @@ class BlockPool:
     def __init__(self, num_blocks: int) -> None:
         self.num_blocks = num_blocks
         self._references = [0] * num_blocks
-        self._free: dict[int, None] = dict.fromkeys(range(num_blocks))  # insertion-ordered: oldest first
+        # Oldest first. A plain dict would search past everything ever taken from its front.
+        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
 
@@ -59,8 +61,7 @@ class BlockPool:
 
     def take(self) -> int:
         """A free block, held once, its old prefix forgotten."""
-        block = next(iter(self._free))
-        del self._free[block]
+        block, _ = self._free.popitem(last=False)
         self._references[block] = 1
         forgotten = self._hash_of.pop(block, None)
         if forgotten is not None:

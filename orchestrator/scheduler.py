@@ -1,8 +1,10 @@
 """Continuous batching as a pure state machine: no torch, no clock, no I/O.
 
 `schedule` may be called again before the last batch's tokens are known: it then takes sequences that wait for no
-token (another pipeline group, or the next chunk of a long prompt). Ranks run steps in order, so a block freed while a
-step is still in flight may be handed out at once: the old writes land before the new ones.
+token (another pipeline group, or the next chunk of a long prompt). Where the ranks keep their newest tokens on the
+device (`run_ahead`), it also takes a sequence whose last token is still in flight; should that token end it, the step
+is computed in vain and its token dropped. Ranks run steps in order, so a block freed while a step is still in flight
+may be handed out at once: the old writes land before the new ones.
 """
 
 from __future__ import annotations
@@ -26,6 +28,12 @@ class SchedulerConfig:
     max_model_len: int = 4096
     groups: int = 1  # batches in flight at once: the pipeline's stages
     prefix_caching: bool = True
+    run_ahead: bool = False  # a row's token may be one that the ranks sampled and have not told yet
+
+    @property
+    def depth(self) -> int:
+        """Steps in flight that keep every stage busy while the host looks at the oldest."""
+        return self.groups + self.run_ahead
 
 
 @dataclass(slots=True, eq=False)
@@ -33,16 +41,20 @@ class Sequence:
     request: Request
     arrival: int
     tokens: list[int]
+    end: int  # tokens at which it is surely finished
+    needs_past: bool  # what it samples depends on which tokens it has, not only on how many
     scheduled: int = 0  # tokens whose KV is computed or in flight
     slot: int = -1  # -1 while waiting
     blocks: list[int] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     named: int = 0  # blocks that the pool knows by their hash
     awaited: int = 0  # sampled tokens still in flight
+    last_step: int = 0  # the newest that it is in
 
     @property
     def unscheduled(self) -> int:
-        return len(self.tokens) - self.scheduled
+        """Tokens, known or in flight, whose KV is still to be computed."""
+        return len(self.tokens) + self.awaited - self.scheduled
 
     @property
     def output_tokens(self) -> int:
@@ -81,7 +93,9 @@ class Scheduler:
             raise BadRequest(f"request id {request.id!r} is already in use")
         check_length(prompt, request.sampling.max_tokens, self.config)
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, list(request.prompt_token_ids))
+        end = min(prompt + request.sampling.max_tokens, self.config.max_model_len)
+        tokens, needs_past = list(request.prompt_token_ids), request.sampling.has_penalties
+        sequence = Sequence(request, self._arrivals, tokens, end, needs_past)
         self._sequences[request.id] = sequence
         self.waiting.append(sequence)
 
@@ -111,6 +125,7 @@ class Scheduler:
         """The next batch under the token budget: decodes, prompts under way, new ones. None: nothing can run."""
         rows: list[Row] = []
         sampling: list[Sequence] = []
+        self._steps += 1
         budget = self.config.max_num_batched_tokens
         preemptions = self._preemptions
         for sequence in self._ready_to_decode():
@@ -131,7 +146,6 @@ class Scheduler:
             budget -= count
         if not rows:
             return None
-        self._steps += 1
         self._in_flight[self._steps] = sampling
         return Step(self._steps, admits, rows)
 
@@ -155,10 +169,21 @@ class Scheduler:
 
     def _ready_to_decode(self) -> list[Sequence]:
         """Sequences with one token to compute, oldest first: a pipeline group's fair share of them."""
-        ready = [s for s in self.running if s.unscheduled == 1]
+        ready = [s for s in self.running if s.unscheduled == 1 and (not s.awaited or self._may_run_ahead(s))]
         if self.config.groups == 1:
             return ready
-        return ready[: -(-len(self.running) // self.config.groups)]
+        ready.sort(key=lambda s: s.last_step)
+        # By arrival again: making room for one takes blocks from those that come after it.
+        return sorted(ready[: -(-len(self.running) // self.config.groups)], key=lambda s: s.arrival)
+
+    def _may_run_ahead(self, sequence: Sequence) -> bool:
+        """One step beyond the unknown token, and never where penalties must see that token first."""
+        return (
+            self.config.run_ahead
+            and sequence.awaited == 1
+            and len(sequence.tokens) + 1 < sequence.end
+            and not sequence.needs_past
+        )
 
     def _prompts_under_way(self) -> Iterator[Sequence]:
         return (s for s in self.running if s.unscheduled > 1)
@@ -167,20 +192,21 @@ class Scheduler:
         """Count the row's tokens as scheduled. Full blocks get their names here: a later step finds them computed."""
         start, table = sequence.scheduled, sequence.blocks
         sequence.scheduled += count
+        sequence.last_step = self._steps
         samples = not sequence.unscheduled
         if samples:
             sequence.awaited += 1
             sampling.append(sequence)
         self._name_full_blocks(sequence)
-        is_decode = count == 1 and samples and sequence.output_tokens > 0
-        newest = sequence.tokens[start] if is_decode else -1
+        is_decode = count == 1 and samples and start >= len(sequence.request.prompt_token_ids)
+        newest = sequence.tokens[start] if is_decode and start < len(sequence.tokens) else -1
         grown = table[-1] if is_decode and start % self.config.block_size == 0 else -1
         return Row(sequence.slot, start, count, samples, newest, grown)
 
     def _name_full_blocks(self, sequence: Sequence) -> None:
         if not self.config.prefix_caching:
             return
-        full = sequence.scheduled // self.config.block_size
+        full = min(sequence.scheduled, len(sequence.tokens)) // self.config.block_size
         if full > sequence.named:
             sequence.hashes = block_hashes(sequence.tokens, self.config.block_size, sequence.hashes)
             for i in range(sequence.named, full):
@@ -260,12 +286,7 @@ class Scheduler:
         request = sequence.request
         if token_id in request.stop_ids and sequence.output_tokens >= request.sampling.min_tokens:
             return FinishReason.STOP
-        if (
-            sequence.output_tokens >= request.sampling.max_tokens
-            or len(sequence.tokens) >= self.config.max_model_len
-        ):
-            return FinishReason.LENGTH
-        return None
+        return FinishReason.LENGTH if len(sequence.tokens) >= sequence.end else None
 
 
 def check_length(prompt_tokens: int, max_tokens: int, config: SchedulerConfig) -> None:

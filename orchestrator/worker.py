@@ -21,7 +21,8 @@ from orchestrator.engine.kv_cache import KVCache, block_bytes
 from orchestrator.engine.loader import load
 from orchestrator.engine.memory import free_for_kv
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.runner import Runner, Slots
+from orchestrator.engine.runner import Pending, Runner
+from orchestrator.engine.slots import Slots
 from orchestrator.request import Request
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, one_prompt
@@ -177,14 +178,15 @@ class Worker:
         """The main loop. `results` is the last stage's channel where there are several stages."""
         self.scheduler = Scheduler(self.limits)
         self._results_in = Reader.open(results) if results else None
-        in_flight: deque[StepResult | None] = deque()  # None: the last stage will tell
+        in_flight: deque[Pending | None] = deque()  # None: the last stage will tell
         while not self._stopping:
             self._admit(wait=not (in_flight or self.scheduler.has_work))
-            step = self.scheduler.schedule() if len(in_flight) < self.limits.groups else None
+            step = self.scheduler.schedule() if len(in_flight) < self.limits.depth else None
             if step is not None:
                 in_flight.append(self._launch(step))
-            if in_flight and (step is None or len(in_flight) == self.limits.groups):
-                result = in_flight.popleft() or self._collect()
+            if in_flight and (step is None or len(in_flight) == self.limits.depth):
+                pending = in_flight.popleft()
+                result = pending.result() if pending is not None else self._collect()
                 if result is not None:
                     self._publish(result)
         self._broadcast(_STOP)
@@ -202,7 +204,7 @@ class Worker:
         except queue.Empty:
             return
 
-    def _launch(self, step: Step) -> StepResult | None:
+    def _launch(self, step: Step) -> Pending | None:
         if self._steps is not None:
             self._broadcast(msgspec.msgpack.encode(step))
         return self.runner.run(step)
@@ -236,6 +238,6 @@ class Worker:
                 continue
             if message == _STOP:
                 return
-            result = self.runner.run(msgspec.msgpack.decode(message, type=Step))
-            if result is not None and self._results_out is not None:
-                self._results_out.send(msgspec.msgpack.encode(result))
+            pending = self.runner.run(msgspec.msgpack.decode(message, type=Step))
+            if pending is not None and self._results_out is not None:
+                self._results_out.send(msgspec.msgpack.encode(pending.result()))

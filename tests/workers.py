@@ -6,8 +6,9 @@ import sys
 
 import torch
 
+from orchestrator.engine.runner import Pending
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.step import Step, StepResult
+from orchestrator.step import Step
 from orchestrator.worker import Worker
 
 
@@ -47,7 +48,7 @@ class FrailWorker(Worker):
         print(f"rank {self.shard.rank} is ready", file=sys.stderr, flush=True)
         run = self.runner.run
 
-        def fragile(step: Step) -> StepResult | None:
+        def fragile(step: Step) -> Pending | None:
             if self.shard.rank == 1 and any(self.FATAL_TOKEN in a.token_ids for a in step.admits):
                 raise IndexError(f"no row {self.FATAL_TOKEN}")
             return run(step)

@@ -5,18 +5,19 @@ A backend turns a Batch into an AttentionContext (engine/model.py). Decodes go a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from torch import Tensor
 
+from orchestrator.engine import ops
 from orchestrator.engine.kv_cache import KVCache
-
-Ints = NDArray[np.int64]
+from orchestrator.engine.model import RMSNorm
+from orchestrator.engine.rope import Rope
+from orchestrator.engine.slots import Ints
+from strategies.spec import ModelSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,14 @@ class _Prompt:
 class SdpaContext:
     """What every layer of one step shares: index tensors, made once."""
 
-    def __init__(
-        self, cache: KVCache, batch: Batch, windows: Sequence[int | None], device: torch.device
-    ) -> None:
+    def __init__(self, cache: KVCache, batch: Batch, spec: ModelSpec, rope: Rope) -> None:
+        """`spec` and `rope` are of the transformer that this rank runs."""
+        device = cache.keys[0].device
         self.cache = cache
-        self.windows = windows
-        self.positions_T = torch.from_numpy(batch.positions_T).to(device)
+        self._heads = spec.heads, spec.kv_heads, spec.head_dim
+        self._windows = spec.windows or (None,) * spec.layers
+        self._positions_T = torch.from_numpy(batch.positions_T).to(device)
+        self._rotation = rope(self._positions_T, cache.keys[0].dtype)
         self._rows_T = torch.from_numpy(batch.cache_rows(cache.block_size)).to(device)
         offsets = np.cumsum(batch.counts) - batch.counts
         lengths = batch.starts + batch.counts
@@ -90,9 +93,19 @@ class SdpaContext:
         blocks = batch.tables[row, : -(-length // size)]
         return (blocks[:, None] * size + np.arange(size)).reshape(-1)[:length]
 
-    def attend(self, layer: int, q_THD: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> Tensor:
+    def attend(self, layer: int, qkv_TN: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
+        heads, kv_heads, head_dim = self._heads
+        qkv_THD = qkv_TN.view(len(qkv_TN), -1, head_dim)
+        qk_THD, v_TKD = torch.split(qkv_THD, [heads + kv_heads, kv_heads], dim=1)
+        if q_norm is not None and k_norm is not None:
+            q_THD = ops.rms_norm(qk_THD[:, :heads], q_norm.weight, q_norm.eps)
+            qk_THD = torch.cat((q_THD, ops.rms_norm(qk_THD[:, heads:], k_norm.weight, k_norm.eps)), dim=1)
+        q_THD, k_TKD = torch.split(ops.rotate(qk_THD, *self._rotation), [heads, kv_heads], dim=1)
         self.cache.write(layer, self._rows_T, k_TKD, v_TKD)
-        keys, values, window = self.cache.keys[layer], self.cache.values[layer], self.windows[layer]
+        return self._attend(layer, q_THD).flatten(1)
+
+    def _attend(self, layer: int, q_THD: Tensor) -> Tensor:
+        keys, values, window = self.cache.keys[layer], self.cache.values[layer], self._windows[layer]
         if self._decodes is not None and not self._prompts:
             return self._decode(q_THD, keys, values, window)
         out_THD = torch.empty_like(q_THD)
@@ -153,7 +166,7 @@ class SdpaContext:
             return None
         key = (index, window)
         if key not in self._masks:
-            query_T = self.positions_T[prompt.tokens][:, None]
+            query_T = self._positions_T[prompt.tokens][:, None]
             place_L = torch.arange(len(prompt.seen_rows), device=query_T.device)
             seen_TL = place_L <= query_T
             if window is not None:

@@ -1,65 +1,64 @@
-"""Runs steps on one device: remembers what each slot holds, makes the batch, runs this rank's layers, samples."""
+"""Runs steps on one device: makes the batch, runs this rank's layers, samples. Here by plain torch, step by step.
+
+cuda_runner.py does the same with graphs and kernels.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from cluster.collectives import Collectives
-from orchestrator.engine.attention import Batch, Ints, SdpaContext
+from orchestrator.engine.attention import Batch, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.sampler import History, sample
+from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_host
+from orchestrator.engine.slots import Slots
 from orchestrator.step import Row, Step, StepResult, one_prompt
 from strategies.plan import Shard
 
 
-class Slots:
-    """Each slot's tokens, sampling parameters and block table, as the steps so far have told."""
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step's tokens, on their way from the device to the host."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
-        self.block_size = block_size
-        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
-        self.histories: list[History | None] = [None] * max_num_seqs
+    step_id: int
+    token_ids_R: Tensor
+    logprobs: Logprobs | None
+    landed: torch.cuda.Event | None  # None: they are here
 
-    def remember(self, step: Step) -> None:
-        for admit in step.admits:
-            self.tables[admit.slot, : len(admit.blocks)] = admit.blocks
-            self.histories[admit.slot] = History(
-                list(admit.token_ids), admit.prompt_tokens, admit.sampling, admit.stop_ids
-            )
-        for row in step.rows:
-            if row.new_block >= 0:
-                self.tables[row.slot, row.start // self.block_size] = row.new_block
-            if row.token_id >= 0 and row.start == len(self.history(row.slot).token_ids):
-                self.history(row.slot).token_ids.append(row.token_id)
+    @staticmethod
+    def on_its_way(step: Step, tokens_R: Tensor, logits_RV: Tensor, draws: Sequence[Draw]) -> Pending:
+        """Sets the copies off. The logits are read only where log-probabilities are asked for."""
+        told = logprobs(logits_RV, tokens_R, draws)
+        token_ids_R = to_host(tokens_R)
+        landed = torch.cuda.Event() if tokens_R.is_cuda else None  # type: ignore[no-untyped-call]
+        if landed is not None:
+            landed.record()
+        return Pending(step.id, token_ids_R, told, landed)
 
-    def history(self, slot: int) -> History:
-        history = self.histories[slot]
-        assert history is not None, f"slot {slot} was never admitted"
-        return history
+    def result(self) -> StepResult:
+        """Waits for the device to come so far."""
+        if self.landed is not None:
+            self.landed.synchronize()
+        token_ids: list[int] = self.token_ids_R.tolist()
+        told = self.logprobs.of_all(len(token_ids)) if self.logprobs is not None else None
+        return StepResult(self.step_id, token_ids, told)
 
-    def batch(self, rows: Sequence[Row]) -> Batch:
-        starts = np.array([row.start for row in rows], dtype=np.int64)
-        counts = np.array([row.count for row in rows], dtype=np.int64)
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-        return Batch(
-            self._token_ids(rows), positions, starts, counts, self._tables(rows, int((starts + counts).max()))
-        )
 
-    def _token_ids(self, rows: Sequence[Row]) -> Ints:
-        ids: list[int] = []
-        for row in rows:
-            tokens = self.history(row.slot).token_ids
-            ids += tokens[row.start : row.start + row.count]
-        return np.array(ids, dtype=np.int64)
+class StepRunner(Protocol):
+    """What the worker's loops drive."""
 
-    def _tables(self, rows: Sequence[Row], longest: int) -> Ints:
-        return self.tables[[row.slot for row in rows], : -(-longest // self.block_size)]
+    def run(self, step: Step) -> Pending | None:
+        """Starts a step. Its tokens on the last stage's first rank, None on all others."""
+
+    def score(self, token_ids: list[int]) -> Tensor | None:
+        """Logits after each of the tokens, [T, V], on every rank of the last stage. Uses slot 0: not while serving."""
 
 
 class Runner:
@@ -77,17 +76,14 @@ class Runner:
         )
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
-        self._windows = model.spec.windows or (None,) * model.spec.layers
 
     @torch.inference_mode()
-    def run(self, step: Step) -> StepResult | None:
-        """Sampled tokens on the last stage's first rank, None on all others."""
+    def run(self, step: Step) -> Pending | None:
         logits_RV = self.forward(step)
         if logits_RV is None or self.shard.tp_rank:
             return None
-        histories = [self.slots.history(row.slot) for row in step.rows if row.samples]
-        token_ids, logprobs = sample(logits_RV, histories) if histories else ([], None)
-        return StepResult(step.id, token_ids, logprobs)
+        draws = self.slots.draws(step.rows)
+        return Pending.on_its_way(step, sample(logits_RV, draws), logits_RV, draws)
 
     def forward(self, step: Step) -> Tensor | None:
         """Logits of the rows that sample, [R, V], on the last stage; elsewhere the next stage gets the states."""
@@ -102,21 +98,30 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor | None:
-        """Logits after each of the tokens, [T, V], on every rank of the last stage. Uses slot 0: not while serving."""
         hidden_TE = self._layers(one_prompt(token_ids, self.slots.block_size))
         return None if hidden_TE is None else self.model.logits(hidden_TE)
 
     def _layers(self, step: Step) -> Tensor | None:
         """This rank's layers: hidden states on the last stage; elsewhere they are sent on."""
         self.slots.remember(step)
-        batch = self.slots.batch(step.rows)
-        context = SdpaContext(self.cache, batch, self._windows, self._device)
+        batch = self._batch(step.rows)
+        context = SdpaContext(self.cache, batch, self.model.spec, self.model.rope)
         hidden_TE: Tensor = self.model(self._input(batch), context)
         if self.shard.is_last:
             return hidden_TE
         assert self.collectives.next_rank is not None
         self.collectives.send(hidden_TE, self.collectives.next_rank)
         return None
+
+    def _batch(self, rows: Sequence[Row]) -> Batch:
+        starts = np.array([row.start for row in rows], dtype=np.int64)
+        counts = np.array([row.count for row in rows], dtype=np.int64)
+        ends = np.cumsum(counts)
+        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
+        longest = int((starts + counts).max())
+        tables = self.slots.tables[[row.slot for row in rows], : -(-longest // self.slots.block_size)]
+        token_ids = np.array(self.slots.token_ids(rows), dtype=np.int64)
+        return Batch(token_ids, positions, starts, counts, tables)
 
     def _input(self, batch: Batch) -> Tensor:
         if self.shard.is_first:

@@ -2,16 +2,19 @@
 
 The draw is Gumbel-max over noise hashed from seed, position and token id: no state, no order, the same in every batch,
 layout and device. Rounding differences between layouts change a token only where two perturbed logits nearly tie.
+Nothing here waits for the device: what is sampled stays there until somebody reads it.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from orchestrator.engine.ops import has_kernels
 from orchestrator.request import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -19,7 +22,7 @@ _MASK = (1 << 64) - 1
 
 @dataclass(slots=True)
 class History:
-    """What a slot remembers of its sequence."""
+    """What a slot remembers of its sequence. Tokens that were sampled ahead of the host may be missing at its end."""
 
     token_ids: list[int]
     prompt_tokens: int
@@ -31,51 +34,81 @@ class History:
         return self.token_ids[self.prompt_tokens :]
 
 
-def sample(logits_RV: Tensor, rows: Sequence[History]) -> tuple[list[int], list[TokenLogprobs | None] | None]:
-    """One token for each row of float32 logits; its log-probabilities by the model's own logits, where asked for."""
-    raw_RV = logits_RV
-    if any(
-        r.sampling.has_penalties or len(r.token_ids) - r.prompt_tokens < r.sampling.min_tokens for r in rows
-    ):
-        logits_RV = logits_RV.clone()
-        for row_V, history in zip(logits_RV, rows, strict=True):
-            _ban_stops(row_V, history)
-            _penalise(row_V, history)
-    drawn = [i for i, r in enumerate(rows) if not r.sampling.is_greedy]
-    tokens_R = logits_RV.argmax(dim=-1)
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """A row of logits to sample from: whose they are, and how many tokens come before the new one."""
+
+    history: History
+    length: int
+
+    @property
+    def bans_stops(self) -> bool:
+        return self.length - self.history.prompt_tokens < self.history.sampling.min_tokens
+
+    @property
+    def is_plain(self) -> bool:
+        """The likeliest token, and nothing else asked."""
+        sampling = self.history.sampling
+        return (
+            sampling.is_greedy
+            and sampling.logprobs is None
+            and not sampling.has_penalties
+            and not self.bans_stops
+        )
+
+
+def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """One token for each row: [R], on the logits' device."""
+    if any(draw.history.sampling.has_penalties or draw.bans_stops for draw in draws):
+        logits_RV = logits_RV.float().clone()
+        for row_V, draw in zip(logits_RV, draws, strict=True):
+            if draw.bans_stops:
+                row_V.index_fill_(0, on_device(row_V, draw.history.stop_ids, torch.int64), -torch.inf)
+            _penalise(row_V, draw.history)
+    tokens_R = greedy(logits_RV)
+    drawn = [i for i, draw in enumerate(draws) if not draw.history.sampling.is_greedy]
     if drawn:
-        params = [rows[i].sampling for i in drawn]
-        scaled = logits_RV[drawn] / _column([p.temperature for p in params], logits_RV)
-        scaled = _filter(scaled, params)
-        keys = [_mix(_mix(p.seed or 0) ^ len(rows[i].token_ids)) for p, i in zip(params, drawn, strict=True)]
-        tokens_R[drawn] = (scaled + _gumbel(keys, scaled)).argmax(dim=-1)
-    token_ids: list[int] = tokens_R.tolist()
-    if all(r.sampling.logprobs is None for r in rows):
-        return token_ids, None
-    return token_ids, [_logprobs(raw_V, t, r) for raw_V, t, r in zip(raw_RV, token_ids, rows, strict=True)]
+        params = [draws[i].history.sampling for i in drawn]
+        rows = on_device(logits_RV, drawn, torch.int64)
+        scaled = logits_RV[rows].float()
+        scaled = _filter(scaled / _column([p.temperature for p in params], scaled), params)
+        keys = [_mix(_mix(p.seed or 0) ^ draws[i].length) for p, i in zip(params, drawn, strict=True)]
+        tokens_R[rows] = (scaled + _gumbel(keys, scaled)).argmax(dim=-1)
+    return tokens_R
 
 
-def _column(values: list[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).unsqueeze(1)
+def greedy(logits_RV: Tensor) -> Tensor:
+    """The likeliest token of each row: [R]."""
+    if has_kernels(logits_RV):
+        from orchestrator.engine.kernels import argmax
+
+        best_R: Tensor = argmax.argmax(logits_RV)
+        return best_R
+    return logits_RV.argmax(dim=-1)
 
 
-def _ban_stops(row_V: Tensor, history: History) -> None:
-    if len(history.token_ids) - history.prompt_tokens < history.sampling.min_tokens:
-        row_V[history.stop_ids] = -torch.inf
+def on_device(like: Tensor, values: Sequence[int | float], dtype: torch.dtype) -> Tensor:
+    """`values` on a tensor's device, without waiting for what it is doing."""
+    host = torch.tensor(values, dtype=dtype, pin_memory=like.is_cuda)
+    return host.to(like.device, non_blocking=True)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    return on_device(like, values, like.dtype).unsqueeze(1)
 
 
 def _penalise(row_V: Tensor, history: History) -> None:
     params = history.sampling
     if params.repetition_penalty != 1:
-        seen = torch.tensor(sorted(set(history.token_ids)), device=row_V.device)
+        seen = on_device(row_V, sorted(set(history.token_ids)), torch.int64)
         values = row_V[seen]
         row_V[seen] = torch.where(
             values > 0, values / params.repetition_penalty, values * params.repetition_penalty
         )
     if (params.presence_penalty or params.frequency_penalty) and history.output_ids:
-        output = torch.tensor(history.output_ids, device=row_V.device)
-        ids, counts = torch.unique(output, return_counts=True)
-        row_V[ids] -= params.presence_penalty + params.frequency_penalty * counts
+        counts = Counter(history.output_ids)
+        losses = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
+        row_V[on_device(row_V, list(counts), torch.int64)] -= on_device(row_V, losses, row_V.dtype)
 
 
 def _filter(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:
@@ -112,22 +145,51 @@ def _gumbel(keys: Sequence[int], like_RV: Tensor) -> Tensor:
     """Standard Gumbel noise [R, V]: a hash ("lowbias32", C. Wellons) of token id, then of the row's key."""
     low32 = 0xFFFFFFFF
     x = torch.arange(like_RV.shape[-1], device=like_RV.device)
-    key = torch.tensor([[k & low32, k >> 32] for k in keys], device=like_RV.device)
+    low = on_device(like_RV, [k & low32 for k in keys], torch.int64).unsqueeze(1)
+    high = on_device(like_RV, [k >> 32 for k in keys], torch.int64).unsqueeze(1)
 
     def scramble(x: Tensor) -> Tensor:
         x = ((x ^ (x >> 16)) * 0x7FEB352D) & low32
         x = ((x ^ (x >> 15)) * 0x846CA68B) & low32
         return x ^ (x >> 16)
 
-    bits = scramble(scramble(x ^ key[:, :1]) ^ key[:, 1:])
+    bits = scramble(scramble(x ^ low) ^ high)
     uniform = (bits.double() + 0.5) / 2**32  # inside (0, 1)
     return (-(-uniform.log()).log()).to(like_RV.dtype)
 
 
-def _logprobs(logits_V: Tensor, token_id: int, history: History) -> TokenLogprobs | None:
-    count = history.sampling.logprobs
-    if count is None:
+@dataclass(frozen=True, slots=True)
+class Logprobs:
+    """Log-probabilities of the rows that asked for them, by the model's own logits; still on their way to the host."""
+
+    rows: list[int]
+    counts: list[int]  # how many of the likeliest each row wants
+    own_R: Tensor
+    top_RC: Tensor
+    top_ids_RC: Tensor
+
+    def of_all(self, rows: int) -> list[TokenLogprobs | None]:
+        """By row of the step; None where nothing was asked. The copies must have landed."""
+        found: list[TokenLogprobs | None] = [None] * rows
+        own, top, ids = self.own_R.tolist(), self.top_RC.tolist(), self.top_ids_RC.tolist()
+        for i, (row, count) in enumerate(zip(self.rows, self.counts, strict=True)):
+            found[row] = TokenLogprobs(own[i], ids[i][:count], top[i][:count])
+        return found
+
+
+def logprobs(logits_RV: Tensor, tokens_R: Tensor, draws: Sequence[Draw]) -> Logprobs | None:
+    asked = [(i, d.history.sampling.logprobs) for i, d in enumerate(draws)]
+    rows = [i for i, count in asked if count is not None]
+    if not rows:
         return None
-    values_V = logits_V.log_softmax(dim=-1)
-    top = values_V.topk(min(count, len(values_V)))
-    return TokenLogprobs(float(values_V[token_id]), top.indices.tolist(), top.values.tolist())
+    counts = [count for _, count in asked if count is not None]
+    index = on_device(logits_RV, rows, torch.int64)
+    values_RV = logits_RV[index].float().log_softmax(dim=-1)
+    own_R = values_RV.gather(1, tokens_R[index].unsqueeze(1)).squeeze(1)
+    top = values_RV.topk(min(max(counts), values_RV.shape[-1]))
+    return Logprobs(rows, counts, *(to_host(t) for t in (own_R, top.values, top.indices)))
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """A copy that is on its way: it may be read once the device has come so far."""
+    return tensor.to("cpu", non_blocking=True)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
 
-from orchestrator.engine.sampler import History, sample
+from orchestrator.engine.sampler import Draw, History, logprobs, sample
 from orchestrator.request import SamplingParams
 
 
@@ -15,8 +16,13 @@ def history(tokens: list[int], prompt: int = 1, stop_ids: tuple[int, ...] = (), 
     return History(tokens, prompt, SamplingParams(**{"max_tokens": 1000, **params}), list(stop_ids))  # type: ignore[arg-type]
 
 
+def draws_of(rows: Sequence[History]) -> list[Draw]:
+    return [Draw(row, len(row.token_ids)) for row in rows]
+
+
 def draw(logits: torch.Tensor, *rows: History) -> list[int]:
-    return sample(logits.expand(len(rows), -1).contiguous(), rows)[0]
+    found: list[int] = sample(logits.expand(len(rows), -1).contiguous(), draws_of(rows)).tolist()
+    return found
 
 
 def frequencies(logits: torch.Tensor, draws: int = 4000, **params: object) -> torch.Tensor:
@@ -66,8 +72,9 @@ def test_rows_do_not_disturb_each_other() -> None:
         history([1, 2], temperature=0.9, seed=-1, min_p=0.1),
         history([3, 3, 3], prompt=1, frequency_penalty=1.5),
     ]
-    together, _ = sample(logits.clone(), rows)
-    alone = [sample(logits[i : i + 1].clone(), rows[i : i + 1])[0][0] for i in range(len(rows))]
+    draws = draws_of(rows)
+    together = sample(logits.clone(), draws).tolist()
+    alone = [int(sample(logits[i : i + 1].clone(), draws[i : i + 1])) for i in range(len(rows))]
     assert together == alone
 
 
@@ -94,11 +101,27 @@ def test_stops_are_banned_until_min_tokens_are_out() -> None:
     assert draw(logits, history([5, 1, 1], stop_ids=(0,), min_tokens=2)) == [0]
 
 
+def test_a_draw_needs_no_token_that_is_still_on_the_device() -> None:
+    """Only how many there are: the history of a sequence that runs ahead ends too early."""
+    flat = torch.zeros(1, 1000)
+    known = Draw(history([0, 1, 2], temperature=1.0, seed=3), 3)
+    ahead = Draw(history([0], temperature=1.0, seed=3), 3)
+    assert sample(flat, [known]).tolist() == sample(flat, [ahead]).tolist()
+
+
 def test_logprobs_are_the_models_own() -> None:
-    _, logprobs = sample(LOGITS[None].clone(), [history([0], temperature=2.0, seed=1, logprobs=2, top_k=1)])
-    assert logprobs is not None
-    found = logprobs[0]
-    assert found is not None
-    assert found.logprob == pytest.approx(math.log(0.4), abs=1e-5)
-    assert found.top_ids == [0, 1]
-    assert found.top_logprobs == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-5)
+    asked = [
+        history([0]),
+        history([0], temperature=2.0, seed=1, logprobs=2, top_k=1),
+        history([0], logprobs=1),
+    ]
+    logits = LOGITS.expand(3, -1)
+    tokens = sample(logits.contiguous(), draws_of(asked))
+    told = logprobs(logits, tokens, draws_of(asked))
+    assert told is not None
+    nothing, two, one = told.of_all(3)
+    assert nothing is None and two is not None and one is not None
+    assert two.logprob == pytest.approx(math.log(0.4), abs=1e-5)
+    assert two.top_ids == [0, 1]
+    assert two.top_logprobs == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-5)
+    assert one.top_ids == [0]

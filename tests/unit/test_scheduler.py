@@ -33,6 +33,7 @@ class CheckedRanks:
         self.cache: dict[int, tuple[int, ...]] = {}
         self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, dict[int, int]] = {}
+        self.newest: dict[int, int] = {}  # what each slot sampled last
 
     def run(self, step: Step) -> StepResult:
         assert sum(row.count for row in step.rows) <= self.config.max_num_batched_tokens
@@ -44,8 +45,10 @@ class CheckedRanks:
             tokens = self.tokens[row.slot]
             if row.new_block >= 0:
                 self.tables[row.slot][row.start // self.config.block_size] = row.new_block
-            if row.token_id >= 0 and row.start == len(tokens):
-                tokens.append(row.token_id)
+            if row.start == len(tokens):
+                assert row.token_id >= 0 or self.config.run_ahead
+                assert row.token_id in (-1, self.newest[row.slot])
+                tokens.append(self.newest[row.slot])
             for position in range(row.start, row.start + row.count):
                 self.cache[self._place(row.slot, position)] = tuple(tokens[: position + 1])
         sampled = []
@@ -55,7 +58,8 @@ class CheckedRanks:
                 assert self.cache[self._place(row.slot, position)] == tuple(tokens[: position + 1])
             if row.samples:
                 assert end == len(tokens)
-                sampled.append(next_token(tokens))
+                self.newest[row.slot] = next_token(tokens)
+                sampled.append(self.newest[row.slot])
         return StepResult(step.id, sampled)
 
     def _place(self, slot: int, position: int) -> int:
@@ -74,7 +78,7 @@ def request(
 def run_all(
     scheduler: Scheduler, aborts: dict[int, str] | None = None
 ) -> tuple[dict[str, list[int]], dict[str, FinishReason]]:
-    """Keeps `groups` steps in flight, as the leader does; results arrive late and in order."""
+    """Keeps `depth` steps in flight, as the leader does; results arrive late and in order."""
     ranks = CheckedRanks(scheduler.config)
     in_flight: deque[StepResult] = deque()
     tokens: dict[str, list[int]] = {}
@@ -82,10 +86,10 @@ def run_all(
     for turn in range(10_000):
         if aborts and turn in aborts:
             scheduler.abort(aborts[turn])
-        step = scheduler.schedule() if len(in_flight) < scheduler.config.groups else None
+        step = scheduler.schedule() if len(in_flight) < scheduler.config.depth else None
         if step is not None:
             in_flight.append(ranks.run(step))
-        if in_flight and (step is None or len(in_flight) == scheduler.config.groups):
+        if in_flight and (step is None or len(in_flight) == scheduler.config.depth):
             for token in scheduler.update(in_flight.popleft()):
                 tokens.setdefault(token.request_id, []).append(token.token_id)
                 if token.finish_reason is not None:
@@ -111,6 +115,7 @@ def run_all(
     budget=st.integers(1, 40),
     groups=st.integers(1, 3),
     prefix_caching=st.booleans(),
+    run_ahead=st.booleans(),
     abort_turn=st.integers(0, 30),
 )
 def test_every_answer_is_right_under_chunks_prefix_hits_preemption_and_aborts(
@@ -121,13 +126,14 @@ def test_every_answer_is_right_under_chunks_prefix_hits_preemption_and_aborts(
     budget: int,
     groups: int,
     prefix_caching: bool,
+    run_ahead: bool,
     abort_turn: int,
 ) -> None:
     common = [i % 4 for i in range(30)]
     asked = {f"r{i}": (common[:shared] + own, count) for i, (shared, own, count) in enumerate(prompts)}
     longest = max(len(p) + n for p, n in asked.values())
     blocks = -(-(longest + spare_tokens) // block_size)
-    config = SchedulerConfig(blocks, block_size, max_num_seqs, budget, 200, groups, prefix_caching)
+    config = SchedulerConfig(blocks, block_size, max_num_seqs, budget, 200, groups, prefix_caching, run_ahead)
     scheduler = Scheduler(config)
     for name, (prompt, count) in asked.items():
         scheduler.add(request(name, prompt, count))
@@ -239,3 +245,28 @@ def test_what_can_never_run_is_refused(prompt: list[int], max_tokens: int, says:
     with pytest.raises(BadRequest, match=says):
         scheduler.add(request("a", prompt, max_tokens))
     assert not scheduler.has_work
+
+
+def test_running_ahead_takes_sequences_whose_token_is_in_flight_but_none_that_will_surely_end() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, run_ahead=True))
+    scheduler.add(request("long", [1, 2, 3], 5))
+    scheduler.add(request("short", [4, 5], 2))
+    scheduler.add(request("penalised", [6, 7], 5, repetition_penalty=2))
+    steps = [scheduler.schedule() for _ in range(3)]
+    assert steps[1] is not None and steps[2] is None
+    assert [(r.start, r.token_id) for r in steps[1].rows] == [(3, -1), (2, -1)]
+    assert steps[0] is not None
+    scheduler.update(StepResult(steps[0].id, [10, 11, 12]))
+    third = scheduler.schedule()
+    assert third is not None  # "short" has its last token in flight
+    assert [(r.start, r.token_id) for r in third.rows] == [(4, -1), (2, 12)]
+
+
+def test_a_token_computed_ahead_of_a_stop_is_dropped() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=64, block_size=4, run_ahead=True))
+    scheduler.add(request("r", [1, 2, 3], 9, frozenset([7])))
+    first, second = scheduler.schedule(), scheduler.schedule()
+    assert first is not None and second is not None
+    assert [t.finish_reason for t in scheduler.update(StepResult(first.id, [7]))] == [FinishReason.STOP]
+    assert scheduler.update(StepResult(second.id, [8])) == []
+    assert not scheduler.has_work and scheduler.pool.free_blocks == 64

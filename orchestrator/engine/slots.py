@@ -1,0 +1,53 @@
+"""What each slot holds, as the steps so far have told: the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from orchestrator.engine.sampler import Draw, History
+from orchestrator.step import Row, Step
+
+Ints = NDArray[np.int64]
+
+
+class Slots:
+    """Each slot's tokens, sampling parameters and block table."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int) -> None:
+        self.block_size = block_size
+        self.tables = np.zeros((max_num_seqs, -(-max_model_len // block_size)), dtype=np.int64)
+        self.histories: list[History | None] = [None] * max_num_seqs
+
+    def remember(self, step: Step) -> None:
+        for admit in step.admits:
+            self.tables[admit.slot, : len(admit.blocks)] = admit.blocks
+            self.histories[admit.slot] = History(
+                list(admit.token_ids), admit.prompt_tokens, admit.sampling, admit.stop_ids
+            )
+        for row in step.rows:
+            if row.new_block >= 0:
+                self.tables[row.slot, row.start // self.block_size] = row.new_block
+            if row.token_id >= 0:
+                token_ids = self.history(row.slot).token_ids
+                if row.start == len(token_ids):
+                    token_ids.append(row.token_id)
+
+    def history(self, slot: int) -> History:
+        history = self.histories[slot]
+        assert history is not None, f"slot {slot} was never admitted"
+        return history
+
+    def draws(self, rows: Sequence[Row]) -> list[Draw]:
+        """Of the rows that sample."""
+        return [Draw(self.history(row.slot), row.start + row.count) for row in rows if row.samples]
+
+    def token_ids(self, rows: Sequence[Row]) -> list[int]:
+        """Of all positions of the rows; -1 for one that was sampled ahead of the host."""
+        ids: list[int] = []
+        for row in rows:
+            known = self.history(row.slot).token_ids[row.start : row.start + row.count]
+            ids += known or [row.token_id]
+        return ids

@@ -1,6 +1,7 @@
 """How the ranks of one replica talk: sums and gathers inside a stage, sends between stages.
 
-One Protocol, one path so far: torch_dist.py, which is NCCL on GPUs and gloo on CPUs.
+Two Protocols, which torch_dist.py satisfies: NCCL on GPUs, gloo on CPUs. It hands small sums of one host's GPUs to
+one_shot.py, whose kernel (one_shot.cu) pushes over the wires of transports.py; cuda.py compiles and launches it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Collectives through torch.distributed: NCCL on GPUs, gloo on CPUs.
+"""Collectives through torch.distributed: NCCL on GPUs, gloo on CPUs. Small sums of GPUs go through one_shot.py.
 
 A process is in one world at a time, that of its replica. A rank that dies or stops shows as GangDied on its
 peers: at once where the connection breaks, after `timeout_s` where it only falls silent.
@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 import torch
 import torch.distributed as dist
 
+from cluster.collectives.one_shot import Members, OneShot, open_one_shot
 from cluster.errors import GangDied
 
 SENDS_IN_FLIGHT = 8
@@ -48,13 +49,34 @@ class RankGroup:
         self._rank = rank
         self._index = ranks.index(rank)
         self._group = group
+        self._one_shot: OneShot | None = None
+        self.path = "none: one rank" if group is None else dist.get_backend(group)
+        """How small sums go, and why not faster: "peer memory", "mapped host memory" or "NCCL: why"."""
+
+    @property
+    def one_shot(self) -> OneShot | None:
+        """The way of small sums where there is one; it also does them together with the norm that follows."""
+        return self._one_shot
+
+    def open_one_shot(self, device: torch.device, patience_s: float, peer_access: bool) -> None:
+        """Find the fastest way for small sums of tensors on GPUs. All ranks of the stage call it at once."""
+        if self._group is None or device.type != "cuda":
+            return
+        try:
+            members = Members(self._group, device)
+            self._one_shot, self.path = open_one_shot(members, patience_s, peer_access)
+        except RuntimeError as error:
+            raise _gang_died("setting up small all-reduces", self._rank, error) from error
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks, in place and returned; the same bits on every rank."""
         if self._group is None:
             return tensor
         with self._naming("all-reduce", tensor):
-            if tensor.is_cpu:
+            if self._one_shot is not None and self._one_shot.takes(tensor):
+                self._one_shot.check()
+                self._one_shot.all_reduce(tensor)
+            elif tensor.is_cpu:
                 self._sum_at_first(tensor)
             else:
                 dist.all_reduce(tensor, group=self._group)
@@ -73,6 +95,17 @@ class RankGroup:
         with self._naming("all-gather", tensor):
             dist.all_gather(parts, padded, group=self._group)
         return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
+
+    def check(self) -> None:
+        """Raises GangDied where a small sum on the GPU waited in vain. To be called at every step: it is cheap."""
+        if self._one_shot is not None:
+            self._one_shot.check()
+
+    def close(self) -> None:
+        """Give up the memory that small sums went through."""
+        if self._one_shot is not None:
+            self._one_shot.close()
+            self._one_shot = None
 
     def _sum_at_first(self, tensor: torch.Tensor) -> None:
         """The first rank adds all up in rank order and sends the sum back."""
@@ -152,6 +185,8 @@ class TorchCollectives:
         with suppress(RuntimeError):
             while self._sending:
                 _finish(self._sending.popleft()[0])
+        with suppress(RuntimeError):
+            self.stage.close()
         self._sending.clear()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -166,11 +201,14 @@ def join(
     backend: str,
     device: torch.device,
     timeout_s: float,
+    peer_access: bool = True,
 ) -> TorchCollectives:
     """Meet the replica's other ranks at `init_method` (tcp://host:port, on rank 0's host) and try every wire.
 
-    `backend` is "nccl" or "gloo". Every rank calls it with the same arguments but `rank`, `device`. A world
-    of one meets nobody. Raises GangDied where the others do not come within `timeout_s`, or a wire lies.
+    `backend` is "nccl" or "gloo". `peer_access`: whether GPUs may use each other's memory for small sums; whether
+    they can is found out, and NCCL has its own NCCL_P2P_DISABLE. Every rank calls it with the same arguments but
+    `rank`, `device`. A world of one meets nobody. Raises GangDied where the others do not come within
+    `timeout_s`, or a wire lies.
     """
     if world_size != tp * pp:
         raise ValueError(f"a replica of tp={tp}, pp={pp} has {tp * pp} ranks, not world_size={world_size}")
@@ -189,6 +227,7 @@ def join(
     collectives = TorchCollectives(rank, tp, pp, stage, device)
     try:
         _try_wires(collectives, tp, device)
+        stage.open_one_shot(device, timeout_s, peer_access)
     except GangDied:
         collectives.leave()
         raise

@@ -1,0 +1,173 @@
+"""CUDA without its toolkit: source compiled by NVRTC, which torch's wheel brings, and the driver's calls by ctypes.
+
+Every call is of the driver's or of NVRTC's documented interface, and is made for the thread's current device.
+A call that fails raises RuntimeError with its name and the driver's words; a missing library, OSError.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+
+import torch
+
+IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, cuda.h
+_HOST_REGISTER = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
+_IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
+
+
+class _IpcHandle(ctypes.Structure):
+    _fields_ = [("reserved", c_char * IPC_HANDLE_BYTES)]
+
+
+_DRIVER_CALLS = {
+    "cuGetErrorString": (c_int, POINTER(c_char_p)),
+    "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
+    "cuMemsetD8_v2": (c_uint64, c_ubyte, c_size_t),
+    "cuCtxSynchronize": (),
+    "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
+    "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
+    "cuIpcCloseMemHandle": (c_uint64,),
+    "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
+    "cuMemHostUnregister": (c_void_p,),
+    "cuMemHostGetDevicePointer_v2": (POINTER(c_uint64), c_void_p, c_uint),
+    "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
+    "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
+    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p),
+}
+
+
+@cache
+def _driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, types in _DRIVER_CALLS.items():
+        getattr(library, name).argtypes = types
+    return library
+
+
+def _call(name: str, *arguments: object) -> None:
+    error = getattr(_driver(), name)(*arguments)
+    if error:
+        words = c_char_p()
+        _driver().cuGetErrorString(error, byref(words))
+        raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
+
+
+# -- memory: addresses are the device's, as integers --
+
+
+def allocate_zeroed(n_bytes: int) -> int:
+    """Device memory that other processes may be given. It lives as long as this process."""
+    address = c_uint64()
+    _call("cuMemAlloc_v2", byref(address), n_bytes)
+    _call("cuMemsetD8_v2", address, 0, n_bytes)
+    _call("cuCtxSynchronize")
+    return address.value
+
+
+def export(address: int) -> bytes:
+    """What another process of this host needs to `open_exported` the memory."""
+    handle = _IpcHandle()
+    _call("cuIpcGetMemHandle", byref(handle), address)
+    return bytes(handle)
+
+
+def open_exported(handle: bytes) -> int:
+    """Another process's device memory, over peer access if it lies on another device."""
+    address = c_uint64()
+    exported = _IpcHandle.from_buffer_copy(handle)
+    _call("cuIpcOpenMemHandle_v2", byref(address), exported, _IPC_LAZY_PEER_ACCESS)
+    return address.value
+
+
+def close_exported(address: int) -> None:
+    _call("cuIpcCloseMemHandle", address)
+
+
+def register_host(host_address: int, n_bytes: int) -> int:
+    """Host memory that kernels may then use, at the address returned."""
+    _call("cuMemHostRegister_v2", host_address, n_bytes, _HOST_REGISTER)
+    address = c_uint64()
+    _call("cuMemHostGetDevicePointer_v2", byref(address), host_address, 0)
+    return address.value
+
+
+def unregister_host(host_address: int) -> None:
+    _call("cuMemHostUnregister", host_address)
+
+
+# -- kernels --
+
+
+class Kernel:
+    """A function of a loaded module. The module stays loaded as long as the process lives."""
+
+    def __init__(self, module: c_void_p, name: str) -> None:
+        self._function = c_void_p()
+        _call("cuModuleGetFunction", byref(self._function), module, name.encode())
+
+    def launch(
+        self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, shared_bytes: int = 0
+    ) -> None:
+        """On `stream` (cudaStream_t as an integer), which may be capturing: the arguments are copied."""
+        pointers = (c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
+        _call(
+            "cuLaunchKernel",
+            self._function,
+            *(blocks, 1, 1, threads, 1, 1, shared_bytes),
+            *(stream, pointers, None),
+        )
+
+
+def load(binary: bytes) -> c_void_p:
+    """A module with `compile_source`'s binary, on the current device."""
+    module = c_void_p()
+    _call("cuModuleLoadData", byref(module), binary)
+    return module
+
+
+def compile_source(source: str, architecture: str, defines: dict[str, int]) -> bytes:
+    """CUDA C++ → the binary for `architecture` ("sm_90"). Raises RuntimeError with the compiler's log."""
+    nvrtc = _nvrtc()
+    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
+    options += [f"-D{name}={value}" for name, value in defines.items()]
+    program = c_void_p()
+    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"source.cu", 0, None, None))
+    try:
+        argv = (c_char_p * len(options))(*[option.encode() for option in options])
+        if nvrtc.nvrtcCompileProgram(program, len(options), argv):
+            log = _text(nvrtc, "ProgramLog", program).rstrip(b"\0\n").decode()
+            raise RuntimeError(f"NVRTC for {architecture}: {log}")
+        return _text(nvrtc, "CUBIN", program)
+    finally:
+        nvrtc.nvrtcDestroyProgram(byref(program))
+
+
+def _text(nvrtc: ctypes.CDLL, what: str, program: c_void_p) -> bytes:
+    size = c_size_t()
+    _check(getattr(nvrtc, f"nvrtcGet{what}Size")(program, byref(size)))
+    text = ctypes.create_string_buffer(size.value)
+    _check(getattr(nvrtc, f"nvrtcGet{what}")(program, text))
+    return text.raw
+
+
+def _check(error: int) -> None:
+    if error:
+        raise RuntimeError(f"NVRTC: error {error}")
+
+
+@cache
+def _nvrtc() -> ctypes.CDLL:
+    """The NVRTC of torch's CUDA: on the loader's path, or in NVIDIA's wheels, which torch requires."""
+    name = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
+    try:
+        return ctypes.CDLL(name)
+    except OSError:
+        wheels = find_spec("nvidia")
+        folders = (wheels.submodule_search_locations if wheels else None) or []
+        for library in (path for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{name}"))):
+            return ctypes.CDLL(str(library))
+        raise

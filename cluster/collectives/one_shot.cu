@@ -1,0 +1,288 @@
+// One-shot all-reduce over the GPUs of one host, and the same fused with the residual add and RMSNorm after it.
+//
+// The wire format is that of NCCL's LL protocol: packets of 16 bytes, (data, flag, data, flag) by 4 bytes, where the
+// flag is the step's sequence number. Each flag vouches for the 4 bytes before it, so it is enough that stores of 8
+// bytes are seen whole, and no fence or barrier is needed. Every rank pushes its own input to where its peers read,
+// polls the packets of all of them at the same places, and adds in float32 in rank order: the same bits everywhere.
+//
+// A rank has two slots, used in turn. Two are enough: a rank's packets of step k+1 are sent after it has read all of
+// step k, and to end step k+1 is to have seen them, so nobody writes step k+2 over what is still being read.
+//
+// Compiled at run time with -DRANKS=n and the other sizes that one_shot.py defines, with no header, for sm_75 and up.
+
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+struct State {  // of this rank, in its device's memory; kept between launches, so that a CUDA graph can be replayed
+    u32 sequence;     // of the step to come: from 1, never 0, which is what unwritten memory holds
+    u32 blocks_done;  // of the step under way
+    u32 failed;       // a peer did not answer: wait for nobody any more
+};
+
+struct Links {  // mirrored by _Links in one_shot.py
+    uint4* to[MAX_RANKS];    // where this rank's packets go; `pushes` of them
+    uint4* from[MAX_RANKS];  // where each rank's packets come; the own entry is unused
+    State* state;
+    u32* silent_rank;  // in host memory: 1 + the rank that did not answer, else 0
+    u64 patience_ns;
+    u32 pushes;
+    u32 rank;
+    u32 slot_packets;  // of one of the two slots
+};
+static_assert(sizeof(Links) == LINKS_BYTES, "_Links in one_shot.py differs");
+
+const u32 POLLS_BETWEEN_LOOKS_AT_THE_CLOCK = 1024;
+
+__device__ uint4 load_packet(const uint4* at) {
+    uint4 p;
+    asm volatile("ld.volatile.global.v4.u32 {%0,%1,%2,%3}, [%4];"
+                 : "=r"(p.x), "=r"(p.y), "=r"(p.z), "=r"(p.w) : "l"(at) : "memory");
+    return p;
+}
+
+__device__ void store_packet(uint4* at, uint2 data, u32 flag) {
+    asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};"
+                 :: "l"(at), "r"(data.x), "r"(flag), "r"(data.y), "r"(flag) : "memory");
+}
+
+__device__ u64 now_ns() {
+    u64 now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+// -- elements: 8 bytes of them at a time --
+
+struct BFloat16 {
+    static const int count = 4;
+    static __device__ void unpack(uint2 data, float* value) {
+        value[0] = __uint_as_float(data.x << 16);
+        value[1] = __uint_as_float(data.x & 0xffff0000u);
+        value[2] = __uint_as_float(data.y << 16);
+        value[3] = __uint_as_float(data.y & 0xffff0000u);
+    }
+    static __device__ u32 round(float value) {  // to nearest, ties to even; by hand, as sm_75 has no instruction
+        u32 bits = __float_as_uint(value);
+        if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;  // NaN, as CUDA's own conversion writes it
+        return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    }
+    static __device__ uint2 pack(const float* value) {
+        return make_uint2(round(value[0]) | round(value[1]) << 16, round(value[2]) | round(value[3]) << 16);
+    }
+};
+
+struct Float16 {
+    static const int count = 4;
+    static __device__ float widen(u32 bits) {
+        float value;
+        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)bits));
+        return value;
+    }
+    static __device__ u32 round(float value) {
+        unsigned short bits;
+        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+        return bits;
+    }
+    static __device__ void unpack(uint2 data, float* value) {
+        value[0] = widen(data.x & 0xffffu);
+        value[1] = widen(data.x >> 16);
+        value[2] = widen(data.y & 0xffffu);
+        value[3] = widen(data.y >> 16);
+    }
+    static __device__ uint2 pack(const float* value) {
+        return make_uint2(round(value[0]) | round(value[1]) << 16, round(value[2]) | round(value[3]) << 16);
+    }
+};
+
+struct Float32 {
+    static const int count = 2;
+    static __device__ void unpack(uint2 data, float* value) {
+        value[0] = __uint_as_float(data.x);
+        value[1] = __uint_as_float(data.y);
+    }
+    static __device__ uint2 pack(const float* value) {
+        return make_uint2(__float_as_uint(value[0]), __float_as_uint(value[1]));
+    }
+};
+
+// The tensor is 8-byte aligned; its last packet may be filled only in part. `halves`: its size in units of 2 bytes.
+__device__ uint2 load_data(const void* tensor, u32 place, u32 halves) {
+    if (4 * place + 4 <= halves) return ((const uint2*)tensor)[place];
+    u32 half[4];
+    for (u32 i = 0; i < 4; i++)
+        half[i] = 4 * place + i < halves ? ((const unsigned short*)tensor)[4 * place + i] : 0;
+    return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
+}
+
+__device__ void store_data(void* tensor, u32 place, u32 halves, uint2 data) {
+    if (4 * place + 4 <= halves) {
+        ((uint2*)tensor)[place] = data;
+        return;
+    }
+    u32 word[2] = {data.x, data.y};
+    for (u32 i = 0; 4 * place + i < halves; i++)
+        ((unsigned short*)tensor)[4 * place + i] = (unsigned short)(word[i / 2] >> (16 * (i % 2)));
+}
+
+// -- one step --
+
+struct Step {
+    u32 flag;
+    u32 slot;      // packets before this step's slot
+    u32 polls;     // that were in vain, of this thread
+    u64 start_ns;  // of this thread's waiting; 0 until it has looked at the clock
+};
+
+__device__ Step begin(const Links& links) {
+    u32 flag = ((volatile State*)links.state)->sequence;
+    return Step{flag, (flag & 1) * links.slot_packets, 0, 0};
+}
+
+// The last block of all counts the step; each has read the sequence number before it says that it is done.
+__device__ void end(const Links& links, const Step& step) {
+    __syncthreads();
+    if (threadIdx.x == 0 && atomicInc(&links.state->blocks_done, gridDim.x - 1) == gridDim.x - 1)
+        links.state->sequence = step.flag == 0xffffffffu ? 2 : step.flag + 1;  // past 0, to the slot whose turn it is
+}
+
+__device__ void push(const Links& links, const Step& step, u32 place, uint2 data) {
+    for (u32 i = 0; i < links.pushes; i++) store_packet(links.to[i] + step.slot + place, data, step.flag);
+}
+
+// Whether to wait no longer for `peer`. Names it to the host if the patience ran out here first.
+__device__ bool gave_up(const Links& links, Step& step, u32 peer) {
+    if (++step.polls % POLLS_BETWEEN_LOOKS_AT_THE_CLOCK) return false;
+    if (((volatile State*)links.state)->failed) return true;
+    u64 now = now_ns();
+    if (step.start_ns == 0) step.start_ns = now;
+    if (now - step.start_ns < links.patience_ns) return false;
+    if (atomicExch(&links.state->failed, 1) == 0) *(volatile u32*)links.silent_rank = 1 + peer;
+    return true;
+}
+
+// The sum over all ranks at one place, rounded to T. Polls all peers at once: each answer takes a way over the wire.
+template <class T>
+__device__ uint2 sum(const Links& links, Step& step, u32 place, uint2 own) {
+    uint4 packet[RANKS];
+#pragma unroll
+    for (u32 r = 0; r < RANKS; r++)
+        if (r != links.rank) packet[r] = load_packet(links.from[r] + step.slot + place);
+    float total[T::count];
+#pragma unroll
+    for (u32 r = 0; r < RANKS; r++) {
+        uint2 data = own;
+        if (r != links.rank) {
+            while (packet[r].y != step.flag || packet[r].w != step.flag) {
+                if (gave_up(links, step, r)) break;
+                packet[r] = load_packet(links.from[r] + step.slot + place);
+            }
+            data = make_uint2(packet[r].x, packet[r].z);
+        }
+        float part[T::count];
+        T::unpack(data, part);
+#pragma unroll
+        for (int i = 0; i < T::count; i++) total[i] = r == 0 ? part[i] : total[i] + part[i];
+    }
+    return T::pack(total);
+}
+
+template <class T>
+__device__ void all_reduce(const Links& links, void* tensor, u32 halves) {
+    Step step = begin(links);
+    u32 packets = (halves + 3) / 4;
+    u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
+    for (u32 place = first; place < packets; place += stride)
+        push(links, step, place, load_data(tensor, place, halves));
+    for (u32 place = first; place < packets; place += stride)
+        store_data(tensor, place, halves, sum<T>(links, step, place, load_data(tensor, place, halves)));
+    end(links, step);
+}
+
+// -- fused with what follows it in a layer --
+
+__device__ float sum_over_block(float value) {
+    __shared__ float of_warp[32];
+    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
+    __syncthreads();  // the last row's sums have been read
+    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+    __syncthreads();
+    float total = 0;
+    for (u32 warp = 0; warp < blockDim.x / 32; warp++) total += of_warp[warp];
+    return total;
+}
+
+struct Norm {  // mirrored by _Norm in one_shot.py; each row is a token's hidden state, of whole packets
+    const uint2* x;         // this rank's part of the sum
+    const uint2* residual;
+    const uint2* weight;
+    uint2* normed;
+    uint2* residual_out;    // sum + residual
+    u32 rows;
+    u32 row_packets;
+    float eps;
+};
+static_assert(sizeof(Norm) == NORM_BYTES, "_Norm in one_shot.py differs");
+
+// One packet of sum + residual, each rounded to T as if stored in between; adds its squares to `squares`.
+template <class T>
+__device__ uint2 add_residual(uint2 reduced, uint2 residual, float& squares) {
+    float value[T::count], other[T::count];
+    T::unpack(reduced, value);
+    T::unpack(residual, other);
+    for (int i = 0; i < T::count; i++) value[i] += other[i];
+    uint2 rounded = T::pack(value);
+    T::unpack(rounded, value);
+    for (int i = 0; i < T::count; i++) squares += value[i] * value[i];
+    return rounded;
+}
+
+// value × scale rounded to T, then × weight rounded to T: the order of RMSNorm in orchestrator/engine/model.py.
+template <class T>
+__device__ uint2 scaled(uint2 data, float scale, uint2 weight) {
+    float value[T::count], factor[T::count];
+    T::unpack(data, value);
+    for (int i = 0; i < T::count; i++) value[i] *= scale;
+    T::unpack(T::pack(value), value);
+    T::unpack(weight, factor);
+    for (int i = 0; i < T::count; i++) value[i] *= factor[i];
+    return T::pack(value);
+}
+
+template <class T>
+__device__ void all_reduce_add_rms_norm(const Links& links, const Norm& norm) {
+    extern __shared__ uint2 hidden[];  // one row of sum + residual; a thread reads only what it wrote
+    Step step = begin(links);
+    for (u32 row = blockIdx.x; row < norm.rows; row += gridDim.x)
+        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x) {
+            u32 place = row * norm.row_packets + i;
+            push(links, step, place, norm.x[place]);
+        }
+    for (u32 row = blockIdx.x; row < norm.rows; row += gridDim.x) {
+        float squares = 0;
+        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x) {
+            u32 place = row * norm.row_packets + i;
+            uint2 reduced = sum<T>(links, step, place, norm.x[place]);
+            hidden[i] = norm.residual_out[place] = add_residual<T>(reduced, norm.residual[place], squares);
+        }
+        float mean = sum_over_block(squares) / (norm.row_packets * T::count);
+        float scale = rsqrtf(mean + norm.eps);
+        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x)
+            norm.normed[row * norm.row_packets + i] = scaled<T>(hidden[i], scale, norm.weight[i]);
+    }
+    end(links, step);
+}
+
+// __grid_constant__: the arguments are read where they lie, in the constant bank, also when indexed.
+#define KERNELS(name, T)                                                        \
+    extern "C" __global__ void __launch_bounds__(1024)                          \
+    all_reduce_##name(const __grid_constant__ Links links, void* tensor, u32 halves) {  \
+        all_reduce<T>(links, tensor, halves);                                   \
+    }                                                                           \
+    extern "C" __global__ void __launch_bounds__(1024)                          \
+    all_reduce_add_rms_norm_##name(const __grid_constant__ Links links, const __grid_constant__ Norm norm) { \
+        all_reduce_add_rms_norm<T>(links, norm);                                \
+    }
+
+KERNELS(bfloat16, BFloat16)
+KERNELS(float16, Float16)
+KERNELS(float32, Float32)

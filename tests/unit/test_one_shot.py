@@ -1,0 +1,167 @@
+"""One-shot all-reduce as far as it goes without a GPU: sizes, agreement among ranks, shared memory, compilation."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+
+import pytest
+import torch
+
+from cluster.collectives import cuda, one_shot
+from cluster.collectives.one_shot import (
+    MAX_RANKS,
+    MOST_BLOCKS,
+    THREADS,
+    Members,
+    Unusable,
+    blocks_for,
+    compile_kernels,
+    largest_bytes,
+    open_one_shot,
+    region_bytes,
+)
+from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
+
+TRANSPORTS = (PeerMemory, MappedHostMemory)
+
+
+class Two(Members):
+    """This rank and another, which answers by itself with `says`; `says` of None echoes this rank."""
+
+    def __init__(self, says: bytes | None = None, ranks: int = 2) -> None:
+        self.rank, self.ranks, self.device = 0, ranks, torch.device("cpu")
+        self._says = says
+
+    def gather(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        if self._says is None:
+            return [tensor, tensor]
+        other = (len(self._says).to_bytes(2, "little") + self._says).ljust(len(tensor), b"\0")
+        return [tensor, torch.frombuffer(bytearray(other), dtype=torch.uint8)]
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_more_ranks_send_smaller_messages_of_whole_packets(transport: type[Transport]) -> None:
+    sizes = [largest_bytes(transport, ranks) for ranks in range(2, MAX_RANKS + 1)]
+    assert sizes == sorted(set(sizes), reverse=True)
+    assert all(size > 0 and size % 8 == 0 for size in sizes)
+    assert largest_bytes(PeerMemory, 2) > largest_bytes(MappedHostMemory, 2)
+
+
+@pytest.mark.parametrize("max_bytes", [8, 4096, 262144, 262144 // 7])
+def test_a_region_has_two_slots_for_the_data_and_as_many_flags_in_whole_pages(max_bytes: int) -> None:
+    region = region_bytes(max_bytes)
+    assert 4 * max_bytes <= region < 4 * max_bytes + 64 + os.sysconf("SC_PAGESIZE")
+    assert region % os.sysconf("SC_PAGESIZE") == 0
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "multiprocessors", "blocks"),
+    [
+        (2, 132, 1),
+        (8 * THREADS, 132, 1),
+        (8 * THREADS + 2, 132, 2),
+        (16 << 10, 132, 8),
+        (64 << 10, 132, 32),
+        (1 << 20, 132, MOST_BLOCKS),
+        (1 << 20, 46, 46),
+    ],
+)
+def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
+    n_bytes: int, multiprocessors: int, blocks: int
+) -> None:
+    assert blocks_for(n_bytes, multiprocessors) == blocks
+
+
+def test_ranks_hear_what_all_returned() -> None:
+    assert Two(b"+theirs").everyone(lambda: b"mine") == [b"mine", b"theirs"]
+
+
+def test_one_ranks_trouble_is_every_ranks_reason() -> None:
+    with pytest.raises(Unusable, match=r"^rank 1: no such link$"):
+        Two(b"-rank 1: no such link").everyone(lambda: b"mine")
+
+    def fails() -> bytes:
+        raise LookupError("first line\nsecond line")
+
+    with pytest.raises(Unusable, match=r"^rank 0: first line$"):
+        Two(b"+").everyone(fails)
+
+
+def test_long_reasons_are_cut_to_what_is_sent() -> None:
+    def fails() -> bytes:
+        raise OSError("x" * 1000)
+
+    with pytest.raises(Unusable, match=r"^rank 0: x{200}"):
+        Two(b"+").everyone(fails)
+
+
+def test_ranks_of_several_hosts_stay_with_nccl() -> None:
+    assert open_one_shot(Two(b"+another boot"), 1.0, True) == (
+        None,
+        "NCCL: the stage's ranks are on several hosts",
+    )
+
+
+def test_too_many_ranks_stay_with_nccl() -> None:
+    found, path = open_one_shot(Two(ranks=MAX_RANKS + 1), 1.0, True)
+    assert found is None
+    assert path == "NCCL: 9 ranks, and one-shot all-reduce is for 8 at most"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_without_a_gpu_the_reason_says_what_is_missing() -> None:
+    found, path = open_one_shot(Two(), 1.0, True)
+    assert found is None
+    assert path.startswith("NCCL: rank 0: ")
+    assert "CUDA" in path or "NVIDIA" in path
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
+def test_each_transport_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(one_shot, "_compiled", lambda members: b"")
+    for peer_access, names in (
+        (True, ["peer memory", "mapped host memory"]),
+        (False, ["mapped host memory"]),
+    ):
+        found, path = open_one_shot(Two(), 1.0, peer_access)
+        assert found is None
+        assert [reason.split(": rank 0: ")[0] for reason in path.removeprefix("NCCL: ").split("; ")] == names
+
+
+def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "register_host", lambda address, n_bytes: address)
+    monkeypatch.setattr(cuda, "unregister_host", lambda address: None)
+    ranks, region = 3, region_bytes(4096)
+    ends = [MappedHostMemory(rank, ranks, region) for rank in range(ranks)]
+    offers = [end.offer() for end in ends]
+    wires = [end.open(offers) for end in ends]
+    for rank, wire in enumerate(wires):
+        (own,) = wire.to
+        ctypes.memset(own, rank + 1, region)
+    for wire in wires:
+        seen = [ctypes.string_at(address, region) for address in wire.by_rank]
+        assert seen == [bytes([rank + 1]) * region for rank in range(ranks)]
+    for end in ends:
+        end.close()
+    assert not os.path.exists(offers[0])
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("ranks", [2, MAX_RANKS])
+def test_the_source_compiles_where_there_is_a_compiler(architecture: str, ranks: int) -> None:
+    try:
+        binary = compile_kernels(architecture, ranks)
+    except OSError:
+        pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
+    for name in one_shot.DTYPES.values():
+        assert f"all_reduce_{name}".encode() in binary
+        assert f"all_reduce_add_rms_norm_{name}".encode() in binary
+
+
+def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words() -> None:
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)sm_90.*undeclared_thing"):
+            cuda.compile_source("int x = undeclared_thing;", "sm_90", {})
+    except OSError:
+        pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")

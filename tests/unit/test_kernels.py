@@ -105,7 +105,7 @@ def test_silu_mul(dtype: torch.dtype, tokens: int, rows: int) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("b", range(1, MAX_ROWS + 1))
 @pytest.mark.parametrize(
-    ("n", "k"), [(70, 576), (16, 1536), (7, 4096 + 24), (33, 37)]
+    ("n", "k"), [(34, 576), (6, 1536), (7, 4096 + 24), (33, 37)]
 )  # the columns of SmolLM2's qkv and down; several tiles with a ragged last; nothing even
 def test_gemv(dtype: torch.dtype, b: int, n: int, k: int) -> None:
     x, weight = randn(b, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1) / k**0.5
@@ -124,8 +124,8 @@ def test_gemv_writes_where_it_is_told_in_that_dtype() -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("b", [1, 3, 4])
-@pytest.mark.parametrize(("n", "k"), [(192, 576), (10, 2056)])
+@pytest.mark.parametrize("b", [1, 3])
+@pytest.mark.parametrize(("n", "k"), [(38, 576), (10, 2056)])
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_gate_up(dtype: torch.dtype, b: int, n: int, k: int, with_bias: bool) -> None:
     x, weight = randn(b, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1) / k**0.5

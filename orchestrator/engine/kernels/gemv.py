@@ -33,8 +33,8 @@ class Tile:
 def choose_tile(n: int, k: int, b: int, itemsize: int) -> Tile:
     """The tile for x [b, k] and a weight [n, k] of `itemsize` bytes an element.
 
-    A thread loads 16 bytes of a row at a time, all warps along the columns. Two rows share each read of x; 8 warps along
-    2048 columns of bf16 stream fastest of the plain tiles on an H100 (2026-11-21).
+    A thread loads 16 bytes of a row at a time, all warps along the columns. Two rows share each read of x; 8 warps
+    along 2048 columns of bf16 stream fastest of the plain tiles on an H100 (2026-11-21).
     """
     widest = 4096 // itemsize
     columns = math.gcd(k, widest)

@@ -1,0 +1,182 @@
+"""Attention over the paged KV cache in Triton: split-KV decode, and prefill on top of what the cache already holds.
+
+Dimensions: B or R rows, T tokens, H query heads, K KV heads, D head dimension.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from orchestrator.engine.kernels import attention_programs
+
+_DOT_ROWS = 16  # the fewest rows, columns or summands that tl.dot takes
+_COMBINE_ELEMENTS = 8192  # floats that a combining program holds at once: 64 registers of each of 128 threads
+_MAX_SPLITS = 64
+_KEYS_PER_SPLIT = 64  # a split of fewer keys costs more to combine than it saves
+_PROGRAMS_PER_SM = 4  # two at work on each SM, and as many to even out the end
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """What one program works on at a time, and with what: keys of the cache, query rows, warps, loads in flight."""
+
+    keys: int
+    rows: int
+    warps: int
+    stages: int
+
+
+def decode_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
+    """64 keys of 128 bf16 values are 32 KiB of K and V, of which each of an SM's three programs has two in flight."""
+    rows = max(_DOT_ROWS, triton.next_power_of_2(group))
+    if dtype == torch.float32:
+        return Tile(keys=32, rows=rows, warps=4, stages=2)
+    return Tile(keys=64 if head_dim <= 128 else 32, rows=rows, warps=4, stages=3)
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
+    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has no such and wants small tiles."""
+    if dtype == torch.float32:
+        return Tile(keys=32, rows=32, warps=4, stages=2)
+    if head_dim <= 128:
+        return Tile(keys=64, rows=128, warps=8, stages=3)
+    return Tile(keys=32, rows=64, warps=4, stages=2)
+
+
+def choose_splits(rows: int, kv_heads: int, longest_tokens: int, sm_count: int) -> int:
+    """Into how many parts to cut each row's keys, so that every SM has work and no part is too small to pay."""
+    to_fill = math.ceil(_PROGRAMS_PER_SM * sm_count / (rows * kv_heads))
+    worthwhile = math.ceil(longest_tokens / _KEYS_PER_SPLIT)
+    return max(1, min(to_fill, worthwhile, _MAX_SPLITS))
+
+
+def decode_attention(
+    q_BHD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    slots_B: Tensor,
+    positions_B: Tensor,
+    *,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    splits: int,
+    arrivals: Tensor | None = None,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+    pdl: bool = False,
+) -> Tensor:
+    """[B, H, D]: row i is one query, at position positions_B[i] of slot slots_B[i], over that slot's keys up to there.
+
+    keys, values: one layer of KVCache, with the row's own K and V already in; tables: int32 [slots, blocks of a slot].
+    splits > 1 needs arrivals: at least B × K int32 zeros, which every call leaves at zero. Calls that share them must
+    be on one stream. The grid depends on shapes and splits alone: a CUDA graph may hold the call. pdl: see overlap.py.
+    """
+    rows, heads, head_dim = q_BHD.shape
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    tile = tile or decode_tile(group, head_dim, q_BHD.dtype)
+    assert q_BHD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
+    assert splits == 1 or (arrivals is not None and arrivals.numel() >= rows * kv_heads)
+    out = torch.empty((rows, heads, head_dim), dtype=q_BHD.dtype, device=q_BHD.device) if out is None else out
+    parts = rows * heads * splits if splits > 1 else 0
+    partial_out = torch.empty(parts * head_dim, dtype=torch.float32, device=q_BHD.device)
+    partial_lse = torch.empty(parts, dtype=torch.float32, device=q_BHD.device)
+    head_pad = max(_DOT_ROWS, triton.next_power_of_2(head_dim))
+    at_once = max(1, _COMBINE_ELEMENTS // (triton.next_power_of_2(group) * head_pad))
+    attention_programs.decode[(kv_heads, rows, splits)](
+        q_BHD,
+        keys,
+        values,
+        tables,
+        slots_B,
+        positions_B,
+        out,
+        partial_out,
+        partial_lse,
+        slots_B if arrivals is None else arrivals,
+        q_BHD.stride(0),
+        q_BHD.stride(1),
+        out.stride(0),
+        out.stride(1),
+        tables.stride(0),
+        scale * math.log2(math.e),
+        WINDOW=window,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=head_pad,
+        BLOCK_SIZE=block_size,
+        SPLITS=splits,
+        ROWS=tile.rows,
+        TILE=tile.keys,
+        COMBINED=min(at_once, triton.next_power_of_2(splits)),
+        PDL=pdl,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+        launch_pdl=pdl,
+    )
+    return out
+
+
+def prefill_attention(
+    q_THD: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    tables: Tensor,
+    slots_R: Tensor,
+    starts_R: Tensor,
+    offsets_R1: Tensor,
+    *,
+    rows: int,
+    longest: int,
+    block_size: int,
+    scale: float,
+    window: int | None,
+    tile: Tile | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """[T, H, D]: row r's queries are tokens offsets_R1[r] … offsets_R1[r+1]-1, from position starts_R[r] of its slot.
+
+    Each sees all of its slot's keys up to its own position: those of this step, and what the cache held before.
+    longest: tokens of the longest row. The rest as in decode_attention.
+    """
+    heads, head_dim = q_THD.shape[1:]
+    kv_heads = keys.shape[1]
+    group = heads // kv_heads
+    tile = tile or prefill_tile(head_dim, q_THD.dtype)
+    assert q_THD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
+    out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out is None else out
+    attention_programs.prefill[(triton.cdiv(longest * group, tile.rows), kv_heads, rows)](
+        q_THD,
+        keys,
+        values,
+        tables,
+        slots_R,
+        starts_R,
+        offsets_R1,
+        out,
+        q_THD.stride(0),
+        q_THD.stride(1),
+        out.stride(0),
+        out.stride(1),
+        tables.stride(0),
+        scale * math.log2(math.e),
+        WINDOW=window,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        HEAD_DIM=head_dim,
+        HEAD_PAD=max(_DOT_ROWS, triton.next_power_of_2(head_dim)),
+        BLOCK_SIZE=block_size,
+        ROWS=tile.rows,
+        TILE=tile.keys,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
+    )
+    return out

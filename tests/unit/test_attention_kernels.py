@@ -1,0 +1,274 @@
+"""The Triton attention kernels, interpreted on the CPU, against plain softmax attention in float64."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime import interpreter
+
+from orchestrator.engine.kernels.attention import (
+    Tile,
+    choose_splits,
+    decode_attention,
+    decode_tile,
+    prefill_attention,
+    prefill_tile,
+)
+
+BLOCK_SIZE = 16
+SMALL = Tile(keys=16, rows=16, warps=4, stages=2)
+
+
+@dataclass(frozen=True)
+class Cache:
+    """A cache whose rows are nan except where a slot's positions lie; slots' blocks are shuffled."""
+
+    keys: Tensor
+    values: Tensor
+    tables: Tensor
+
+    @classmethod
+    def filled(
+        cls, lengths: Sequence[int], kv_heads: int, head_dim: int, dtype: torch.dtype = torch.float32
+    ) -> Cache:
+        blocks_each = -(-max(lengths) // BLOCK_SIZE)
+        blocks = len(lengths) * blocks_each
+        tables = torch.randperm(blocks).view(len(lengths), blocks_each).to(torch.int32)
+        keys, values = torch.full((2, blocks * BLOCK_SIZE, kv_heads, head_dim), torch.nan, dtype=dtype)
+        cache = cls(keys, values, tables)
+        for slot, length in enumerate(lengths):
+            rows = cache.rows(slot, length)
+            keys[rows] = torch.randn(length, kv_heads, head_dim).to(dtype)
+            values[rows] = torch.randn(length, kv_heads, head_dim).to(dtype)
+        return cache
+
+    def rows(self, slot: int, length: int) -> Tensor:
+        place = torch.arange(length)
+        return self.tables[slot, place // BLOCK_SIZE] * BLOCK_SIZE + place % BLOCK_SIZE
+
+    def attend(self, q_HD: Tensor, slot: int, position: int, scale: float, window: int | None) -> Tensor:
+        """One query's attention, in float64: [H, D]."""
+        first = 0 if window is None else max(0, position - window + 1)
+        rows = self.rows(slot, position + 1)[first:]
+        group = len(q_HD) // self.keys.shape[1]
+        k_LHD, v_LHD = (x[rows].double().repeat_interleave(group, 1) for x in (self.keys, self.values))
+        weights_HL = torch.einsum("hd,lhd->hl", q_HD.double() * scale, k_LHD).softmax(-1)
+        return torch.einsum("hl,lhd->hd", weights_HL, v_LHD)
+
+
+def strided_queries(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A view into a wider product, as the query part of qkv is."""
+    return torch.randn(tokens, heads + 2, head_dim).to(dtype)[:, :heads]
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def relative_error(out: Tensor, expected: Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+def decode_error(
+    cache: Cache,
+    q_BHD: Tensor,
+    slots: Sequence[int],
+    positions: Sequence[int],
+    *,
+    window: int | None = None,
+    splits: int = 1,
+    tile: Tile | None = None,
+) -> float:
+    scale = q_BHD.shape[2] ** -0.5
+    arrivals = torch.zeros(q_BHD.shape[0] * cache.keys.shape[1], dtype=torch.int32)
+    out = decode_attention(
+        q_BHD,
+        cache.keys,
+        cache.values,
+        cache.tables,
+        ints(*slots),
+        ints(*positions),
+        block_size=BLOCK_SIZE,
+        scale=scale,
+        window=window,
+        splits=splits,
+        arrivals=arrivals,
+        tile=tile,
+        out=torch.full(q_BHD.shape, torch.nan, dtype=q_BHD.dtype),
+    )
+    assert not arrivals.any()
+    rows = zip(q_BHD, slots, positions, strict=True)
+    return relative_error(out, torch.stack([cache.attend(*row, scale, window) for row in rows]))
+
+
+def prefill_error(
+    cache: Cache,
+    starts: Sequence[int],
+    counts: Sequence[int],
+    group: int,
+    *,
+    window: int | None = None,
+    tile: Tile | None = None,
+) -> float:
+    """Rows are the cache's slots in reverse order."""
+    kv_heads, head_dim = cache.keys.shape[1:]
+    q_THD = strided_queries(sum(counts), kv_heads * group, head_dim, cache.keys.dtype)
+    slots = list(reversed(range(len(counts))))
+    out = prefill_attention(
+        q_THD,
+        cache.keys,
+        cache.values,
+        cache.tables,
+        ints(*slots),
+        ints(*starts),
+        ints(0, *torch.tensor(counts).cumsum(0).tolist()),
+        rows=len(counts),
+        longest=max(counts),
+        block_size=BLOCK_SIZE,
+        scale=0.3,
+        window=window,
+        tile=tile,
+        out=torch.full(q_THD.shape, torch.nan, dtype=q_THD.dtype),
+    )
+    places = [
+        (slot, start + i)
+        for slot, start, count in zip(slots, starts, counts, strict=True)
+        for i in range(count)
+    ]
+    queries = zip(q_THD, places, strict=True)
+    return relative_error(out, torch.stack([cache.attend(q, *place, 0.3, window) for q, place in queries]))
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(7)
+
+
+@pytest.fixture(autouse=True)
+def loop_bounds_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.6 interprets a scalar as an array of one element, whose int() numpy has refused since 2.4."""
+    patch_lang_tensor = interpreter._patch_lang_tensor
+
+    def patch(tensor: type, scope: Any) -> None:
+        patch_lang_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
+
+
+@pytest.mark.parametrize("splits", [1, 3, 8])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (2, 4), (1, 7), (1, 20)])
+def test_decode_in_every_grouping_and_split(kv_heads: int, group: int, splits: int) -> None:
+    lengths = [1, 37, 150]
+    cache = Cache.filled(lengths, kv_heads, 32)
+    q_BHD = strided_queries(3, kv_heads * group, 32)
+    tile = Tile(keys=16, rows=decode_tile(group, 32, torch.float32).rows, warps=4, stages=2)
+    assert decode_error(cache, q_BHD, [2, 0, 1], [149, 0, 36], splits=splits, tile=tile) < 2e-6
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 80, 96, 128, 256])
+@pytest.mark.parametrize("splits", [1, 2])
+def test_decode_of_every_head_size(head_dim: int, splits: int) -> None:
+    cache = Cache.filled([70, 129], 2, head_dim)
+    assert decode_error(cache, strided_queries(2, 4, head_dim), [1, 0], [128, 69], splits=splits) < 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 15, 16, 40, 500])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("position", [0, 15, 16, 99])
+def test_decode_sees_its_window_alone(window: int, splits: int, position: int) -> None:
+    cache = Cache.filled([position + 1], 1, 16)
+    if window <= position:  # what lies before the window may have been handed to someone else
+        cache.keys[cache.rows(0, position - window + 1)] = torch.nan
+        cache.values[cache.rows(0, position - window + 1)] = torch.nan
+    q_BHD = strided_queries(1, 2, 16)
+    assert decode_error(cache, q_BHD, [0], [position], window=window, splits=splits, tile=SMALL) < 2e-6
+
+
+def test_float16_errs_by_its_rounding() -> None:
+    cache = Cache.filled([90, 33], 2, 64, torch.float16)
+    queries = strided_queries(2, 6, 64, torch.float16)
+    assert decode_error(cache, queries, [0, 1], [89, 32], splits=2) < torch.finfo(torch.float16).eps
+    assert prefill_error(cache, [0, 40], [33, 50], 3) < torch.finfo(torch.float16).eps
+
+
+def test_a_padded_batch_leaves_real_rows_as_they_are() -> None:
+    cache = Cache.filled([100, 1], 2, 32)
+    q_BHD = strided_queries(5, 4, 32)
+    arguments = {"block_size": BLOCK_SIZE, "scale": 0.2, "window": None, "splits": 4, "tile": SMALL}
+    arrivals = torch.zeros(10, dtype=torch.int32)
+    alone, padded = (
+        decode_attention(
+            q_BHD[:rows],
+            cache.keys,
+            cache.values,
+            cache.tables,
+            ints(0, 1, 1, 1, 1),
+            ints(99, 0, 0, 0, 0),
+            arrivals=arrivals,
+            **arguments,  # type: ignore[arg-type]
+        )
+        for rows in (1, 5)
+    )
+    assert torch.equal(alone[0], padded[0])
+    assert not padded.isnan().any()
+
+
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (2, 4), (1, 7)])
+@pytest.mark.parametrize("starts", [(0, 0, 0), (64, 1, 31)])
+def test_prefill_in_every_grouping(kv_heads: int, group: int, starts: tuple[int, ...]) -> None:
+    counts = [1, 67, 20]
+    lengths = [start + count for start, count in zip(starts, counts, strict=True)]
+    cache = Cache.filled(lengths[::-1], kv_heads, 16)
+    assert prefill_error(cache, starts, counts, group, tile=SMALL) < 2e-6
+
+
+@pytest.mark.parametrize("head_dim", [24, 80, 128, 256])
+def test_prefill_of_every_head_size(head_dim: int) -> None:
+    cache = Cache.filled([45, 41], 1, head_dim)
+    assert prefill_error(cache, [0, 5], [41, 40], 2) < 2e-6
+
+
+@pytest.mark.parametrize("window", [1, 7, 16, 33, 500])
+@pytest.mark.parametrize("start", [0, 50])
+def test_prefill_sees_its_window_alone(window: int, start: int) -> None:
+    cache = Cache.filled([start + 45], 1, 16)
+    if window <= start:
+        cache.keys[cache.rows(0, start - window + 1)] = torch.nan
+        cache.values[cache.rows(0, start - window + 1)] = torch.nan
+    assert prefill_error(cache, [start], [45], 2, window=window, tile=SMALL) < 2e-6
+
+
+def test_prefill_with_tiles_of_many_queries() -> None:
+    cache = Cache.filled([300], 1, 16)
+    tile = Tile(keys=32, rows=128, warps=4, stages=2)
+    assert prefill_error(cache, [90], [210], 4, tile=tile) < 2e-6
+    assert prefill_error(cache, [90], [210], 4, window=100, tile=tile) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("head_dim", [16, 80, 128, 256])
+def test_default_tiles_fit_the_shared_memory_of_an_ampere_card(head_dim: int, dtype: torch.dtype) -> None:
+    """99 KiB a program on sm_86 and sm_89: K and V of all stages but one, and the queries."""
+    head_pad = 1 << (head_dim - 1).bit_length()
+    for tile in (decode_tile(4, head_dim, dtype), prefill_tile(head_dim, dtype)):
+        in_flight = 2 * tile.keys * (tile.stages - 1)
+        assert (in_flight + tile.rows) * head_pad * dtype.itemsize <= 99 * 1024
+
+
+def test_splits_fill_the_card_and_no_more() -> None:
+    assert choose_splits(rows=256, kv_heads=8, longest_tokens=1152, sm_count=132) == 1
+    assert choose_splits(rows=1, kv_heads=8, longest_tokens=1, sm_count=132) == 1
+    assert choose_splits(rows=1, kv_heads=8, longest_tokens=600, sm_count=132) == 10
+    assert 32 <= choose_splits(rows=1, kv_heads=8, longest_tokens=100_000, sm_count=132) <= 64
+    by_rows = [choose_splits(rows, 8, 4096, 132) for rows in (1, 2, 8, 32, 128, 512)]
+    assert by_rows == sorted(by_rows, reverse=True)

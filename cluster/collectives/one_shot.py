@@ -39,9 +39,7 @@ THREADS = 256
 MOST_BLOCKS = 128
 """8 blocks of 256 were the best launch at 16 KB, 32 at 64 KB, 128 at 256 KB: one packet a thread (two H100s through
 host memory, 2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
-NORM_THREADS = (
-    512  # of a block, which has a whole row: a thread has 2 packets of a row of 4096 in half precision
-)
+NORM_THREADS = 512  # of a block, which has a whole row: 2 packets a thread for 4096 half-precision numbers
 NORM_SHARED_BYTES = 48 << 10  # what a block has without asking for more (CUDA C++ programming guide)
 
 TRIAL_ROUNDS = 20

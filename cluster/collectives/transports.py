@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -74,17 +75,21 @@ class MappedHostMemory:
         self._host_address = 0
 
     def offer(self) -> bytes:
-        """The first rank's file, which has no name and so leaves nothing behind, whoever dies."""
+        """The first rank's file, which is in no folder and so leaves nothing behind, whoever dies."""
         if self._rank:
             return b""
-        self._file = os.memfd_create("shardwise-one-shot", os.MFD_CLOEXEC)
+        name = f"shardwise-{secrets.token_hex(8)}"
+        self._file = os.memfd_create(name, os.MFD_CLOEXEC)
         os.ftruncate(self._file, self._ranks * self._region)
-        return f"/proc/{os.getpid()}/fd/{self._file}".encode()
+        return f"/proc/{os.getpid()}/fd/{self._file} {name}".encode()
 
     def open(self, offers: Sequence[bytes]) -> Wires:
         size = self._ranks * self._region
         if self._file is None:
-            self._file = os.open(offers[0].decode(), os.O_RDWR | os.O_CLOEXEC)
+            path, name = offers[0].decode().split()
+            if name not in os.readlink(path):  # another container's process may have that number here
+                raise OSError(f"{path} is not the first rank's memory, so it runs in another container")
+            self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._memory = mmap.mmap(self._file, size)
         first = self._rank * self._region
         self._memory[first : first + self._region] = bytes(

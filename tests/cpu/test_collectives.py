@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import pickle
 import signal
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -24,7 +25,8 @@ def run_rank(body: Body, rank: int, tp: int, pp: int, port: int, timeout_s: floa
     try:
         collectives = join(rank, tp * pp, tp, pp, f"tcp://127.0.0.1:{port}", "gloo", CPU, timeout_s)
         try:
-            out.send(body(collectives))
+            # By value: the pipe would send tensors as shared files, which are gone if this process ends too soon.
+            out.send_bytes(pickle.dumps(body(collectives)))
         finally:
             collectives.leave()
     except GangDied as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -144,7 +145,17 @@ def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.Monkey
         assert seen == [bytes([rank + 1]) * region for rank in range(ranks)]
     for end in ends:
         end.close()
-    assert not os.path.exists(offers[0])
+    assert not os.path.exists(offers[0].split()[0])
+
+
+def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> None:
+    foreign = tmp_path / "foreign"
+    foreign.write_bytes(b"keep" * 4096)
+    with foreign.open("rb") as file:
+        offer = f"/proc/{os.getpid()}/fd/{file.fileno()} shardwise-0123456789abcdef".encode()
+        with pytest.raises(OSError, match="is not the first rank's memory, so it runs in another container"):
+            MappedHostMemory(1, 2, region_bytes(4096)).open([offer, b""])
+    assert foreign.read_bytes() == b"keep" * 4096
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

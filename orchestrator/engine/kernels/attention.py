@@ -35,14 +35,15 @@ def decode_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
     """64 keys of 128 bf16 values are 32 KiB of K and V, of which each of an SM's three programs has two in flight."""
     rows = max(_DOT_ROWS, triton.next_power_of_2(group))
     if dtype == torch.float32:
-        return Tile(keys=32, rows=rows, warps=4, stages=2)
+        return Tile(keys=32 if head_dim <= 128 else 16, rows=rows, warps=4, stages=2)
     return Tile(keys=64 if head_dim <= 128 else 32, rows=rows, warps=4, stages=3)
 
 
 def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has no such and wants small tiles."""
+    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has none, and unrolls: its tiles are small."""
     if dtype == torch.float32:
-        return Tile(keys=32, rows=32, warps=4, stages=2)
+        size = 32 if head_dim <= 128 else 16
+        return Tile(keys=size, rows=size, warps=4, stages=2)
     if head_dim <= 128:
         return Tile(keys=64, rows=128, warps=8, stages=3)
     return Tile(keys=32, rows=64, warps=4, stages=2)

@@ -41,7 +41,8 @@ MOST_BLOCKS = 128
 """8 blocks of 256 were the best launch at 16 KB, 32 at 64 KB, 128 at 256 KB: one packet a thread (two H100s through
 host memory, 2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
 NORM_THREADS = 512  # of a block, which has a whole row: 2 packets a thread for 4096 half-precision numbers
-NORM_SHARED_BYTES = 48 << 10  # what a block has without asking for more (CUDA C++ programming guide)
+NORM_SHARED_BYTES = (48 << 10) - 128
+"""For a row: what a block has without asking for more (CUDA C++ programming guide), less the kernel's own sums."""
 
 TRIAL_ROUNDS = 20
 TRIAL_PATIENCE_S = 5.0  # the ranks come to the trial together, so a longer wait is a dead link
@@ -177,7 +178,7 @@ class OneShot:
         """→ RMSNorm(s) × weight and s, where s = all_reduce(x) + residual, which are left as they were.
 
         Rounded at each step as if the steps were kernels of their own. All have one dtype and are contiguous
-        and 16-byte aligned, as torch allocates them; one block has a row.
+        and 8-byte aligned; one block has a row. Ask `takes_norm` first.
         """
         normed_TE, residual_out_TE = torch.empty_like(x_TE), torch.empty_like(x_TE)
         row_bytes = x_TE.shape[1] * x_TE.itemsize

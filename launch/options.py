@@ -41,6 +41,7 @@ class EngineOptions:
     address: str | None  # of a Ray cluster; None: a private one
     peer_access: bool  # False: NCCL_P2P_DISABLE is set
     gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
+    enforce_eager: bool = False  # no CUDA graphs
 
     @property
     def most_context(self) -> int:
@@ -94,6 +95,9 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         metavar="SHARE",
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
+    )
+    engine.add_argument(
+        "--enforce-eager", action="store_true", help="launch every kernel by itself: no CUDA graphs"
     )
     engine.add_argument(
         "--no-enable-prefix-caching", action="store_true", help="compute every prompt from its start"
@@ -174,6 +178,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         address=address,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
         gpu_memory_utilization=args.gpu_memory_utilization,
+        enforce_eager=args.enforce_eager,
     )
 
 

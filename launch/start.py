@@ -133,6 +133,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         threads=max(1, cores // dims.world_size),
+        graphs=not options.enforce_eager,
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         join_timeout_s=JOIN_TIMEOUT_S,
@@ -174,6 +175,9 @@ def _fit(
     blocks = min(results(_everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
     limits = limits_for(blocks, dims, options)
     results(_everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
+    if options.device == "cuda" and not options.enforce_eager:
+        progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
+        results(_everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
 
 
@@ -197,6 +201,7 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
         max_model_len=context,
         groups=dims.pp,
         prefix_caching=options.prefix_caching,
+        run_ahead=options.device == "cuda" and options.dtype != "float64" and dims.pp == 1,
     )
 
 

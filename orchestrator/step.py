@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import msgspec
 
 from orchestrator.request import SamplingParams, TokenLogprobs
@@ -43,8 +45,12 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs | None] | None = None
 
 
-def one_prompt(token_ids: list[int], block_size: int) -> Step:
-    """A step that runs one prompt whole in slot 0 and the first blocks, outside any schedule."""
-    blocks = list(range(-(-len(token_ids) // block_size)))
-    admit = Admit(0, token_ids, len(token_ids), blocks, SamplingParams(), [])
-    return Step(0, [admit], [Row(0, 0, len(token_ids), True, -1, -1)])
+def whole_prompts(prompts: Sequence[list[int]], block_size: int) -> Step:
+    """A step that runs prompts whole, in the first slots and the first blocks, outside any schedule."""
+    admits: list[Admit] = []
+    at = 0
+    for slot, token_ids in enumerate(prompts):
+        end = at + -(-len(token_ids) // block_size)
+        admits.append(Admit(slot, token_ids, len(token_ids), list(range(at, end)), SamplingParams(), []))
+        at = end
+    return Step(0, admits, [Row(a.slot, 0, a.prompt_tokens, True, -1, -1) for a in admits])

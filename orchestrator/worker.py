@@ -19,13 +19,13 @@ from cluster.collectives.torch_dist import TorchCollectives, free_port, join
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from orchestrator.engine.kv_cache import KVCache, block_bytes
 from orchestrator.engine.loader import load
-from orchestrator.engine.memory import free_for_kv
+from orchestrator.engine.memory import free_for_kv, peak_of
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.runner import Pending, Runner
+from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
 from orchestrator.request import Request
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
-from orchestrator.step import Step, StepResult, one_prompt
+from orchestrator.step import Step, StepResult, whole_prompts
 from strategies import tensor
 from strategies.plan import Shard
 from strategies.source import ModelSource
@@ -48,6 +48,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     threads: int = 1  # of a CPU rank
+    graphs: bool = True  # decode steps as CUDA graphs, where there are any
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
@@ -62,6 +63,7 @@ class Worker:
         self._tokens: Writer | None = None
         self._results_out: Writer | None = None  # on the last stage, where there are several
         self._results_in: Reader | None = None  # its other end, on the leader
+        self.runner: StepRunner
 
     # -- getting ready --
 
@@ -108,20 +110,27 @@ class Worker:
         return open_checkpoint(self.config.source, self.config.spec)
 
     def fit_blocks(self) -> int:
-        """KV blocks that fit beside the weights and one full batch. All ranks call it at once: the batch is run."""
-        if self.config.device == "cuda":
-            self._run_full_batch()
+        """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
+        needed = self._rehearse() if self.config.device == "cuda" else 0
         block = block_bytes(self.model.spec, self.config.block_size, getattr(torch, self.config.dtype))
-        free = free_for_kv(self.device, self.config.memory_utilization)
-        return max(0, free // block)
+        free = free_for_kv(self.device, self.config.memory_utilization) - needed
+        return max(0, free // block - 1)  # one is scratch
 
-    def _run_full_batch(self) -> None:
-        """One prompt as long as the token budget, through a cache of its own: torch's allocator sees what it takes."""
-        tokens = min(self.config.max_num_batched_tokens, self.config.spec.max_positions)
-        blocks = -(-tokens // self.config.block_size)
-        self.allocate(SchedulerConfig(blocks, self.config.block_size, 1, tokens, tokens))
-        self.runner.run(one_prompt([0] * tokens, self.config.block_size))
+    def _rehearse(self) -> int:
+        """Prompts that fill the token budget, and the largest graph, with a cache of their own. → bytes they took."""
+        config = self.config
+        length = max(1, config.max_num_batched_tokens // config.max_num_seqs)
+        prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
+        blocks = len(prompts) * -(-length // config.block_size)
+        self.allocate(SchedulerConfig(blocks, config.block_size, config.max_num_seqs, max_model_len=length))
+        with peak_of(self.device) as peak:
+            self.runner.run(whole_prompts(prompts, config.block_size))
+        before, _ = torch.cuda.mem_get_info(self.device)
+        if config.graphs:
+            self.runner.capture(largest_only=True)
+        after, _ = torch.cuda.mem_get_info(self.device)
         del self.runner
+        return peak[0] + max(0, before - after)
 
     def allocate(self, limits: SchedulerConfig) -> None:
         """Make the KV cache; every rank of the replica gets the same `limits`."""
@@ -129,7 +138,17 @@ class Worker:
         dtype = getattr(torch, self.config.dtype)
         cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
-        self.runner = Runner(self.model, cache, slots, self.shard, self.collectives)
+        if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
+            from orchestrator.engine.cuda_runner import CudaRunner
+
+            vocab = self.config.spec.vocab
+            self.runner = CudaRunner(self.model, cache, slots, self.shard, self.collectives, vocab)
+        else:
+            self.runner = Runner(self.model, cache, slots, self.shard, self.collectives)
+
+    def capture(self) -> None:
+        """Capture the decode steps as CUDA graphs. All ranks of a replica call it at once."""
+        self.runner.capture()
 
     def score(self, token_ids: list[int]) -> bytes | None:
         """float32 logits after each of the tokens, [T, vocabulary], from the last stage's first rank.

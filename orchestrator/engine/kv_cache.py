@@ -9,13 +9,16 @@ from strategies.spec import ModelSpec
 
 
 class KVCache:
-    """keys[layer], values[layer]: [num_blocks × block_size, kv_heads, head_dim]; block b: rows from b × block_size."""
+    """keys[layer], values[layer]: [rows, kv_heads, head_dim]; block b is the block_size rows from b × block_size.
+
+    Behind the blocks comes a scratch one, where rows that only pad a step write.
+    """
 
     def __init__(
         self, spec: ModelSpec, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.num_blocks, self.block_size = num_blocks, block_size
-        shape = (spec.layers, 2, num_blocks * block_size, spec.kv_heads, spec.head_dim)
+        self.scratch_block, self.block_size = num_blocks, block_size
+        shape = (spec.layers, 2, (num_blocks + 1) * block_size, spec.kv_heads, spec.head_dim)
         # Zeros, not garbage: a padded batch reads rows that nobody wrote, and 0 × nan would be nan.
         storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [storage[layer, 0] for layer in range(spec.layers)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,12 +14,24 @@ CPU_KV_BYTES = 2**30
 
 
 def free_for_kv(device: torch.device, utilization: float) -> int:
-    """Bytes that the KV cache may take. On a GPU, after a full batch has run: what the batch took stays with torch."""
+    """Bytes that are to be had beside what is allocated now; on a GPU, within `utilization` of all its memory."""
     if device.type != "cuda":
         return min(CPU_KV_BYTES, int(CPU_SHARE * available_host_bytes()))
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
-    reusable = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-    return int(free + max(0, reusable) - (1 - utilization) * total)
+    reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(free + reusable - (1 - utilization) * total)
+
+
+@contextmanager
+def peak_of(device: torch.device) -> Iterator[list[int]]:
+    """Fills the list with the most bytes that torch held on the device at once, beyond those held at the start."""
+    found: list[int] = []
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    yield found
+    torch.cuda.synchronize(device)
+    found.append(torch.cuda.max_memory_allocated(device) - before)
 
 
 def available_host_bytes() -> int:

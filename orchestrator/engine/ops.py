@@ -6,6 +6,10 @@ other dtypes are measured against, always goes through torch.
 
 from __future__ import annotations
 
+from functools import cache
+from importlib import import_module
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,14 +19,26 @@ def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether a kernel on x's device may begin while the one before it still runs (kernels/overlap.py)."""
+    return bool(_kernels().supported(x.device))
+
+
+@cache
+def _kernels() -> Any:
+    """Imported only where there is a use for them: Triton comes with torch's CUDA build, not with the one for CPUs."""
+    return import_module("orchestrator.engine.kernels.all")
+
+
 def add_rms_norm(
     x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     """→ norm(x + residual), x + residual. Both arguments may be written over."""
     if has_kernels(x_TE):
-        from orchestrator.engine.kernels import norm
-
-        return norm.add_rms_norm(x_TE, residual_TE, weight_E, eps)
+        both: tuple[Tensor, Tensor] = _kernels().add_rms_norm(
+            x_TE, residual_TE, weight_E, eps, pdl=overlaps(x_TE)
+        )
+        return both
     if residual_TE is not None:
         x_TE = x_TE + residual_TE
     return rms_norm(x_TE, weight_E, eps), x_TE
@@ -42,24 +58,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 
 def linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
     """A few rows are bound by reading the weights, where our kernel is faster than cuBLAS."""
-    if has_kernels(x_TE):
-        from orchestrator.engine.kernels import gemv
-
-        if len(x_TE) <= gemv.MAX_ROWS:
-            return gemv.gemv(x_TE, weight_NE, bias_N)
+    if has_kernels(x_TE) and len(x_TE) <= _kernels().MAX_ROWS:
+        out: Tensor = _kernels().gemv(x_TE, weight_NE, bias_N, pdl=overlaps(x_TE))
+        return out
     return F.linear(x_TE, weight_NE, bias_N)
 
 
 def gate_up(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
     """silu(gate) · up, where gate is the first half of the product's columns and up the second."""
     if has_kernels(x_TE):
-        from orchestrator.engine.kernels import activation, gemv
-
-        if len(x_TE) <= gemv.MAX_ROWS:
-            return gemv.gate_up(x_TE, weight_NE, bias_N)
-        return activation.silu_mul(F.linear(x_TE, weight_NE, bias_N))
+        few = len(x_TE) <= _kernels().MAX_ROWS
+        out: Tensor = (
+            _kernels().gate_up(x_TE, weight_NE, bias_N, pdl=overlaps(x_TE))
+            if few
+            else _kernels().silu_mul(F.linear(x_TE, weight_NE, bias_N), pdl=overlaps(x_TE))
+        )
+        return out
     gate, up = F.linear(x_TE, weight_NE, bias_N).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def argmax(logits_RV: Tensor) -> Tensor:
+    """The likeliest token of each row, int64; the lowest of equals."""
+    if has_kernels(logits_RV):
+        out: Tensor = _kernels().argmax(logits_RV, pdl=overlaps(logits_RV))
+        return out
+    return logits_RV.argmax(dim=-1)
 
 
 def rotate(x_THD: Tensor, cos_T1D: Tensor, sin_T1D: Tensor) -> Tensor:

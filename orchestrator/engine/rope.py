@@ -18,10 +18,14 @@ class Rope:
     def __init__(self, spec: RopeSpec, head_dim: int, max_positions: int) -> None:
         self.frequencies, self.scale = frequencies(spec, head_dim, max_positions)
 
+    def on(self, device: torch.device) -> Tensor:
+        """The frequencies, there from now on."""
+        self.frequencies = self.frequencies.to(device)
+        return self.frequencies
+
     def __call__(self, positions_T: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """→ cos, sin: [T, 1, D], computed in float32, in `dtype`."""
-        self.frequencies = self.frequencies.to(positions_T.device)
-        angles = positions_T.float().unsqueeze(-1) * self.frequencies
+        angles = positions_T.float().unsqueeze(-1) * self.on(positions_T.device)
         angles = torch.cat((angles, angles), dim=-1).unsqueeze(1)
         return (angles.cos() * self.scale).to(dtype), (angles.sin() * self.scale).to(dtype)
 

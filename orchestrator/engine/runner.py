@@ -19,7 +19,7 @@ from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_host
 from orchestrator.engine.slots import Slots
-from orchestrator.step import Row, Step, StepResult, one_prompt
+from orchestrator.step import Row, Step, StepResult, whole_prompts
 from strategies.plan import Shard
 
 
@@ -54,6 +54,9 @@ class Pending:
 class StepRunner(Protocol):
     """What the worker's loops drive."""
 
+    def capture(self, *, largest_only: bool = False) -> None:
+        """Makes decode steps of every size ready to be replayed. All ranks of a stage call it at once."""
+
     def run(self, step: Step) -> Pending | None:
         """Starts a step. Its tokens on the last stage's first rank, None on all others."""
 
@@ -77,6 +80,9 @@ class Runner:
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
+    def capture(self, *, largest_only: bool = False) -> None:
+        """Nothing to do: these steps are not replayed."""
+
     @torch.inference_mode()
     def run(self, step: Step) -> Pending | None:
         logits_RV = self.forward(step)
@@ -98,7 +104,7 @@ class Runner:
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor | None:
-        hidden_TE = self._layers(one_prompt(token_ids, self.slots.block_size))
+        hidden_TE = self._layers(whole_prompts([token_ids], self.slots.block_size))
         return None if hidden_TE is None else self.model.logits(hidden_TE)
 
     def _layers(self, step: Step) -> Tensor | None:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from orchestrator.engine.ops import has_kernels
+from orchestrator.engine import ops
 from orchestrator.request import SamplingParams, TokenLogprobs
 
 _MASK = (1 << 64) - 1
@@ -65,7 +65,7 @@ def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
             if draw.bans_stops:
                 row_V.index_fill_(0, on_device(row_V, draw.history.stop_ids, torch.int64), -torch.inf)
             _penalise(row_V, draw.history)
-    tokens_R = greedy(logits_RV)
+    tokens_R = ops.argmax(logits_RV)
     drawn = [i for i, draw in enumerate(draws) if not draw.history.sampling.is_greedy]
     if drawn:
         params = [draws[i].history.sampling for i in drawn]
@@ -75,16 +75,6 @@ def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
         keys = [_mix(_mix(p.seed or 0) ^ draws[i].length) for p, i in zip(params, drawn, strict=True)]
         tokens_R[rows] = (scaled + _gumbel(keys, scaled)).argmax(dim=-1)
     return tokens_R
-
-
-def greedy(logits_RV: Tensor) -> Tensor:
-    """The likeliest token of each row: [R]."""
-    if has_kernels(logits_RV):
-        from orchestrator.engine.kernels import argmax
-
-        best_R: Tensor = argmax.argmax(logits_RV)
-        return best_R
-    return logits_RV.argmax(dim=-1)
 
 
 def on_device(like: Tensor, values: Sequence[int | float], dtype: torch.dtype) -> Tensor:

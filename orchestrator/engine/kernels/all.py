@@ -1,0 +1,9 @@
+"""What ops.py calls, in one place: importing it imports Triton."""
+
+from orchestrator.engine.kernels.activation import silu_mul
+from orchestrator.engine.kernels.argmax import argmax
+from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
+from orchestrator.engine.kernels.norm import add_rms_norm
+from orchestrator.engine.kernels.overlap import supported
+
+__all__ = ["MAX_ROWS", "add_rms_norm", "argmax", "gate_up", "gemv", "silu_mul", "supported"]

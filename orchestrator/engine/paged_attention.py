@@ -1,0 +1,205 @@
+"""A GPU step's rows on the device, and attention over them by Triton's kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from orchestrator.engine import ops
+from orchestrator.engine.kernels import attention, inputs
+from orchestrator.engine.kernels.rope import rope_and_cache
+from orchestrator.engine.kv_cache import KVCache
+from orchestrator.engine.model import RMSNorm
+from orchestrator.engine.rope import Rope
+from orchestrator.engine.slots import Slots
+from orchestrator.step import Admit, Row
+from strategies.spec import ModelSpec
+
+Ints32 = NDArray[np.int32]
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """Through pinned memory, so that nobody waits for what the device is doing."""
+    host = torch.from_numpy(array)
+    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    if device.type != "cuda":  # Triton's interpreter
+        return 1
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
+
+
+class DeviceSlots:
+    """Every slot's block table and newest sampled token, on the device.
+
+    Behind the slots comes a scratch one for the rows that pad a step to a graph's size: its KV goes to a block that no
+    sequence has.
+    """
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, cache: KVCache) -> None:
+        device = cache.keys[0].device
+        self.scratch = max_num_seqs
+        shape = (max_num_seqs + 1, -(-max_model_len // cache.block_size))
+        self.tables = torch.full(shape, cache.scratch_block, dtype=torch.int32, device=device)
+        self.newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        kv_heads = cache.keys[0].shape[1]
+        self.arrivals = torch.zeros(
+            shape[0] * kv_heads, dtype=torch.int32, device=device
+        )  # decode_attention's
+
+    def admit(self, admits: Sequence[Admit]) -> None:
+        if not admits:
+            return
+        width = max(len(admit.blocks) for admit in admits)
+        rows = np.zeros((len(admits), width), dtype=np.int32)
+        for row, admit in zip(rows, admits, strict=True):
+            row[: len(admit.blocks)] = admit.blocks
+        slots = to_device(np.array([admit.slot for admit in admits], dtype=np.int64), self.tables.device)
+        self.tables[:, :width].index_copy_(0, slots, to_device(rows, self.tables.device))
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """The rows of a step that compute several tokens, which come after all that decode."""
+
+    slots_R: Tensor
+    starts_R: Tensor
+    offsets_R1: Tensor  # into the prompts' tokens
+    longest: int  # tokens of the longest row
+
+
+@dataclass(frozen=True, slots=True)
+class PagedBatch:
+    """One step's tokens, as the kernels read them."""
+
+    told_4T: Tensor  # int32, see kernels/inputs.py
+    decodes: int  # how many rows of one token lead
+    prompts: Prompts | None
+
+
+def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
+    """[4, pad_to] of rows that compute one token each."""
+    told = np.empty((inputs.FIELDS, pad_to), dtype=np.int32)
+    count = len(rows)
+    told[0, :count] = [row.slot for row in rows]
+    told[1, :count] = [row.start for row in rows]
+    told[2, :count] = slots.token_ids(rows)
+    told[3, :count] = [row.new_block for row in rows]
+    told[:, count:] = [[scratch], [0], [0], [-1]]
+    return told
+
+
+def batch_of(rows: Sequence[Row], slots: Slots, device: torch.device) -> PagedBatch:
+    """Any rows, in their order."""
+    counts = np.array([row.count for row in rows], dtype=np.int64)
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    row_slots = np.array([row.slot for row in rows], dtype=np.int64)
+    new_blocks = np.array([row.new_block for row in rows], dtype=np.int64)
+    ends = np.cumsum(counts)
+    positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
+    told = np.empty((inputs.FIELDS, int(ends[-1])), dtype=np.int32)
+    told[0] = np.repeat(row_slots, counts)
+    told[1] = positions
+    told[2] = slots.token_ids(rows)
+    told[3] = np.repeat(new_blocks, counts)  # only a row of one token has any
+    several = np.flatnonzero(counts > 1)
+    decodes = int(several[0]) if len(several) else len(rows)
+    prompts = None
+    if decodes < len(rows):
+        offsets = np.concatenate(([0], np.cumsum(counts[decodes:])))
+        parts = np.concatenate((row_slots[decodes:], starts[decodes:], offsets)).astype(np.int32)
+        on_device = to_device(parts, device)
+        rest = len(rows) - decodes
+        prompts = Prompts(
+            on_device[:rest], on_device[rest : 2 * rest], on_device[2 * rest :], int(counts[decodes:].max())
+        )
+    return PagedBatch(to_device(told, device), decodes, prompts)
+
+
+class PagedContext:
+    """Attention of one step (satisfies AttentionContext)."""
+
+    def __init__(
+        self, cache: KVCache, slots: DeviceSlots, batch: PagedBatch, spec: ModelSpec, rope: Rope
+    ) -> None:
+        """`spec` and `rope` are of the transformer that this rank runs."""
+        self._cache, self._slots, self._batch, self._spec, self._rope = cache, slots, batch, spec, rope
+        self._windows = spec.windows or (None,) * spec.layers
+        self._slots_T, self._positions_T = batch.told_4T[0], batch.told_4T[1]
+        self.token_ids_T, self._rows_T = inputs.prepare(
+            batch.told_4T, slots.tables, slots.newest, cache.block_size
+        )
+        device = self._rows_T.device
+        self._frequencies = rope.on(device)
+        longest = slots.tables.shape[1] * cache.block_size
+        self._splits = attention.choose_splits(
+            max(1, batch.decodes), spec.kv_heads, longest, processors(device)
+        )
+
+    def attend(self, layer: int, qkv_TN: Tensor, q_norm: RMSNorm | None, k_norm: RMSNorm | None) -> Tensor:
+        spec, keys, values = self._spec, self._cache.keys[layer], self._cache.values[layer]
+        rope_and_cache(
+            qkv_TN,
+            self._positions_T,
+            self._rows_T,
+            self._frequencies,
+            self._rope.scale,
+            keys,
+            values,
+            heads=spec.heads,
+            kv_heads=spec.kv_heads,
+            head_dim=spec.head_dim,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+            eps=spec.rms_eps,
+            pdl=ops.overlaps(qkv_TN),
+        )
+        q_THD = qkv_TN.view(len(qkv_TN), -1, spec.head_dim)[:, : spec.heads]
+        out_THD = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device)
+        decodes = self._batch.decodes
+        if decodes:
+            attention.decode_attention(
+                q_THD[:decodes],
+                keys,
+                values,
+                self._slots.tables,
+                self._slots_T,
+                self._positions_T,
+                block_size=self._cache.block_size,
+                scale=spec.head_dim**-0.5,
+                window=self._windows[layer],
+                splits=self._splits,
+                arrivals=self._slots.arrivals,
+                out=out_THD[:decodes],
+            )
+        if self._batch.prompts is not None:
+            self._prefill(layer, q_THD[decodes:], out_THD[decodes:])
+        return out_THD.flatten(1)
+
+    def _prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
+        prompts = self._batch.prompts
+        assert prompts is not None
+        attention.prefill_attention(
+            q_THD,
+            self._cache.keys[layer],
+            self._cache.values[layer],
+            self._slots.tables,
+            prompts.slots_R,
+            prompts.starts_R,
+            prompts.offsets_R1,
+            rows=len(prompts.slots_R),
+            longest=prompts.longest,
+            block_size=self._cache.block_size,
+            scale=self._spec.head_dim**-0.5,
+            window=self._windows[layer],
+            out=out_THD,
+        )

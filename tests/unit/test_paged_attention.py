@@ -1,0 +1,102 @@
+"""The GPU's way through a model, its kernels interpreted on the CPU, against the plain one: the same hidden states."""
+
+from __future__ import annotations
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from orchestrator.engine import ops
+from orchestrator.engine.kernels import all as kernels
+from orchestrator.engine.attention import SdpaContext
+from orchestrator.engine.checkpoint import open_checkpoint
+from orchestrator.engine.kv_cache import KVCache
+from orchestrator.engine.loader import load
+from orchestrator.engine.model import Transformer
+from orchestrator.engine.paged_attention import (
+    DeviceSlots,
+    PagedBatch,
+    PagedContext,
+    batch_of,
+    told_of_decodes,
+)
+from orchestrator.engine.runner import Runner
+from orchestrator.engine.slots import Slots
+from orchestrator.scheduler import Scheduler, SchedulerConfig
+from orchestrator.request import Request, SamplingParams
+from orchestrator.step import Step, StepResult
+from launch.models import resolve
+from strategies.pipeline import shard_replica
+from strategies.plan import ParallelDims
+from strategies.source import spec_of
+from tests.tiny import make_model
+from tests.unit.test_attention_kernels import loop_bounds_of_one_element  # noqa: F401
+
+CPU = torch.device("cpu")
+LIMITS = SchedulerConfig(
+    num_blocks=24, block_size=8, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32
+)
+
+
+def steps(prompts: list[list[int]], vocab: int) -> list[Step]:
+    """Chunks, prefix hits and decodes, mixed; what is sampled does not matter here."""
+    scheduler = Scheduler(LIMITS)
+    for i, prompt in enumerate(prompts):
+        scheduler.add(Request(id=str(i), prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=2)))
+    found = []
+    while (step := scheduler.schedule()) is not None:
+        found.append(step)
+        sampled = [(7 * step.id + i) % vocab for i in range(sum(row.samples for row in step.rows))]
+        scheduler.update(StepResult(step.id, sampled))
+    return found
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+def test_hidden_states_are_the_plain_ones(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    windowed = {"sliding_window": 11} if family == "mistral" else {}
+    make_model(tmp_path, family, num_hidden_layers=2, **windowed)
+    source = resolve(str(tmp_path))
+    spec = spec_of(source)
+    shard = shard_replica(spec, ParallelDims())[0]
+    with torch.device("meta"):
+        model = Transformer(spec)
+    load(model, shard, spec, open_checkpoint(source, spec), CPU, torch.float32)
+    plain = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
+    paged_slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
+    caches = [KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU) for _ in range(2)]
+    on_device = DeviceSlots(LIMITS.max_num_seqs, LIMITS.max_model_len, caches[1])
+    runner = Runner(model, caches[0], plain, shard, None)  # type: ignore[arg-type]
+    shared = list(range(9))
+    asked = [[*shared, 1, 2], [5, 6], list(range(30, 49)), [4], [*shared, 9]]
+    decoded = mixed = 0
+    for step in steps(asked, spec.vocab):
+        plain.remember(step)
+        expected = model(
+            torch.tensor(plain.token_ids(step.rows)),
+            SdpaContext(caches[0], runner._batch(step.rows), spec, model.rope),
+        )
+        paged_slots.remember(step)
+        on_device.admit(step.admits)
+        rows = len(expected)
+        if all(row.count == 1 for row in step.rows):
+            decoded += 1
+            told = told_of_decodes(step.rows, paged_slots, 4, on_device.scratch)
+            batch = PagedBatch(torch.from_numpy(told), 4, None)
+        else:
+            mixed += 1
+            batch = batch_of(step.rows, paged_slots, CPU)
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "has_kernels", lambda x: True)
+            patched.setattr(kernels, "MAX_ROWS", 0)  # slow to interpret, and tested by themselves
+            context = PagedContext(caches[1], on_device, batch, spec, model.rope)
+            got = model(context.token_ids_T, context)[:rows]
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    assert decoded and mixed

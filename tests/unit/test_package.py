@@ -72,7 +72,8 @@ def test_the_console_script_is_there() -> None:
 def test_data_beside_the_code_is_packaged() -> None:
     globs = PROJECT["tool"]["setuptools"]["package-data"]
     packaged = {path for room, patterns in globs.items() for p in patterns for path in (ROOT / room).glob(p)}
-    assert packaged == {path for room in ROOMS for path in (ROOT / room).rglob("*.yaml")}
+    data = {path for room in ROOMS for kind in ("*.yaml", "*.cu") for path in (ROOT / room).rglob(kind)}
+    assert packaged == data
 
 
 def test_every_folder_of_code_is_a_package() -> None:

@@ -168,23 +168,23 @@ def loop_bounds_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (2, 4), (1, 7), (1, 20)])
 def test_decode_in_every_grouping_and_split(kv_heads: int, group: int, splits: int) -> None:
-    lengths = [1, 37, 150]
+    lengths = [1, 37, 120]
     cache = Cache.filled(lengths, kv_heads, 32)
     q_BHD = strided_queries(3, kv_heads * group, 32)
     tile = Tile(keys=16, rows=decode_tile(group, 32, torch.float32).rows, warps=4, stages=2)
-    assert decode_error(cache, q_BHD, [2, 0, 1], [149, 0, 36], splits=splits, tile=tile) < 2e-6
+    assert decode_error(cache, q_BHD, [2, 0, 1], [119, 0, 36], splits=splits, tile=tile) < 2e-6
 
 
-@pytest.mark.parametrize("head_dim", [16, 24, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [16, 80, 96, 256])
 @pytest.mark.parametrize("splits", [1, 2])
 def test_decode_of_every_head_size(head_dim: int, splits: int) -> None:
     cache = Cache.filled([70, 129], 2, head_dim)
     assert decode_error(cache, strided_queries(2, 4, head_dim), [1, 0], [128, 69], splits=splits) < 2e-6
 
 
-@pytest.mark.parametrize("window", [1, 15, 16, 40, 500])
+@pytest.mark.parametrize("window", [1, 16, 23, 500])
 @pytest.mark.parametrize("splits", [1, 3])
-@pytest.mark.parametrize("position", [0, 15, 16, 99])
+@pytest.mark.parametrize("position", [15, 60])
 def test_decode_sees_its_window_alone(window: int, splits: int, position: int) -> None:
     cache = Cache.filled([position + 1], 1, 16)
     if window <= position:  # what lies before the window may have been handed to someone else
@@ -223,36 +223,36 @@ def test_a_padded_batch_leaves_real_rows_as_they_are() -> None:
     assert not padded.isnan().any()
 
 
-@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (2, 4), (1, 7)])
-@pytest.mark.parametrize("starts", [(0, 0, 0), (64, 1, 31)])
+@pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (1, 4), (1, 7)])
+@pytest.mark.parametrize("starts", [(0, 0, 0), (32, 5, 15)])
 def test_prefill_in_every_grouping(kv_heads: int, group: int, starts: tuple[int, ...]) -> None:
-    counts = [1, 67, 20]
+    counts = [1, 21, 9]
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     cache = Cache.filled(lengths[::-1], kv_heads, 16)
     assert prefill_error(cache, starts, counts, group, tile=SMALL) < 2e-6
 
 
-@pytest.mark.parametrize("head_dim", [24, 80, 128, 256])
+@pytest.mark.parametrize("head_dim", [80, 128, 256])
 def test_prefill_of_every_head_size(head_dim: int) -> None:
     cache = Cache.filled([45, 41], 1, head_dim)
     assert prefill_error(cache, [0, 5], [41, 40], 2) < 2e-6
 
 
-@pytest.mark.parametrize("window", [1, 7, 16, 33, 500])
-@pytest.mark.parametrize("start", [0, 50])
+@pytest.mark.parametrize("window", [1, 16, 23, 500])
+@pytest.mark.parametrize("start", [0, 40])
 def test_prefill_sees_its_window_alone(window: int, start: int) -> None:
-    cache = Cache.filled([start + 45], 1, 16)
+    cache = Cache.filled([start + 30], 1, 16)
     if window <= start:
         cache.keys[cache.rows(0, start - window + 1)] = torch.nan
         cache.values[cache.rows(0, start - window + 1)] = torch.nan
-    assert prefill_error(cache, [start], [45], 2, window=window, tile=SMALL) < 2e-6
+    assert prefill_error(cache, [start], [30], 2, window=window, tile=SMALL) < 2e-6
 
 
 def test_prefill_with_tiles_of_many_queries() -> None:
-    cache = Cache.filled([300], 1, 16)
+    cache = Cache.filled([160], 1, 16)
     tile = Tile(keys=32, rows=128, warps=4, stages=2)
-    assert prefill_error(cache, [90], [210], 4, tile=tile) < 2e-6
-    assert prefill_error(cache, [90], [210], 4, window=100, tile=tile) < 2e-6
+    assert prefill_error(cache, [70], [90], 4, tile=tile) < 2e-6
+    assert prefill_error(cache, [70], [90], 4, window=80, tile=tile) < 2e-6
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -40,7 +40,7 @@ def decode_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
 
 
 def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has none, and unrolls: its tiles are small."""
+    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has none: small tiles, unrolled."""
     if dtype == torch.float32:
         size = 32 if head_dim <= 128 else 16
         return Tile(keys=size, rows=size, warps=4, stages=2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import BadModel
+from orchestrator.engine import loader
 from orchestrator.engine.checkpoint import (
     Checkpoint,
     DummyCheckpoint,
@@ -129,6 +131,19 @@ def test_the_shards_hold_the_whole_model(
         start += len(ranks[0].layers)
 
 
+def test_parameters_are_read_in_chunks(qwen2: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, checkpoint = opened(qwen2)
+    shards = shard_replica(spec, ParallelDims(tp=2))
+    whole = [loaded(spec, shard, checkpoint, []).state_dict() for shard in shards]
+    monkeypatch.setattr(loader, "CHUNK_BYTES", 1000)  # three rows of 64 float32, and part of a fourth
+    for shard, expected in zip(shards, whole, strict=True):
+        told: list[tuple[int, int]] = []
+        model = loaded(spec, shard, checkpoint, told)
+        assert len(told) > 2 * len(expected)
+        assert [done for done, _ in told] == sorted(done for done, _ in told)
+        assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
 def test_only_the_first_rank_adds_the_bias_of_a_sum(tmp_path: Path) -> None:
     expected = make_model(tmp_path, "llama", attention_bias=True, mlp_bias=True).state_dict()
     spec, checkpoint = opened(tmp_path)
@@ -181,6 +196,18 @@ def test_truncated_safetensors(keep: float, qwen2: Path, tmp_path: Path) -> None
     whole = file.read_bytes()
     file.write_bytes(whole[: int(len(whole) * keep) if 0 < keep < 1 else int(keep)])
     assert "is cut short or corrupt" in refusal(file.parent)
+
+
+def test_a_file_cut_short_while_it_is_read(qwen2: Path, tmp_path: Path) -> None:
+    path = broken(qwen2, tmp_path)
+    spec, checkpoint = opened(path)
+    checkpoint.verify()
+    os.truncate(path / "model.safetensors", 5000)
+    (shard,) = shard_replica(spec, ParallelDims())
+    with pytest.raises(
+        BadModel, match=r"model\.safetensors has nothing at byte .*cut short since it was opened"
+    ):
+        loaded(spec, shard, checkpoint, [])
 
 
 def test_a_missing_tensor(qwen2: Path, tmp_path: Path) -> None:
@@ -257,5 +284,6 @@ def test_dummies_are_the_same_in_every_layout(qwen2: Path) -> None:
     assert gate.std().item() == pytest.approx(0.02, rel=0.1)
     assert norm.mean().item() == pytest.approx(1.0, abs=0.05)
     assert norm.std() > 0
+    assert torch.unique(gate, dim=0).shape == gate.shape
     assert not torch.equal(gate, full["model.layers.0.mlp.up_proj.weight"])
     assert not torch.equal(gate, DummyCheckpoint(spec, seed=1).read("model.layers.0.mlp.gate_proj.weight"))

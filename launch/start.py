@@ -137,6 +137,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         join_timeout_s=JOIN_TIMEOUT_S,
+        peer_access=options.peer_access,
     )
 
 

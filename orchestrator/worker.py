@@ -52,6 +52,7 @@ class EngineConfig:
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
+    peer_access: bool = True  # between GPUs, where there is any; False: small sums go through host memory
 
 
 class Worker:
@@ -84,7 +85,15 @@ class Worker:
         backend = "nccl" if on_gpu else "gloo"
         size = shard.tp * shard.pp
         self.collectives: TorchCollectives = join(
-            shard.rank, size, shard.tp, shard.pp, init_method, backend, self.device, config.join_timeout_s
+            shard.rank,
+            size,
+            shard.tp,
+            shard.pp,
+            init_method,
+            backend,
+            self.device,
+            config.join_timeout_s,
+            peer_access=config.peer_access,
         )
 
     def load(self) -> int:
@@ -123,12 +132,12 @@ class Worker:
         prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
         blocks = len(prompts) * -(-length // config.block_size)
         self.allocate(SchedulerConfig(blocks, config.block_size, config.max_num_seqs, max_model_len=length))
-        with peak_of(self.device) as peak:
-            self.runner.run(whole_prompts(prompts, config.block_size))
         before, _ = torch.cuda.mem_get_info(self.device)
         if config.graphs:
             self.runner.capture(largest_only=True)
         after, _ = torch.cuda.mem_get_info(self.device)
+        with peak_of(self.device) as peak:
+            self.runner.run(whole_prompts(prompts, config.block_size))
         del self.runner
         return peak[0] + max(0, before - after)
 
@@ -141,10 +150,11 @@ class Worker:
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
             from orchestrator.engine.cuda_runner import CudaRunner
 
-            vocab = self.config.spec.vocab
-            self.runner = CudaRunner(self.model, cache, slots, self.shard, self.collectives, vocab)
+            runner_class: type[Runner] | type[CudaRunner] = CudaRunner
         else:
-            self.runner = Runner(self.model, cache, slots, self.shard, self.collectives)
+            runner_class = Runner
+        vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
+        self.runner = runner_class(self.model, cache, slots, self.shard, self.collectives, vocabulary)
 
     def capture(self) -> None:
         """Capture the decode steps as CUDA graphs. All ranks of a replica call it at once."""
@@ -206,6 +216,7 @@ class Worker:
             if in_flight and (step is None or len(in_flight) == self.limits.depth):
                 pending = in_flight.popleft()
                 result = pending.result() if pending is not None else self._collect()
+                self.collectives.stage.check()
                 if result is not None:
                     self._publish(result)
         self._broadcast(_STOP)

@@ -1,5 +1,5 @@
 """Tensor parallelism: each rank is the same transformer with fewer heads, a narrower MLP and fewer vocabulary rows,
-plus two sums a layer, one for the embedding and a gather of the logits.
+plus two sums a layer, one for the embedding, and logits of its own vocabulary rows, which `Vocabulary` puts together.
 
 Attention is split by whole KV groups, evenly or not; MLP columns and vocabulary rows likewise. Beyond the KV heads
 each KV head is replicated over several ranks, which share its query heads.
@@ -7,6 +7,7 @@ each KV head is replicated over several ranks, which share its query heads.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -149,9 +150,32 @@ def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: StageGroup) ->
         layer.mlp.down.register_forward_hook(reduce)
     if parts.embed is not None:
         _split_embedding(parts.embed, shard.vocab, group)
-    if parts.head is not None:
-        widths = [len(r) for r in split_evenly(spec.vocab, shard.tp)]
-        parts.head.register_forward_hook(lambda _m, _a, out: group.all_gather_columns(out, widths))
+
+
+class Vocabulary:
+    """What the columns of logits that one rank computes mean: all tokens' logits, and the likeliest of all tokens."""
+
+    def __init__(self, spec: ModelSpec, shard: Shard, group: StageGroup) -> None:
+        self._widths = [len(r) for r in split_evenly(spec.vocab, shard.tp)]
+        self._rank, self._first, self._group = shard.tp_rank, shard.vocab.start, group
+
+    def whole(self, own_RV: Tensor) -> Tensor:
+        """[rows, vocabulary], of every rank's columns."""
+        return own_RV if len(self._widths) == 1 else self._group.all_gather_columns(own_RV, self._widths)
+
+    def likeliest(self, own_RV: Tensor, argmax: Callable[[Tensor], Tensor]) -> Tensor:
+        """The best column of each row, by `argmax` the first of equals: [rows]. Only each rank's best one travels."""
+        own_R = argmax(own_RV)
+        if len(self._widths) == 1:
+            return own_R
+        best_RP2 = own_RV.float().new_zeros(
+            (len(own_RV), len(self._widths), 2)
+        )  # value, token id (exact to 2²⁴)
+        best_RP2[:, self._rank, 0] = own_RV.gather(1, own_R.unsqueeze(1)).squeeze(1)
+        best_RP2[:, self._rank, 1] = own_R + self._first
+        best_RP2 = self._group.all_reduce(best_RP2)  # of zeros but for one: a gather
+        winner_R = argmax(best_RP2[:, :, 0].contiguous())
+        return best_RP2[:, :, 1].gather(1, winner_R.unsqueeze(1)).squeeze(1).long()
 
 
 def _split_embedding(embed: nn.Module, rows: range, group: StageGroup) -> None:

@@ -21,6 +21,9 @@ class StageGroup(Protocol):
     def all_gather_columns(self, tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[tokens, own width] → [tokens, sum of widths], columns in tp-rank order."""
 
+    def check(self) -> None:
+        """Raises GangDied where a sum that ran on the device by itself waited in vain. Cheap: for every step."""
+
 
 class Collectives(Protocol):
     """One rank's ends of all the wires of its replica. Ranks count tp first: rank = stage × tp + tp_rank."""

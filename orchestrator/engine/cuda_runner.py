@@ -1,12 +1,14 @@
-"""Runs steps on a GPU: a step that only decodes is one CUDA graph, any other goes through the same kernels one by one.
+"""Runs steps on a GPU. What is captured as CUDA graphs: a decode step of every size, and steps with short prompts.
 
+Longer steps go through the same kernels one by one: they keep the GPU busy for longer than it takes to launch them.
 Nothing here waits for the device. Sampled tokens stay on it, so that the next step may start before the host has seen
 them: a row whose token the host does not know takes its slot's newest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -14,25 +16,37 @@ from torch import Tensor
 
 from cluster.collectives import Collectives
 from orchestrator.engine import ops
+from orchestrator.engine.kernels.inputs import FIELDS
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.paged_attention import (
     DeviceSlots,
+    Ints32,
     PagedBatch,
     PagedContext,
+    Prompts,
     batch_of,
+    padded_prompts,
     to_device,
     told_of_decodes,
+    told_of_rows,
 )
 from orchestrator.engine.runner import Pending
 from orchestrator.engine.sampler import sample
 from orchestrator.engine.slots import Slots
+from orchestrator.engine.warm_up import compile_kernels
 from orchestrator.step import Row, Step, whole_prompts
 from strategies.plan import Shard
+from strategies.tensor import Vocabulary
+
+CHUNK_ROWS = 8
+CHUNK_TOKENS = (16, 32, *range(64, 513, 64))
+"""Steps of up to so many rows, which compute several tokens, are captured too: 512 tokens of Llama-3.1-8B take an
+H100 some 12 ms, no longer than launching 300 kernels one by one takes the host."""
 
 
-def graph_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of the steps that are captured: a step is padded to the next of them, by an eighth at most from 64 on."""
+def decode_sizes(max_num_seqs: int) -> list[int]:
+    """Rows of the decode steps that are captured; a step is padded to the next of them, by an eighth from 64 on."""
     sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
     return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
 
@@ -47,59 +61,64 @@ class CudaRunner:
         slots: Slots,
         shard: Shard,
         collectives: Collectives,
-        vocab: int,
+        vocabulary: Vocabulary,
     ) -> None:
-        """`vocab` is the whole model's."""
         self.model, self.cache, self.slots, self.shard = model, cache, slots, shard
-        self.collectives = collectives
+        self.collectives, self._vocabulary = collectives, vocabulary
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._max_num_seqs, blocks = slots.tables.shape
         self._on_device = DeviceSlots(self._max_num_seqs, blocks * slots.block_size, cache)
-        self._sizes = graph_sizes(self._max_num_seqs)
-        self._graphs: dict[int, torch.cuda.CUDAGraph] = {}
-        self._make_buffers(vocab if shard.is_last else 0)
+        self._sizes = decode_sizes(self._max_num_seqs)
+        self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._make_buffers()
 
-    def _make_buffers(self, vocab: int) -> None:
-        """What decode steps read and write: always at the same places, since graphs hold them."""
-        rows, spec = self._max_num_seqs, self.model.spec
+    def _make_buffers(self) -> None:
+        """What captured steps read and write: always at the same places, since graphs hold them."""
+        rows, spec, shard = max(self._max_num_seqs, CHUNK_ROWS), self.model.spec, self.shard
+        tokens = max(rows, *CHUNK_TOKENS)
         with torch.device(self._device):
-            self._told = torch.zeros(4 * rows, dtype=torch.int32)
-            states = 0 if self.shard.is_first and self.shard.is_last else rows
-            self._hidden_TE = torch.zeros((states, spec.hidden), dtype=self._dtype)
+            self._told = torch.zeros(FIELDS * tokens, dtype=torch.int32)
+            self._prompts = torch.zeros(Prompts.numbers(CHUNK_ROWS), dtype=torch.int32)
+            self._hidden_TE = torch.zeros((tokens if shard.pp > 1 else 0, spec.hidden), dtype=self._dtype)
             self._sampled_R = torch.zeros(rows, dtype=torch.int64)
-            self._logits_RV = torch.zeros((rows if vocab else 0, vocab), dtype=self._dtype)
+            self._logits_RV = torch.zeros((rows if shard.is_last else 0, spec.vocab), dtype=self._dtype)
 
     @torch.inference_mode()
     def capture(self, *, largest_only: bool = False) -> None:
+        """All ranks of a stage call it at once, with the same sizes."""
+        compile_kernels(self.model, self.cache, self._on_device)
         for size in reversed(self._sizes[-1:] if largest_only else self._sizes):
-            self._capture(size)  # what the largest takes serves the others too
+            self._tell(told_of_decodes([], self.slots, size, self._on_device.scratch))
+            self._capture(("decode", size), partial(self._decode, size))
+        for tokens in reversed(CHUNK_TOKENS[-1:] if largest_only else CHUNK_TOKENS):
+            self._tell_chunk([], tokens)
+            self._capture(("chunk", tokens), partial(self._chunk, tokens))
 
-    def _capture(self, size: int) -> None:
-        told = told_of_decodes([], self.slots, size, self._on_device.scratch)
-        self._told[: told.size].copy_(to_device(told.reshape(-1), self._device))
-        self._decode(size)  # compiles, and opens NCCL's connections
+    def _capture(self, key: tuple[str, int], run: Callable[[], None]) -> None:
+        run()  # cuBLAS and NCCL set themselves up at the first call of a size
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
+        pool = (
+            next(iter(self._graphs.values())).pool() if self._graphs else None
+        )  # what the largest took serves all
         # Other threads (NCCL's watchdog) may ask the driver things meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-            self._decode(size)
-        self._graphs[size] = graph
+            run()
+        self._graphs[key] = graph
 
     @torch.inference_mode()
     def run(self, step: Step) -> Pending | None:
         """Starts a step. Its tokens on the last stage's first rank, None on all others."""
         self.slots.remember(step)
         self._on_device.admit(step.admits)
-        if all(row.count == 1 and row.samples for row in step.rows):
-            logits_RV, tokens_R = self._run_decodes(step.rows)
-        else:
-            logits_RV, tokens_R = self._run_any(step.rows)
-        if logits_RV is None or tokens_R is None:
+        found = self._compute(step.rows)
+        if found is None:
             return None
+        logits_RV, tokens_R = found
         draws = self.slots.draws(step.rows)
         if not all(draw.is_plain for draw in draws):
+            logits_RV = self._vocabulary.whole(logits_RV)
             tokens_R = sample(logits_RV, draws)
             self._keep(tokens_R, self._sampling_slots(step.rows))
         if self.shard.tp_rank:
@@ -112,59 +131,102 @@ class CudaRunner:
         step = whole_prompts([token_ids], self.slots.block_size)
         self.slots.remember(step)
         self._on_device.admit(step.admits)
-        batch = batch_of(step.rows, self.slots, self._device)
-        hidden_TE = self._layers(batch, self._received(len(token_ids)))
+        hidden_TE = self._layers(
+            batch_of(step.rows, self.slots, self._device), self._received(len(token_ids))
+        )
         if self.shard.is_last:
-            return self.model.logits(hidden_TE)
+            return self._vocabulary.whole(self.model.logits(hidden_TE))
         self._send(hidden_TE)
         return None
 
+    def _compute(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
+        """Logits (this rank's columns) and greedy tokens of the rows that sample; None before the last stage."""
+        tokens = sum(row.count for row in rows)
+        if tokens == len(rows) and all(row.samples for row in rows):
+            return self._run_decodes(rows)
+        if len(rows) <= CHUNK_ROWS and tokens <= CHUNK_TOKENS[-1] and self._graphs:
+            return self._run_chunk(rows, tokens)
+        return self._run_any(rows)
+
     # -- steps that only decode --
 
-    def _run_decodes(self, rows: Sequence[Row]) -> tuple[Tensor | None, Tensor | None]:
-        """→ logits and greedy tokens, on the last stage."""
-        count = len(rows)
-        size = next(size for size in self._sizes if size >= count)
-        told = told_of_decodes(rows, self.slots, size, self._on_device.scratch)
-        self._told[: told.size].copy_(torch.from_numpy(told.reshape(-1)).pin_memory(), non_blocking=True)
-        received = self._received(count)
-        if received is not None:
-            self._hidden_TE[:count] = received
-        graph = self._graphs.get(size)
+    def _run_decodes(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
+        size = next(size for size in self._sizes if size >= len(rows))
+        self._tell(told_of_decodes(rows, self.slots, size, self._on_device.scratch))
+        return self._replay(("decode", size), partial(self._decode, size), len(rows), len(rows))
+
+    def _decode(self, size: int) -> None:
+        """What a graph holds; a batch without graphs is padded all the same, so that it gives the same tokens."""
+        told = self._told[: FIELDS * size].view(FIELDS, size)
+        hidden_TE = self._layers(PagedBatch(told, size, None), self._hidden_TE[:size])
+        self._finish(hidden_TE, None, told[0])
+
+    # -- steps with short prompts --
+
+    def _run_chunk(self, rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor] | None:
+        size = next(size for size in CHUNK_TOKENS if size >= tokens)
+        self._tell_chunk(rows, size)
+        sampling = sum(row.samples for row in rows)
+        return self._replay(("chunk", size), partial(self._chunk, size), tokens, sampling)
+
+    def _chunk(self, tokens: int) -> None:
+        prompts = Prompts.of(self._prompts, CHUNK_ROWS, tokens)
+        told = self._told[: FIELDS * tokens].view(FIELDS, tokens)
+        hidden_TE = self._layers(PagedBatch(told, 0, prompts), self._hidden_TE[:tokens])
+        self._finish(hidden_TE, prompts.ends_R, prompts.keep_R)
+
+    def _tell_chunk(self, rows: Sequence[Row], tokens: int) -> None:
+        self._tell(told_of_rows(rows, self.slots, tokens, self._on_device.scratch))
+        numbers = padded_prompts(rows, CHUNK_ROWS, self._on_device.scratch)
+        self._prompts.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
+
+    # -- both of these --
+
+    def _tell(self, told: Ints32) -> None:
+        host = torch.from_numpy(told.reshape(-1)).pin_memory()
+        self._told[: told.size].copy_(host, non_blocking=True)
+
+    def _replay(
+        self, key: tuple[str, int], run: Callable[[], None], tokens: int, sampling: int
+    ) -> tuple[Tensor, Tensor] | None:
+        received_TE = self._received(tokens)
+        if received_TE is not None:
+            self._hidden_TE[:tokens] = received_TE
+        graph = self._graphs.get(key)
         if graph is not None:
             graph.replay()
         else:
-            self._decode(size)
+            run()
         if self.shard.is_last:
-            return self._logits_RV[:count], self._sampled_R[:count]
-        self._send(self._hidden_TE[:count].clone())  # the next step writes over them
-        return None, None
+            return self._logits_RV[:sampling], self._sampled_R[:sampling]
+        self._send(self._hidden_TE[:tokens].clone())  # the next step writes over them
+        return None
 
-    def _decode(self, size: int) -> None:
-        """What a graph holds."""
-        told_4T = self._told[: 4 * size].view(4, size)
-        hidden_TE = self._layers(PagedBatch(told_4T, size, None), self._hidden_TE[:size])
+    def _finish(self, hidden_TE: Tensor, wanted_R: Tensor | None, slots_R: Tensor) -> None:
+        """Leaves the results where captured steps do; of all tokens where `wanted_R` does not say which."""
         if not self.shard.is_last:
-            self._hidden_TE[:size] = hidden_TE
+            self._hidden_TE[: len(hidden_TE)] = hidden_TE
             return
-        self._logits_RV[:size] = self.model.logits(hidden_TE)
-        self._sampled_R[:size] = ops.argmax(self._logits_RV[:size])
-        self._keep(self._sampled_R[:size], told_4T[0])
+        rows = len(slots_R)
+        logits_RV = self.model.logits(hidden_TE if wanted_R is None else hidden_TE[wanted_R])
+        self._logits_RV[:rows] = logits_RV
+        self._sampled_R[:rows] = self._vocabulary.likeliest(logits_RV, ops.argmax)
+        self._keep(self._sampled_R[:rows], slots_R)
 
     # -- any step --
 
-    def _run_any(self, rows: Sequence[Row]) -> tuple[Tensor | None, Tensor | None]:
+    def _run_any(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
         batch = batch_of(rows, self.slots, self._device)
         hidden_TE = self._layers(batch, self._received(batch.told_4T.shape[1]))
         if not self.shard.is_last:
             self._send(hidden_TE)
-            return None, None
+            return None
         ends = np.cumsum([row.count for row in rows]) - 1
         wanted = ends[[row.samples for row in rows]]
         if not len(wanted):
             return self._logits_RV[:0], self._sampled_R[:0]
         logits_RV = self.model.logits(hidden_TE[to_device(wanted, self._device)])
-        tokens_R = ops.argmax(logits_RV)
+        tokens_R = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
 

@@ -117,7 +117,7 @@ class Transformer(nn.Module):
         return x_TE if residual_TE is None else x_TE + residual_TE
 
     def logits(self, hidden_TE: Tensor) -> Tensor:
-        """Final norm and head, in the model's dtype: [T, vocabulary]."""
+        """Final norm and head, in the model's dtype: [T, rows of the head]."""
         assert self.norm is not None and self.head is not None, "only the last stage has a head"
         out: Tensor = self.head(self.norm(hidden_TE)[0])
         return out

@@ -51,10 +51,6 @@ class DeviceSlots:
         shape = (max_num_seqs + 1, -(-max_model_len // cache.block_size))
         self.tables = torch.full(shape, cache.scratch_block, dtype=torch.int32, device=device)
         self.newest = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
-        kv_heads = cache.keys[0].shape[1]
-        self.arrivals = torch.zeros(
-            shape[0] * kv_heads, dtype=torch.int32, device=device
-        )  # decode_attention's
 
     def admit(self, admits: Sequence[Admit]) -> None:
         if not admits:
@@ -74,7 +70,19 @@ class Prompts:
     slots_R: Tensor
     starts_R: Tensor
     offsets_R1: Tensor  # into the prompts' tokens
-    longest: int  # tokens of the longest row
+    ends_R: Tensor  # the last token of each row that samples
+    keep_R: Tensor  # and its slot
+    longest: int  # tokens that the longest row has at most
+
+    @staticmethod
+    def numbers(rows: int) -> int:
+        return 5 * rows + 1
+
+    @staticmethod
+    def of(numbers: Tensor, rows: int, longest: int) -> Prompts:
+        """int32, in the order of the fields."""
+        slots, starts, offsets, ends, keep = torch.split(numbers, [rows, rows, rows + 1, rows, rows])
+        return Prompts(slots, starts, offsets, ends, keep, longest)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,30 +106,47 @@ def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int
     return told
 
 
+def told_of_rows(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
+    """[4, pad_to] of any rows, in their order."""
+    told = np.empty((inputs.FIELDS, pad_to), dtype=np.int32)
+    counts = np.array([row.count for row in rows], dtype=np.int64)
+    ends = np.cumsum(counts)
+    tokens = int(counts.sum())
+    starts = np.array([row.start for row in rows], dtype=np.int64)
+    told[0, :tokens] = np.repeat([row.slot for row in rows], counts)
+    told[1, :tokens] = np.arange(tokens) - np.repeat(ends - counts - starts, counts)
+    told[2, :tokens] = slots.token_ids(rows)
+    told[3, :tokens] = np.repeat([row.new_block for row in rows], counts)  # only a row of one token has any
+    told[:, tokens:] = [[scratch], [0], [0], [-1]]
+    return told
+
+
+def padded_prompts(rows: Sequence[Row], pad_to: int, scratch: int) -> Ints32:
+    """The numbers of Prompts where every row counts as one; those that pad compute no token."""
+    numbers = np.zeros(Prompts.numbers(pad_to), dtype=np.int32)
+    slots, starts, offsets, ends, keep = np.split(numbers, np.cumsum([pad_to, pad_to, pad_to + 1, pad_to]))
+    after = np.cumsum([row.count for row in rows])
+    sampling = [i for i, row in enumerate(rows) if row.samples]
+    slots[:] = keep[:] = scratch
+    slots[: len(rows)] = [row.slot for row in rows]
+    starts[: len(rows)] = [row.start for row in rows]
+    offsets[1 : len(rows) + 1] = after
+    offsets[len(rows) + 1 :] = after[-1] if len(rows) else 0
+    ends[: len(sampling)] = after[sampling] - 1 if sampling else []
+    keep[: len(sampling)] = [rows[i].slot for i in sampling]
+    return numbers
+
+
 def batch_of(rows: Sequence[Row], slots: Slots, device: torch.device) -> PagedBatch:
     """Any rows, in their order."""
-    counts = np.array([row.count for row in rows], dtype=np.int64)
-    starts = np.array([row.start for row in rows], dtype=np.int64)
-    row_slots = np.array([row.slot for row in rows], dtype=np.int64)
-    new_blocks = np.array([row.new_block for row in rows], dtype=np.int64)
-    ends = np.cumsum(counts)
-    positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
-    told = np.empty((inputs.FIELDS, int(ends[-1])), dtype=np.int32)
-    told[0] = np.repeat(row_slots, counts)
-    told[1] = positions
-    told[2] = slots.token_ids(rows)
-    told[3] = np.repeat(new_blocks, counts)  # only a row of one token has any
-    several = np.flatnonzero(counts > 1)
-    decodes = int(several[0]) if len(several) else len(rows)
+    tokens = sum(row.count for row in rows)
+    told = told_of_rows(rows, slots, tokens, scratch=0)
+    decodes = next((i for i, row in enumerate(rows) if row.count > 1), len(rows))
     prompts = None
     if decodes < len(rows):
-        offsets = np.concatenate(([0], np.cumsum(counts[decodes:])))
-        parts = np.concatenate((row_slots[decodes:], starts[decodes:], offsets)).astype(np.int32)
-        on_device = to_device(parts, device)
-        rest = len(rows) - decodes
-        prompts = Prompts(
-            on_device[:rest], on_device[rest : 2 * rest], on_device[2 * rest :], int(counts[decodes:].max())
-        )
+        several = rows[decodes:]
+        numbers = to_device(padded_prompts(several, len(several), scratch=0), device)
+        prompts = Prompts.of(numbers, len(several), max(row.count for row in several))
     return PagedBatch(to_device(told, device), decodes, prompts)
 
 
@@ -178,8 +203,8 @@ class PagedContext:
                 scale=spec.head_dim**-0.5,
                 window=self._windows[layer],
                 splits=self._splits,
-                arrivals=self._slots.arrivals,
                 out=out_THD[:decodes],
+                pdl=ops.overlaps(qkv_TN),
             )
         if self._batch.prompts is not None:
             self._prefill(layer, q_THD[decodes:], out_THD[decodes:])

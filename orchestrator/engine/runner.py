@@ -21,6 +21,7 @@ from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_hos
 from orchestrator.engine.slots import Slots
 from orchestrator.step import Row, Step, StepResult, whole_prompts
 from strategies.plan import Shard
+from strategies.tensor import Vocabulary
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,15 +69,16 @@ class Runner:
     """Feeds one rank's transformer, the same on every rank. The first stage reads token ids, the last samples."""
 
     def __init__(
-        self, model: Transformer, cache: KVCache, slots: Slots, shard: Shard, collectives: Collectives
+        self,
+        model: Transformer,
+        cache: KVCache,
+        slots: Slots,
+        shard: Shard,
+        collectives: Collectives,
+        vocabulary: Vocabulary,
     ) -> None:
-        self.model, self.cache, self.slots, self.shard, self.collectives = (
-            model,
-            cache,
-            slots,
-            shard,
-            collectives,
-        )
+        self.model, self.cache, self.slots, self.shard = model, cache, slots, shard
+        self.collectives, self._vocabulary = collectives, vocabulary
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
@@ -100,12 +102,13 @@ class Runner:
         wanted = ends[[row.samples for row in step.rows]]
         if not len(wanted):
             return hidden_TE.new_empty((0, self.model.spec.vocab))
-        return self.model.logits(hidden_TE[torch.from_numpy(wanted).to(self._device)])
+        own_RV = self.model.logits(hidden_TE[torch.from_numpy(wanted).to(self._device)])
+        return self._vocabulary.whole(own_RV)
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor | None:
         hidden_TE = self._layers(whole_prompts([token_ids], self.slots.block_size))
-        return None if hidden_TE is None else self.model.logits(hidden_TE)
+        return None if hidden_TE is None else self._vocabulary.whole(self.model.logits(hidden_TE))
 
     def _layers(self, step: Step) -> Tensor | None:
         """This rank's layers: hidden states on the last stage; elsewhere they are sent on."""

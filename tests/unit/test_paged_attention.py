@@ -6,16 +6,16 @@ import os
 
 os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
+from launch.models import resolve
 from orchestrator.engine import ops
-from orchestrator.engine.kernels import all as kernels
 from orchestrator.engine.attention import SdpaContext
 from orchestrator.engine.checkpoint import open_checkpoint
+from orchestrator.engine.kernels import all as kernels
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
@@ -23,15 +23,17 @@ from orchestrator.engine.paged_attention import (
     DeviceSlots,
     PagedBatch,
     PagedContext,
+    Prompts,
     batch_of,
+    padded_prompts,
     told_of_decodes,
+    told_of_rows,
 )
 from orchestrator.engine.runner import Runner
 from orchestrator.engine.slots import Slots
-from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.request import Request, SamplingParams
+from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
-from launch.models import resolve
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
@@ -73,7 +75,7 @@ def test_hidden_states_are_the_plain_ones(
     paged_slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
     caches = [KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU) for _ in range(2)]
     on_device = DeviceSlots(LIMITS.max_num_seqs, LIMITS.max_model_len, caches[1])
-    runner = Runner(model, caches[0], plain, shard, None)  # type: ignore[arg-type]
+    runner = Runner(model, caches[0], plain, shard, None, None)  # type: ignore[arg-type]
     shared = list(range(9))
     asked = [[*shared, 1, 2], [5, 6], list(range(30, 49)), [4], [*shared, 9]]
     decoded = mixed = 0
@@ -90,13 +92,19 @@ def test_hidden_states_are_the_plain_ones(
             decoded += 1
             told = told_of_decodes(step.rows, paged_slots, 4, on_device.scratch)
             batch = PagedBatch(torch.from_numpy(told), 4, None)
-        else:
+        elif mixed % 2:
             mixed += 1
             batch = batch_of(step.rows, paged_slots, CPU)
+        else:  # as graphs hold it: all rows count as prompts, with some rows and tokens too many
+            mixed += 1
+            told = told_of_rows(step.rows, paged_slots, LIMITS.max_num_batched_tokens, on_device.scratch)
+            numbers = torch.from_numpy(padded_prompts(step.rows, 5, on_device.scratch))
+            prompts = Prompts.of(numbers, 5, LIMITS.max_num_batched_tokens)
+            batch = PagedBatch(torch.from_numpy(told), 0, prompts)
         with monkeypatch.context() as patched:
             patched.setattr(ops, "has_kernels", lambda x: True)
             patched.setattr(kernels, "MAX_ROWS", 0)  # slow to interpret, and tested by themselves
             context = PagedContext(caches[1], on_device, batch, spec, model.rope)
             got = model(context.token_ids_T, context)[:rows]
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
-    assert decoded and mixed
+    assert decoded and mixed > 1

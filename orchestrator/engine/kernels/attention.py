@@ -15,10 +15,10 @@ from torch import Tensor
 from orchestrator.engine.kernels import attention_programs
 
 _DOT_ROWS = 16  # the fewest rows, columns or summands that tl.dot takes
-_COMBINE_ELEMENTS = 8192  # floats that a combining program holds at once: 64 registers of each of 128 threads
-_MAX_SPLITS = 64
+MAX_SPLITS = 64
+_COMBINED_PER_THREAD = 64  # floats that a thread of `combine` holds
 _KEYS_PER_SPLIT = 64  # a split of fewer keys costs more to combine than it saves
-_PROGRAMS_PER_SM = 4  # two at work on each SM, and as many to even out the end
+_PROGRAMS_PER_SM = 2  # one keeps 64 KiB in flight; what the second adds, a finer cut would lose to combining
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +51,9 @@ def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
 
 def choose_splits(rows: int, kv_heads: int, longest_tokens: int, sm_count: int) -> int:
     """Into how many parts to cut each row's keys, so that every SM has work and no part is too small to pay."""
-    to_fill = math.ceil(_PROGRAMS_PER_SM * sm_count / (rows * kv_heads))
+    to_fill = _PROGRAMS_PER_SM * sm_count // (rows * kv_heads)
     worthwhile = math.ceil(longest_tokens / _KEYS_PER_SPLIT)
-    return max(1, min(to_fill, worthwhile, _MAX_SPLITS))
+    return max(1, min(to_fill, worthwhile, MAX_SPLITS))
 
 
 def decode_attention(
@@ -68,7 +68,6 @@ def decode_attention(
     scale: float,
     window: int | None,
     splits: int,
-    arrivals: Tensor | None = None,
     tile: Tile | None = None,
     out: Tensor | None = None,
     pdl: bool = False,
@@ -76,21 +75,21 @@ def decode_attention(
     """[B, H, D]: row i is one query, at position positions_B[i] of slot slots_B[i], over that slot's keys up to there.
 
     keys, values: one layer of KVCache, with the row's own K and V already in; tables: int32 [slots, blocks of a slot].
-    splits > 1 needs arrivals: at least B × K int32 zeros, which every call leaves at zero. Calls that share them must
-    be on one stream. The grid depends on shapes and splits alone: a CUDA graph may hold the call. pdl: see overlap.py.
+    splits: at most MAX_SPLITS; of several, a second kernel combines the results. Grids depend on shapes and splits
+    alone: a CUDA graph may hold the call. pdl: see overlap.py.
     """
     rows, heads, head_dim = q_BHD.shape
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     tile = tile or decode_tile(group, head_dim, q_BHD.dtype)
     assert q_BHD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
-    assert splits == 1 or (arrivals is not None and arrivals.numel() >= rows * kv_heads)
+    assert splits <= MAX_SPLITS
     out = torch.empty((rows, heads, head_dim), dtype=q_BHD.dtype, device=q_BHD.device) if out is None else out
-    parts = rows * heads * splits if splits > 1 else 0
-    partial_out = torch.empty(parts * head_dim, dtype=torch.float32, device=q_BHD.device)
-    partial_lse = torch.empty(parts, dtype=torch.float32, device=q_BHD.device)
+    parts = lse = out
+    if splits > 1:
+        parts = torch.empty((rows, heads, splits, head_dim), dtype=torch.float32, device=q_BHD.device)
+        lse = torch.empty((rows, heads, splits), dtype=torch.float32, device=q_BHD.device)
     head_pad = max(_DOT_ROWS, triton.next_power_of_2(head_dim))
-    at_once = max(1, _COMBINE_ELEMENTS // (triton.next_power_of_2(group) * head_pad))
     attention_programs.decode[(kv_heads, rows, splits)](
         q_BHD,
         keys,
@@ -99,9 +98,9 @@ def decode_attention(
         slots_B,
         positions_B,
         out,
-        partial_out,
-        partial_lse,
-        slots_B if arrivals is None else arrivals,
+        parts,
+        lse,
+        splits,
         q_BHD.stride(0),
         q_BHD.stride(1),
         out.stride(0),
@@ -114,15 +113,29 @@ def decode_attention(
         HEAD_DIM=head_dim,
         HEAD_PAD=head_pad,
         BLOCK_SIZE=block_size,
-        SPLITS=splits,
+        SPLIT=splits > 1,
         ROWS=tile.rows,
         TILE=tile.keys,
-        COMBINED=min(at_once, triton.next_power_of_2(splits)),
         PDL=pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
         launch_pdl=pdl,
     )
+    if splits > 1:
+        attention_programs.combine[(heads, rows)](
+            parts,
+            lse,
+            out,
+            splits,
+            out.stride(0),
+            out.stride(1),
+            HEAD_DIM=head_dim,
+            HEAD_PAD=head_pad,
+            MAX_SPLITS=MAX_SPLITS,
+            PDL=pdl,
+            num_warps=max(1, MAX_SPLITS * head_pad // (32 * _COMBINED_PER_THREAD)),
+            launch_pdl=pdl,
+        )
     return out
 
 

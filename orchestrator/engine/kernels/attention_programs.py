@@ -38,15 +38,16 @@ def _attend(
     query_M,
     first,
     last,
+    whole_begin,
+    whole_end,
     qk_scale,
-    MASKED: tl.constexpr,
     WINDOW: tl.constexpr,
     ROW: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Folds the keys begin … end-1 into an online softmax. MASKED: some query may not see some key of a tile.
+    """Folds the keys begin … end-1 into an online softmax. All queries see all keys whole_begin … whole_end-1.
 
     first … last are the positions that any query sees. A tile's lanes beyond them read the nearest of these instead:
     so loads need no mask, and what is masked out of the softmax is a finite number, whoever owned the memory before.
@@ -67,15 +68,15 @@ def _attend(
             v_ND = tl.load(values + place_ND, mask=dim_D[None, :] < HEAD_DIM, other=0.0)
         offsets_N = _cache_offsets(blocks_N, start + TILE + key_N, first, last, BLOCK_SIZE, ROW)
         blocks_N = _blocks(table, start + 2 * TILE + key_N, first, last, BLOCK_SIZE)
-        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee") * qk_scale
-        if MASKED:
+        score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
+        if (start < whole_begin) | (start >= whole_end):
             visible_MN = (start + key_N)[None, :] <= query_M[:, None]
             if WINDOW is not None:
                 visible_MN &= (start + key_N)[None, :] > query_M[:, None] - WINDOW
             # Finite, not -inf: a row that sees nothing yet sums up garbage, which the first key it sees scales to zero.
             score_MN = tl.where(visible_MN, score_MN, -1e30)
-        new_top_M = tl.maximum(top_M, tl.max(score_MN, 1))
-        p_MN = tl.exp2(score_MN - new_top_M[:, None])
+        new_top_M = tl.maximum(top_M, tl.max(score_MN, 1) * qk_scale)
+        p_MN = tl.exp2(score_MN * qk_scale - new_top_M[:, None])  # one multiply-add
         fade_M = tl.exp2(top_M - new_top_M)
         sum_M = sum_M * fade_M + tl.sum(p_MN, 1)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * fade_M[:, None], input_precision="ieee")
@@ -83,7 +84,9 @@ def _attend(
     return acc_MD, top_M, sum_M
 
 
-@triton.jit
+# Integers that vary from step to step are not specialized on, nor are pointers into the middle of a step's arrays:
+# each value that is 1, and each that 16 divides, would compile a kernel of its own.
+@triton.jit(do_not_specialize=["splits"], do_not_specialize_on_alignment=["slots", "positions"])
 def decode(
     q,
     keys,
@@ -92,9 +95,9 @@ def decode(
     slots,
     positions,
     out,
-    partial_out,
-    partial_lse,
-    arrivals,
+    parts,
+    lse,
+    splits,
     q_row_stride,
     q_head_stride,
     out_row_stride,
@@ -107,39 +110,39 @@ def decode(
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    SPLITS: tl.constexpr,
+    SPLIT: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
-    COMBINED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One row, one KV head, one split of the row's keys; the last split of a row to finish combines them all.
+    """One row, one KV head, one split of the row's keys. SPLIT: the result goes to parts and lse, for `combine`.
 
     Neighbouring programs are KV heads of one row: together they read whole rows of the cache.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
-    kv_head, row, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row)
     table = tables + tl.load(slots + row).to(tl.int64) * table_stride
+    head_M = tl.arange(0, ROWS)
+    dim_D = tl.arange(0, HEAD_PAD)
+    present_MD = (head_M < GROUP)[:, None] & (dim_D < HEAD_DIM)[None, :]
+    q_heads = q + row * q_row_stride + kv_head * GROUP * q_head_stride
+    q_MD = tl.load(q_heads + head_M[:, None] * q_head_stride + dim_D[None, :], mask=present_MD, other=0.0)
+    part_M = ((row * KV_HEADS + kv_head) * GROUP + head_M) * splits + split
+
     first = 0
     if WINDOW is not None:
         first = tl.maximum(position - WINDOW + 1, 0)
     first_tile = first // TILE
     tiles = position // TILE + 1 - first_tile
-    tiles_each = tl.cdiv(tiles, SPLITS)
-    used = tl.cdiv(tiles, tiles_each)
-    if split >= used:  # a short row in a grid made for long ones
+    tiles_each = tl.cdiv(tiles, splits)
+    if split * tiles_each >= tiles:  # a short row in a grid made for long ones
+        if SPLIT:
+            tl.store(lse + part_M, float("-inf"), mask=head_M < GROUP)
         return
     begin = (first_tile + split * tiles_each) * TILE
-    end = tl.minimum(begin + tiles_each * TILE, position + 1)
-
-    head_M = tl.arange(0, ROWS)
-    dim_D = tl.arange(0, HEAD_PAD)
-    present_MD = (head_M < GROUP)[:, None] & (dim_D < HEAD_DIM)[None, :]
-    q_heads = q + row.to(tl.int64) * q_row_stride + kv_head * GROUP * q_head_stride
-    q_MD = tl.load(q_heads + head_M[:, None] * q_head_stride + dim_D[None, :], mask=present_MD, other=0.0)
     acc_MD, top_M, sum_M = _attend(
         tl.zeros([ROWS, HEAD_PAD], tl.float32),
         tl.full([ROWS], float("-inf"), tl.float32),
@@ -149,12 +152,13 @@ def decode(
         values + kv_head * HEAD_DIM,
         table,
         begin,
-        end,
+        tl.minimum(begin + tiles_each * TILE, position + 1),
         tl.zeros([ROWS], tl.int32) + position,
         first,
         position,
+        0,
+        0,
         qk_scale,
-        True,
         WINDOW,
         KV_HEADS * HEAD_DIM,
         HEAD_DIM,
@@ -162,70 +166,53 @@ def decode(
         TILE,
     )
     o_MD = acc_MD / sum_M[:, None]
-    out_heads = out + row.to(tl.int64) * out_row_stride + kv_head * GROUP * out_head_stride
-    if used == 1:
+    if SPLIT:
+        tl.store(parts + part_M[:, None] * HEAD_DIM + dim_D[None, :], o_MD, mask=present_MD)
+        tl.store(lse + part_M, top_M + tl.log2(sum_M), mask=head_M < GROUP)
+    else:
+        out_heads = out + row * out_row_stride + kv_head * GROUP * out_head_stride
         places = out_heads + head_M[:, None] * out_head_stride + dim_D[None, :]
         tl.store(places, o_MD.to(out.dtype.element_ty), mask=present_MD)
-    elif SPLITS > 1:
-        pair = row * KV_HEADS + kv_head
-        lse = partial_lse + pair * SPLITS * GROUP
-        parts = partial_out + pair.to(tl.int64) * SPLITS * GROUP * HEAD_DIM
-        part_places = parts + (split * GROUP + head_M)[:, None] * HEAD_DIM + dim_D[None, :]
-        tl.store(part_places, o_MD, mask=present_MD)
-        tl.store(lse + split * GROUP + head_M, top_M + tl.log2(sum_M), mask=head_M < GROUP)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        if tl.atomic_add(arrivals + pair, 1, sem="acq_rel") == used - 1:
-            tl.store(arrivals + pair, 0)
-            _combine(
-                parts, lse, used, out_heads, out_head_stride, GROUP, HEAD_DIM, HEAD_PAD, SPLITS, COMBINED
-            )
 
 
-@triton.jit
-def _combine(
+@triton.jit(do_not_specialize=["splits"])
+def combine(
     parts,
     lse,
-    used,
-    out_heads,
+    out,
+    splits,
+    out_row_stride,
     out_head_stride,
-    GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     HEAD_PAD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    COMBINED: tl.constexpr,
+    MAX_SPLITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
-    """Sums a row's parts, each weighted by its share of the softmax, in the order of splits whoever came last."""
-    head_G = tl.arange(0, triton.next_power_of_2(GROUP))
+    """Sums the parts of one row's query head, each weighted by its share of the softmax; -inf in lse: an unused one.
+
+    Parts are fetched without waiting to hear which are used: the others hold whatever was there, and are left out.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+        tl.extra.cuda.gdc_wait()
+    head, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    split_S = tl.arange(0, MAX_SPLITS)
     dim_D = tl.arange(0, HEAD_PAD)
-    split_S = tl.arange(0, triton.next_power_of_2(SPLITS))
-    # .cg reads past L1, which never sees what other SMs wrote.
-    lse_SG = tl.load(
-        lse + split_S[:, None] * GROUP + head_G[None, :],
-        mask=(split_S < used)[:, None] & (head_G < GROUP)[None, :],
-        other=-1e30,
-        cache_modifier=".cg",
+    part_S = (row * tl.num_programs(0) + head) * splits + split_S
+    lse_S = tl.load(lse + part_S, mask=split_S < splits, other=float("-inf"))
+    part_SD = tl.load(
+        parts + part_S[:, None] * HEAD_DIM + dim_D[None, :],
+        mask=(split_S < splits)[:, None] & (dim_D < HEAD_DIM)[None, :],
+        other=0.0,
     )
-    top_G = tl.max(lse_SG, 0)
-    whole_G = tl.sum(tl.exp2(lse_SG - top_G[None, :]), 0)
-    present_GD = (head_G < GROUP)[:, None] & (dim_D < HEAD_DIM)[None, :]
-    acc_GD = tl.zeros([triton.next_power_of_2(GROUP), HEAD_PAD], tl.float32)
-    for begin in range(0, used, COMBINED):
-        split_C = begin + tl.arange(0, COMBINED)
-        place_CG = split_C[:, None] * GROUP + head_G[None, :]
-        seen_CG = (split_C < used)[:, None] & (head_G < GROUP)[None, :]
-        lse_CG = tl.load(lse + place_CG, mask=seen_CG, other=-1e30, cache_modifier=".cg")
-        part_CGD = tl.load(
-            parts + place_CG[:, :, None] * HEAD_DIM + dim_D[None, None, :],
-            mask=seen_CG[:, :, None] & (dim_D < HEAD_DIM)[None, None, :],
-            other=0.0,
-            cache_modifier=".cg",
-        )
-        acc_GD += tl.sum(part_CGD * tl.exp2(lse_CG - top_G[None, :])[:, :, None], 0)
-    o_GD = (acc_GD / whole_G[:, None]).to(out_heads.dtype.element_ty)
-    tl.store(out_heads + head_G[:, None] * out_head_stride + dim_D[None, :], o_GD, mask=present_GD)
+    weight_S = tl.exp2(lse_S - tl.max(lse_S, 0))
+    o_SD = tl.where(weight_S[:, None] > 0, part_SD * weight_S[:, None], 0.0)
+    o_D = tl.sum(o_SD, 0) / tl.sum(weight_S, 0)
+    places = out + row * out_row_stride + head * out_head_stride + dim_D
+    tl.store(places, o_D.to(out.dtype.element_ty), mask=dim_D < HEAD_DIM)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots", "starts", "offsets"])
 def prefill(
     q,
     keys,
@@ -280,34 +267,28 @@ def prefill(
         )
     whole_end = tl.maximum((low + 1) // TILE * TILE, whole_begin)
 
-    acc_MD = tl.zeros([ROWS, HEAD_PAD], tl.float32)
-    top_M = tl.full([ROWS], float("-inf"), tl.float32)
-    sum_M = tl.zeros([ROWS], tl.float32)
-    k, v, query_M = keys + kv_head * HEAD_DIM, values + kv_head * HEAD_DIM, start + token_M
-    for part in tl.static_range(0 if WINDOW is not None else 1, 3):
-        part_begin = begin if part == 0 else (whole_begin if part == 1 else whole_end)
-        part_end = whole_begin if part == 0 else (whole_end if part == 1 else high + 1)
-        acc_MD, top_M, sum_M = _attend(
-            acc_MD,
-            top_M,
-            sum_M,
-            q_MD,
-            k,
-            v,
-            table,
-            part_begin,
-            part_end,
-            query_M,
-            first,
-            high,
-            qk_scale,
-            part != 1,
-            WINDOW,
-            KV_HEADS * HEAD_DIM,
-            HEAD_DIM,
-            BLOCK_SIZE,
-            TILE,
-        )
+    acc_MD, top_M, sum_M = _attend(
+        tl.zeros([ROWS, HEAD_PAD], tl.float32),
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        q_MD,
+        keys + kv_head * HEAD_DIM,
+        values + kv_head * HEAD_DIM,
+        table,
+        begin,
+        high + 1,
+        start + token_M,
+        first,
+        high,
+        whole_begin,
+        whole_end,
+        qk_scale,
+        WINDOW,
+        KV_HEADS * HEAD_DIM,
+        HEAD_DIM,
+        BLOCK_SIZE,
+        TILE,
+    )
     o_MD = (acc_MD / sum_M[:, None]).to(out.dtype.element_ty)
     out_places = out + offset.to(tl.int64) * out_token_stride + token_M[:, None] * out_token_stride
     tl.store(out_places + head_M[:, None] * out_head_stride + dim_D[None, :], o_MD, mask=present_MD)

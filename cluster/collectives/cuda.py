@@ -109,15 +109,13 @@ class Kernel:
         self._function = c_void_p()
         _call("cuModuleGetFunction", byref(self._function), module, name.encode())
 
-    def launch(
-        self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, shared_bytes: int = 0
-    ) -> None:
+    def launch(self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType) -> None:
         """On `stream` (cudaStream_t as an integer), which may be capturing: the arguments are copied."""
         pointers = (c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
         _call(
             "cuLaunchKernel",
             self._function,
-            *(blocks, 1, 1, threads, 1, 1, shared_bytes),
+            *(blocks, 1, 1, threads, 1, 1, 0),
             *(stream, pointers, None),
         )
 

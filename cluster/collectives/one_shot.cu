@@ -1,4 +1,4 @@
-// One-shot all-reduce over the GPUs of one host, and the same fused with the residual add and RMSNorm after it.
+// One-shot all-reduce over the GPUs of one host.
 //
 // The wire format is that of NCCL's LL protocol: packets of 16 bytes, (data, flag, data, flag) by 4 bytes, where the
 // flag is the step's sequence number. Each flag vouches for the 4 bytes before it, so it is enough that stores of 8
@@ -198,91 +198,13 @@ __device__ void all_reduce(const Links& links, void* tensor, u32 halves) {
     end(links, step);
 }
 
-// -- fused with what follows it in a layer --
-
-__device__ float sum_over_block(float value) {
-    __shared__ float of_warp[32];
-    for (int lane = 16; lane > 0; lane /= 2) value += __shfl_xor_sync(0xffffffffu, value, lane);
-    __syncthreads();  // the last row's sums have been read
-    if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
-    __syncthreads();
-    float total = 0;
-    for (u32 warp = 0; warp < blockDim.x / 32; warp++) total += of_warp[warp];
-    return total;
-}
-
-struct Norm {  // mirrored by _Norm in one_shot.py; each row is a token's hidden state, of whole packets
-    const uint2* x;         // this rank's part of the sum
-    const uint2* residual;
-    const uint2* weight;
-    uint2* normed;
-    uint2* residual_out;    // sum + residual
-    u32 rows;
-    u32 row_packets;
-    float eps;
-};
-static_assert(sizeof(Norm) == NORM_BYTES, "_Norm in one_shot.py differs");
-
-// One packet of sum + residual, each rounded to T as if stored in between; adds its squares to `squares`.
-template <class T>
-__device__ uint2 add_residual(uint2 reduced, uint2 residual, float& squares) {
-    float value[T::count], other[T::count];
-    T::unpack(reduced, value);
-    T::unpack(residual, other);
-    for (int i = 0; i < T::count; i++) value[i] += other[i];
-    uint2 rounded = T::pack(value);
-    T::unpack(rounded, value);
-    for (int i = 0; i < T::count; i++) squares += value[i] * value[i];
-    return rounded;
-}
-
-// value × scale rounded to T, then × weight rounded to T: the order of RMSNorm in orchestrator/engine/model.py.
-template <class T>
-__device__ uint2 scaled(uint2 data, float scale, uint2 weight) {
-    float value[T::count], factor[T::count];
-    T::unpack(data, value);
-    for (int i = 0; i < T::count; i++) value[i] *= scale;
-    T::unpack(T::pack(value), value);
-    T::unpack(weight, factor);
-    for (int i = 0; i < T::count; i++) value[i] *= factor[i];
-    return T::pack(value);
-}
-
-template <class T>
-__device__ void all_reduce_add_rms_norm(const Links& links, const Norm& norm) {
-    extern __shared__ uint2 hidden[];  // one row of sum + residual; a thread reads only what it wrote
-    Step step = begin(links);
-    for (u32 row = blockIdx.x; row < norm.rows; row += gridDim.x)
-        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x) {
-            u32 place = row * norm.row_packets + i;
-            push(links, step, place, norm.x[place]);
-        }
-    for (u32 row = blockIdx.x; row < norm.rows; row += gridDim.x) {
-        float squares = 0;
-        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x) {
-            u32 place = row * norm.row_packets + i;
-            uint2 reduced = sum<T>(links, step, place, norm.x[place]);
-            hidden[i] = norm.residual_out[place] = add_residual<T>(reduced, norm.residual[place], squares);
-        }
-        float mean = sum_over_block(squares) / (norm.row_packets * T::count);
-        float scale = rsqrtf(mean + norm.eps);
-        for (u32 i = threadIdx.x; i < norm.row_packets; i += blockDim.x)
-            norm.normed[row * norm.row_packets + i] = scaled<T>(hidden[i], scale, norm.weight[i]);
-    }
-    end(links, step);
-}
-
 // __grid_constant__: the arguments are read where they lie, in the constant bank, also when indexed.
-#define KERNELS(name, T)                                                        \
-    extern "C" __global__ void __launch_bounds__(1024)                          \
+#define KERNEL(name, T)                                                                 \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                          \
     all_reduce_##name(const __grid_constant__ Links links, void* tensor, u32 halves) {  \
-        all_reduce<T>(links, tensor, halves);                                   \
-    }                                                                           \
-    extern "C" __global__ void __launch_bounds__(1024)                          \
-    all_reduce_add_rms_norm_##name(const __grid_constant__ Links links, const __grid_constant__ Norm norm) { \
-        all_reduce_add_rms_norm<T>(links, norm);                                \
+        all_reduce<T>(links, tensor, halves);                                           \
     }
 
-KERNELS(bfloat16, BFloat16)
-KERNELS(float16, Float16)
-KERNELS(float32, Float32)
+KERNEL(bfloat16, BFloat16)
+KERNEL(float16, Float16)
+KERNEL(float32, Float32)

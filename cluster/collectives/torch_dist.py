@@ -53,11 +53,6 @@ class RankGroup:
         self.path = "none: one rank" if group is None else dist.get_backend(group)
         """How small sums go, and why not faster: "peer memory", "mapped host memory" or "NCCL: why"."""
 
-    @property
-    def one_shot(self) -> OneShot | None:
-        """The way of small sums where there is one; it also does them together with the norm that follows."""
-        return self._one_shot
-
     def open_one_shot(self, device: torch.device, patience_s: float, peer_access: bool) -> None:
         """Find the fastest way for small sums of tensors on GPUs. All ranks of the stage call it at once."""
         if self._group is None or device.type != "cuda":

@@ -167,7 +167,6 @@ def test_the_source_compiles_where_there_is_a_compiler(architecture: str, ranks:
         pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
     for name in one_shot.DTYPES.values():
         assert f"all_reduce_{name}".encode() in binary
-        assert f"all_reduce_add_rms_norm_{name}".encode() in binary
 
 
 def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words() -> None:

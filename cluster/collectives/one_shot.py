@@ -132,7 +132,14 @@ class OneShot:
         return fits and tensor.dtype in DTYPES and tensor.is_contiguous()
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Sum over the ranks, in place and returned; added in float32 in rank order and rounded once."""
+        """Sum over the ranks, in place and returned; added in float32 in rank order and rounded once.
+
+        Raises ValueError for a tensor beyond `max_bytes`, whose packets would land in other ranks' memory.
+        """
+        if tensor.nbytes > self.max_bytes:
+            raise ValueError(
+                f"{tensor.nbytes} bytes; a one-shot all-reduce here takes {self.max_bytes} at most: ask takes() first"
+            )
         if tensor.data_ptr() % PACKET_DATA_BYTES:  # a view that begins inside a packet
             return tensor.copy_(self.all_reduce(tensor.clone()))
         if tensor.nbytes:

@@ -15,6 +15,7 @@ from cluster.collectives.one_shot import (
     MOST_BLOCKS,
     THREADS,
     Members,
+    OneShot,
     Unusable,
     blocks_for,
     compile_kernels,
@@ -72,6 +73,13 @@ def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
     n_bytes: int, multiprocessors: int, blocks: int
 ) -> None:
     assert blocks_for(n_bytes, multiprocessors) == blocks
+
+
+def test_a_tensor_that_its_packets_memory_cannot_hold_is_refused() -> None:
+    end = object.__new__(OneShot)  # without a GPU to launch on
+    end.max_bytes = largest_bytes(MappedHostMemory, 4)
+    with pytest.raises(ValueError, match=rf"takes {end.max_bytes} at most: ask takes\(\) first"):
+        end.all_reduce(torch.zeros(end.max_bytes + 1, dtype=torch.uint8))
 
 
 def test_ranks_hear_what_all_returned() -> None:

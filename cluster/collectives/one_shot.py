@@ -32,15 +32,17 @@ PACKET_BYTES, PACKET_DATA_BYTES = 16, 8
 SLOTS = 2
 
 PEER_MEMORY_BYTES = 1 << 20
-"""Up to where two ranks gain over NCCL through peer memory: 9.3 µs against 19 at 1 MB, the most that was tried
+"""Up to where two ranks gain over NCCL through peer memory: 9.3 µs against 21.5 at 1 MB, the most that was tried
 (two H100s over NVLink, in CUDA graphs, 2026-11-22)."""
-HOST_MEMORY_BYTES = 256 << 10
-"""The same through host memory: 21 µs against 39 at 256 KB, 69 against 66 at 1 MB (the same, NCCL_P2P_DISABLE=1)."""
+HOST_MEMORY_BYTES = 512 << 10
+"""The same through host memory: 37 µs against 54 at 512 KB, 69 against 71 at 1 MB (the same, NCCL_P2P_DISABLE=1)."""
 
-THREADS = 256
+FEW_THREADS, MOST_THREADS = 256, 512
 MOST_BLOCKS = 128
-"""8 blocks of 256 were the best launch at 16 KB, 32 at 64 KB, 128 at 256 KB: one packet a thread (two H100s through
-host memory, 2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
+"""One packet a thread in blocks of 256 was within 3 % of the best launch up to 256 KB. Beyond that it takes blocks of
+512: 5.86 against 6.45 µs at 512 KB, 9.3 against 10.1 at 1 MB (two H100s through peer memory, in CUDA graphs,
+2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
+
 TRIAL_ROUNDS = 20
 TRIAL_PATIENCE_S = 5.0  # the ranks come to the trial together, so a longer wait is a dead link
 _MESSAGE_BYTES = 256  # of what a rank tells the others while they set up: a handle, a path or a reason
@@ -62,10 +64,12 @@ def region_bytes(max_bytes: int) -> int:
     return -(-SLOTS * packets * PACKET_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def blocks_for(n_bytes: int, multiprocessors: int) -> int:
-    """Blocks of THREADS for a message: a packet a thread as far as the blocks fit on the GPU together."""
+def launch_shape(n_bytes: int, multiprocessors: int) -> tuple[int, int]:
+    """→ (blocks, threads of each) for a message: a packet a thread as far as the blocks fit on the GPU together."""
     packets = -(-n_bytes // PACKET_DATA_BYTES)
-    return min(-(-packets // THREADS), MOST_BLOCKS, multiprocessors)
+    most_blocks = min(MOST_BLOCKS, multiprocessors)
+    threads = FEW_THREADS if packets <= most_blocks * FEW_THREADS else MOST_THREADS
+    return min(-(-packets // threads), most_blocks), threads
 
 
 # -- the kernel's arguments, as one_shot.cu has them --
@@ -87,7 +91,7 @@ class _Links(ctypes.Structure):
 def compile_kernels(architecture: str, ranks: int) -> bytes:
     """one_shot.cu for so many ranks on an `architecture` like "sm_90". Needs NVRTC but no GPU."""
     source = Path(__file__).with_name("one_shot.cu").read_text()
-    sizes = {"LINKS_BYTES": ctypes.sizeof(_Links), "MOST_THREADS": THREADS}
+    sizes = {"LINKS_BYTES": ctypes.sizeof(_Links), "MOST_THREADS": MOST_THREADS}
     return cuda.compile_source(source, architecture, {"RANKS": ranks, "MAX_RANKS": MAX_RANKS, **sizes})
 
 
@@ -145,8 +149,7 @@ class OneShot:
         if tensor.nbytes:
             with torch.cuda.device(self._device):
                 self._sum[tensor.dtype].launch(
-                    blocks_for(tensor.nbytes, self._multiprocessors),
-                    THREADS,
+                    *launch_shape(tensor.nbytes, self._multiprocessors),
                     torch.cuda.current_stream().cuda_stream,
                     self._links,
                     ctypes.c_uint64(tensor.data_ptr()),

@@ -12,14 +12,12 @@ import torch
 from cluster.collectives import cuda, one_shot
 from cluster.collectives.one_shot import (
     MAX_RANKS,
-    MOST_BLOCKS,
-    THREADS,
     Members,
     OneShot,
     Unusable,
-    blocks_for,
     compile_kernels,
     largest_bytes,
+    launch_shape,
     open_one_shot,
     region_bytes,
 )
@@ -58,21 +56,23 @@ def test_a_region_has_two_slots_for_the_data_and_as_many_flags_in_whole_pages(ma
 
 
 @pytest.mark.parametrize(
-    ("n_bytes", "multiprocessors", "blocks"),
+    ("n_bytes", "multiprocessors", "blocks", "threads"),
     [
-        (2, 132, 1),
-        (8 * THREADS, 132, 1),
-        (8 * THREADS + 2, 132, 2),
-        (16 << 10, 132, 8),
-        (64 << 10, 132, 32),
-        (1 << 20, 132, MOST_BLOCKS),
-        (1 << 20, 46, 46),
+        (2, 132, 1, 256),
+        (2048, 132, 1, 256),
+        (2050, 132, 2, 256),
+        (16 << 10, 132, 8, 256),
+        (256 << 10, 132, 128, 256),
+        ((256 << 10) + 2, 132, 65, 512),
+        (512 << 10, 132, 128, 512),
+        (4 << 20, 132, 128, 512),
+        (1 << 20, 46, 46, 512),
     ],
 )
 def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
-    n_bytes: int, multiprocessors: int, blocks: int
+    n_bytes: int, multiprocessors: int, blocks: int, threads: int
 ) -> None:
-    assert blocks_for(n_bytes, multiprocessors) == blocks
+    assert launch_shape(n_bytes, multiprocessors) == (blocks, threads)
 
 
 def test_a_tensor_that_its_packets_memory_cannot_hold_is_refused() -> None:

@@ -89,7 +89,6 @@ def decode_error(
     tile: Tile | None = None,
 ) -> float:
     scale = q_BHD.shape[2] ** -0.5
-    arrivals = torch.zeros(q_BHD.shape[0] * cache.keys.shape[1], dtype=torch.int32)
     out = decode_attention(
         q_BHD,
         cache.keys,
@@ -101,11 +100,9 @@ def decode_error(
         scale=scale,
         window=window,
         splits=splits,
-        arrivals=arrivals,
         tile=tile,
         out=torch.full(q_BHD.shape, torch.nan, dtype=q_BHD.dtype),
     )
-    assert not arrivals.any()
     rows = zip(q_BHD, slots, positions, strict=True)
     return relative_error(out, torch.stack([cache.attend(*row, scale, window) for row in rows]))
 
@@ -205,7 +202,6 @@ def test_a_padded_batch_leaves_real_rows_as_they_are() -> None:
     cache = Cache.filled([100, 1], 2, 32)
     q_BHD = strided_queries(5, 4, 32)
     arguments = {"block_size": BLOCK_SIZE, "scale": 0.2, "window": None, "splits": 4, "tile": SMALL}
-    arrivals = torch.zeros(10, dtype=torch.int32)
     alone, padded = (
         decode_attention(
             q_BHD[:rows],
@@ -214,7 +210,6 @@ def test_a_padded_batch_leaves_real_rows_as_they_are() -> None:
             cache.tables,
             ints(0, 1, 1, 1, 1),
             ints(99, 0, 0, 0, 0),
-            arrivals=arrivals,
             **arguments,  # type: ignore[arg-type]
         )
         for rows in (1, 5)

@@ -202,7 +202,7 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
         max_model_len=context,
         groups=dims.pp,
         prefix_caching=options.prefix_caching,
-        run_ahead=options.device == "cuda" and options.dtype != "float64" and dims.pp == 1,
+        run_ahead=options.device == "cuda" and options.dtype != "float64",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import msgspec
@@ -262,12 +263,23 @@ class Worker:
     def follow(self, steps: Address) -> None:
         """Run the leader's steps until it stops."""
         reader = Reader.open(steps)
-        while not self._stopping:
-            message = reader.recv(IDLE_WAIT_S)
-            if message is None:
-                continue
-            if message == _STOP:
-                return
-            pending = self.runner.run(msgspec.msgpack.decode(message, type=Step))
-            if pending is not None and self._results_out is not None:
-                self._results_out.send(msgspec.msgpack.encode(pending.result()))
+        with ThreadPoolExecutor(
+            1
+        ) as telling:  # so that the next step starts before this one's tokens are here
+            told: Future[None] | None = None
+            while not self._stopping:
+                if told is not None and told.done():
+                    told.result()  # raises what telling raised
+                message = reader.recv(IDLE_WAIT_S)
+                if message is None:
+                    continue
+                if message == _STOP:
+                    return
+                pending = self.runner.run(msgspec.msgpack.decode(message, type=Step))
+                if pending is not None and self._results_out is not None:
+                    told = telling.submit(self._tell, self._results_out, pending)
+
+    def _tell(self, leader: Writer, pending: Pending) -> None:
+        result = pending.result()
+        self.collectives.stage.check()
+        leader.send(msgspec.msgpack.encode(result))

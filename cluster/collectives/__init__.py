@@ -25,6 +25,11 @@ class StageGroup(Protocol):
         """Raises GangDied where a sum that ran on the device by itself waited in vain. Cheap: for every step."""
 
 
+class Incoming(Protocol):
+    def landed(self) -> torch.Tensor:
+        """The tensor, once it is here; on a GPU, once its stream has come so far."""
+
+
 class Collectives(Protocol):
     """One rank's ends of all the wires of its replica. Ranks count tp first: rank = stage × tp + tp_rank."""
 
@@ -41,6 +46,12 @@ class Collectives(Protocol):
 
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype, src: int) -> torch.Tensor:
         """The next tensor from `src`, in the order in which it sent them."""
+
+    def send_to_first(self, tensor: torch.Tensor) -> None:
+        """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
+
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
+        """On the first stage: starts receiving what the last sends, in its order."""
 
     def leave(self) -> None:
         """Cut the wires. Nothing may be sent or received after it."""

@@ -15,6 +15,7 @@ import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlsplit
 
@@ -143,11 +144,34 @@ class RankGroup:
             raise _gang_died(f"{what} {where}", self._rank, error) from error
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A tensor that is being received (satisfies collectives.Incoming)."""
+
+    tensor: torch.Tensor
+    work: dist.Work | None
+
+    def landed(self) -> torch.Tensor:
+        _finish(self.work)
+        return self.tensor
+
+
 class TorchCollectives:
     """One rank's ends of its replica's wires (satisfies Collectives). Made by `join`."""
 
-    def __init__(self, rank: int, tp: int, pp: int, stage: RankGroup, device: torch.device) -> None:
+    def __init__(
+        self,
+        rank: int,
+        tp: int,
+        pp: int,
+        stage: RankGroup,
+        device: torch.device,
+        ends: dist.ProcessGroup | None = None,
+    ) -> None:
+        """`ends`: the first stage's and the last stage's rank of this tp rank, which is one of them."""
         self.rank = rank
+        self._ends = ends
+        self._first, self._last = rank % tp, (pp - 1) * tp + rank % tp
         self.world_size = tp * pp
         self.stage = stage
         self.previous_rank = rank - tp if rank >= tp else None
@@ -157,9 +181,12 @@ class TorchCollectives:
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Starts sending and returns; the tensor must not be written to afterwards."""
+        self._send(tensor, dst, None)
+
+    def _send(self, tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None) -> None:
         tensor = tensor.contiguous()
         try:
-            self._sending.append((dist.isend(tensor, dst), tensor))
+            self._sending.append((dist.isend(tensor, dst, group=group), tensor))
             while len(self._sending) > SENDS_IN_FLIGHT:
                 work, _ = self._sending.popleft()
                 _finish(work)
@@ -174,6 +201,18 @@ class TorchCollectives:
         except RuntimeError as error:
             raise _gang_died(f"receive of {list(shape)} from rank {src}", self.rank, error) from error
         return tensor
+
+    def send_to_first(self, tensor: torch.Tensor) -> None:
+        """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
+        self._send(tensor, self._first, self._ends)
+
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
+        """On the first stage: starts receiving what the last sends, in its order."""
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        try:
+            return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
+        except RuntimeError as error:
+            raise _gang_died(f"receive of {list(shape)} from rank {self._last}", self.rank, error) from error
 
     def leave(self) -> None:
         """Finish what is being sent and cut the wires. A peer that died is no error here."""
@@ -213,13 +252,13 @@ def join(
         return TorchCollectives(rank, tp, pp, RankGroup([0], 0, None), device)
     try:
         with _gloo_on_loopback(init_method):
-            stage = _connect(rank, tp, pp, init_method, backend, timedelta(seconds=timeout_s))
+            stage, ends = _connect(rank, tp, pp, init_method, backend, timedelta(seconds=timeout_s))
     except (RuntimeError, dist.DistNetworkError) as error:
         if dist.is_initialized():
             dist.destroy_process_group()
         meeting = f"meeting {world_size - 1} others at {init_method} in {timeout_s:g} s"
         raise _gang_died(meeting, rank, error) from error
-    collectives = TorchCollectives(rank, tp, pp, stage, device)
+    collectives = TorchCollectives(rank, tp, pp, stage, device, ends)
     try:
         _try_wires(collectives, tp, device)
         stage.open_one_shot(device, timeout_s, peer_access)
@@ -229,17 +268,22 @@ def join(
     return collectives
 
 
-def _connect(rank: int, tp: int, pp: int, init_method: str, backend: str, timeout: timedelta) -> RankGroup:
-    """This rank's stage. Every rank makes every stage's group, in order, as torch demands."""
+def _connect(
+    rank: int, tp: int, pp: int, init_method: str, backend: str, timeout: timedelta
+) -> tuple[RankGroup, dist.ProcessGroup | None]:
+    """This rank's stage, and its two ends of the pipeline. Every rank makes every group, in order, as torch demands."""
     dist.init_process_group(backend, init_method, timeout=timeout, world_size=tp * pp, rank=rank)
     stages = [list(range(first, first + tp)) for first in range(0, tp * pp, tp)]
-    if tp == 1:
-        return RankGroup([rank], rank, None)
     if pp == 1:
-        return RankGroup(stages[0], rank, dist.group.WORLD)
+        return RankGroup(stages[0], rank, dist.group.WORLD), None
+    # A group of its own: what goes back must not queue behind hidden states that nobody receives yet.
+    both_ends = [dist.new_group([t, (pp - 1) * tp + t], timeout=timeout) for t in range(tp)]
+    ends = both_ends[rank % tp] if rank // tp in (0, pp - 1) else None
+    if tp == 1:
+        return RankGroup([rank], rank, None), ends
     groups = [dist.new_group(ranks, timeout=timeout) for ranks in stages]
     own = rank // tp
-    return RankGroup(stages[own], rank, groups[own])
+    return RankGroup(stages[own], rank, groups[own]), ends
 
 
 def _try_wires(collectives: TorchCollectives, tp: int, device: torch.device) -> None:
@@ -260,6 +304,12 @@ def _try_wires(collectives: TorchCollectives, tp: int, device: torch.device) -> 
             )
     if collectives.next_rank is not None:
         collectives.send(torch.tensor([float(rank)], device=device), collectives.next_rank)
+    if collectives.world_size > tp and collectives.next_rank is None:
+        collectives.send_to_first(torch.tensor([float(rank)], device=device))
+    if collectives.world_size > tp and collectives.previous_rank is None:
+        got = int(collectives.recv_from_last((1,), torch.float32).landed().item())
+        if got != rank + collectives.world_size - tp:
+            raise GangDied(f"rank {rank}: received {got} from the last stage, not its rank: {_CORRUPT}")
 
 
 @contextmanager

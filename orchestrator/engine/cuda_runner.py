@@ -7,6 +7,7 @@ them: a row whose token the host does not know takes its slot's newest.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.collectives import Collectives
+from cluster.collectives import Collectives, Incoming
 from orchestrator.engine import ops
 from orchestrator.engine.kernels.inputs import FIELDS
 from orchestrator.engine.kv_cache import KVCache
@@ -44,6 +45,8 @@ CHUNK_TOKENS = (16, 32, *range(64, 513, 64))
 """Steps of up to so many rows, which compute several tokens, are captured too: 512 tokens of Llama-3.1-8B take an
 H100 some 12 ms, no longer than launching 300 kernels one by one takes the host."""
 
+MOST_ON_THEIR_WAY = 16  # steps whose tokens the first stage has not looked at: no step needed them
+
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
     """Rows of the decode steps that are captured; a step is padded to the next of them, by an eighth from 64 on."""
@@ -72,6 +75,9 @@ class CudaRunner:
         self._sizes = decode_sizes(self._max_num_seqs)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._make_buffers()
+        self._on_their_way: deque[tuple[list[int], Incoming]] = (
+            deque()
+        )  # slots, and tokens from the last stage
 
     def _make_buffers(self) -> None:
         """What captured steps read and write: always at the same places, since graphs hold them."""
@@ -112,8 +118,10 @@ class CudaRunner:
         """Starts a step. Its tokens on the last stage's first rank, None on all others."""
         self.slots.remember(step)
         self._on_device.admit(step.admits)
+        self._await_tokens(step.rows)
         found = self._compute(step.rows)
         if found is None:
+            self._expect_tokens(step.rows)
             return None
         logits_RV, tokens_R = found
         draws = self.slots.draws(step.rows)
@@ -121,6 +129,8 @@ class CudaRunner:
             logits_RV = self._vocabulary.whole(logits_RV)
             tokens_R = sample(logits_RV, draws)
             self._keep(tokens_R, self._sampling_slots(step.rows))
+        if self.shard.pp > 1 and len(tokens_R):
+            self.collectives.send_to_first(tokens_R.clone())  # the next step writes over them
         if self.shard.tp_rank:
             return None
         return Pending.on_its_way(step, tokens_R, logits_RV, draws)
@@ -252,6 +262,24 @@ class CudaRunner:
         assert self.collectives.previous_rank is not None
         shape = (tokens, self.model.spec.hidden)
         return self.collectives.recv(shape, self._dtype, self.collectives.previous_rank)
+
+    def _expect_tokens(self, rows: Sequence[Row]) -> None:
+        """On the first stage: what the step samples comes back from the last."""
+        slots = [row.slot for row in rows if row.samples]
+        if self.shard.is_first and slots:
+            self._on_their_way.append((slots, self.collectives.recv_from_last((len(slots),), torch.int64)))
+
+    def _await_tokens(self, rows: Sequence[Row]) -> None:
+        """Puts down what has come of tokens that these rows need, and what came before it."""
+        if not self._on_their_way:
+            return
+        unknown = {row.slot for row in rows if self.slots.is_ahead(row)}
+        needed = [i for i, (slots, _) in enumerate(self._on_their_way) if not unknown.isdisjoint(slots)]
+        late = len(self._on_their_way) - MOST_ON_THEIR_WAY
+        for _ in range(max(late, needed[-1] + 1 if needed else 0)):
+            slots, incoming = self._on_their_way.popleft()
+            index = to_device(np.array(slots, dtype=np.int32), self._device)
+            self._keep(incoming.landed(), index)
 
     def _send(self, hidden_TE: Tensor) -> None:
         assert self.collectives.next_rank is not None

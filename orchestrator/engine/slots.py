@@ -40,6 +40,10 @@ class Slots:
         assert history is not None, f"slot {slot} was never admitted"
         return history
 
+    def is_ahead(self, row: Row) -> bool:
+        """Whether the row's token was sampled and the host has not seen it yet."""
+        return row.token_id < 0 and row.start >= len(self.history(row.slot).token_ids)
+
     def draws(self, rows: Sequence[Row]) -> list[Draw]:
         """Of the rows that sample."""
         return [Draw(self.history(row.slot), row.start + row.count) for row in rows if row.samples]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -21,10 +22,13 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._tty = sys.stderr.isatty() and not quiet
+        self._start_s = time.monotonic()
 
     def say(self, line: str) -> None:
+        """With the seconds since the command began."""
         if not self._quiet:
-            print(f"· {line}", file=sys.stderr, flush=True)
+            elapsed_s = time.monotonic() - self._start_s
+            print(f"· {elapsed_s:5.1f} s  {line}", file=sys.stderr, flush=True)
 
     @contextmanager
     def bar(self, line: str, *, unit_is_bytes: bool = True) -> Iterator[Bar]:

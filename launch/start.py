@@ -109,6 +109,7 @@ def deployment(
         for gang in gangs:
             owned.callback(gang.kill)
         placed = [Placed(gang, _ranks(gang)) for gang in gangs]
+        progress.say(f"{dims.name}: connecting its ranks")
         _join(placed, shards, _engine_config(options, dims))
         weight_bytes = _load(placed, dims, progress)
         limits = _fit(placed, dims, options, progress)

@@ -16,11 +16,31 @@ import torch
 
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, cuda.h
 _HOST_REGISTER = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
 
 
 class _IpcHandle(ctypes.Structure):
     _fields_ = [("reserved", c_char * IPC_HANDLE_BYTES)]
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute of cuda.h: 8 bytes for the id, and a union of 64."""
+
+    _fields_ = [("id", c_int), ("_padding", c_int), ("value", c_int), ("_rest", c_char * 60)]
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig of cuda.h."""
+
+    _fields_ = [
+        ("blocks", c_uint * 3),
+        ("threads", c_uint * 3),
+        ("shared_bytes", c_uint),
+        ("stream", c_void_p),
+        ("attributes", POINTER(_LaunchAttribute)),
+        ("attribute_count", c_uint),
+    ]
 
 
 _DRIVER_CALLS = {
@@ -36,7 +56,7 @@ _DRIVER_CALLS = {
     "cuMemHostGetDevicePointer_v2": (POINTER(c_uint64), c_void_p, c_uint),
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
-    "cuLaunchKernel": (c_void_p, *[c_uint] * 7, c_void_p, POINTER(c_void_p), c_void_p),
+    "cuLaunchKernelEx": (POINTER(_LaunchConfig), c_void_p, POINTER(c_void_p), c_void_p),
 }
 
 
@@ -109,15 +129,20 @@ class Kernel:
         self._function = c_void_p()
         _call("cuModuleGetFunction", byref(self._function), module, name.encode())
 
-    def launch(self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType) -> None:
-        """On `stream` (cudaStream_t as an integer), which may be capturing: the arguments are copied."""
+    def launch(
+        self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, overlap: bool
+    ) -> None:
+        """On `stream` (cudaStream_t as an integer), which may be capturing: the arguments are copied.
+
+        `overlap`: it may start before its predecessor on the stream has ended, so it must wait for that itself.
+        Needs compute capability 9.0 (CUDA programming guide, programmatic dependent launch).
+        """
         pointers = (c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
-        _call(
-            "cuLaunchKernel",
-            self._function,
-            *(blocks, 1, 1, threads, 1, 1, 0),
-            *(stream, pointers, None),
+        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        config = _LaunchConfig(
+            (blocks, 1, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap)
         )
+        _call("cuLaunchKernelEx", byref(config), self._function, pointers, None)
 
 
 def load(binary: bytes) -> c_void_p:

@@ -8,6 +8,11 @@
 // A rank has two slots, used in turn. Two are enough: a rank's packets of step k+1 are sent after it has read all of
 // step k, and to end step k+1 is to have seen them, so nobody writes step k+2 over what is still being read.
 //
+// From sm_90 on it takes part in programmatic dependent launch: it may start before its predecessor on the stream has
+// ended, and its successor before it has. A successor is let in only once every block here has said so, that is, runs
+// ("can be scheduled as soon as all other CTAs in the grid issue the same instruction or have completed", PTX ISA,
+// griddepcontrol), so one that waits never takes a place that a block here still needs to answer its peers.
+//
 // Compiled at run time with -DRANKS=n and the other sizes that one_shot.py defines, with no header, for sm_75 and up.
 
 typedef unsigned int u32;
@@ -126,6 +131,20 @@ __device__ void store_data(void* tensor, u32 place, u32 halves, uint2 data) {
 
 // -- one step --
 
+__device__ void let_successor_in() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// In every thread and before all memory but the parameters: the state, the input, and peers' slots, which the last
+// sum's reading must have left. So a grid here ends only after all before it on the stream have.
+__device__ void await_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 struct Step {
     u32 flag;
     u32 slot;      // packets before this step's slot
@@ -188,6 +207,8 @@ __device__ uint2 sum(const Links& links, Step& step, u32 place, uint2 own) {
 
 template <class T>
 __device__ void all_reduce(const Links& links, void* tensor, u32 halves) {
+    let_successor_in();
+    await_predecessor();
     Step step = begin(links);
     u32 packets = (halves + 3) / 4;
     u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;

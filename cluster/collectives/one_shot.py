@@ -113,6 +113,9 @@ class OneShot:
         self._transport, self._device = transport, device
         properties = torch.cuda.get_device_properties(device)
         self._multiprocessors: int = properties.multi_processor_count
+        self.overlap: bool = properties.major >= 9
+        """Whether kernels launched or captured from now on may start before their predecessor on the stream has
+        ended (programmatic dependent launch; compute capability 9.0, Hopper, brought it)."""
         module = cuda.load(binary)
         self._sum = {dtype: cuda.Kernel(module, f"all_reduce_{name}") for dtype, name in DTYPES.items()}
         self._state = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
@@ -154,6 +157,7 @@ class OneShot:
                     self._links,
                     ctypes.c_uint64(tensor.data_ptr()),
                     ctypes.c_uint32(tensor.nbytes // 2),
+                    overlap=self.overlap,
                 )
         return tensor
 

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
+import struct
+from ctypes import c_uint32
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -164,6 +168,26 @@ def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> Non
         with pytest.raises(OSError, match="is not the first rank's memory, so it runs in another container"):
             MappedHostMemory(1, 2, region_bytes(4096)).open([offer, b""])
     assert foreign.read_bytes() == b"keep" * 4096
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_a_launch_reaches_the_driver_as_cuda_h_lays_it_out(
+    monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def launched(config: Any, function: object, arguments: Any, extra: None) -> int:
+        *shape, stream, attributes, count = struct.unpack("7I4xQQI4x", bytes(config._obj))
+        seen.extend(struct.iter_unpack("i4xi60x", ctypes.string_at(attributes, 72 * count)))
+        seen.append((*shape, stream, c_uint32.from_address(arguments[1]).value))
+        return 0
+
+    driver = SimpleNamespace(cuModuleGetFunction=lambda *_: 0, cuLaunchKernelEx=launched)
+    monkeypatch.setattr(cuda, "_driver", lambda: driver)
+    kernel = cuda.Kernel(ctypes.c_void_p(), "all_reduce_bfloat16")
+    kernel.launch(5, 256, 0x7F00_1234_5678, ctypes.c_uint64(1), c_uint32(42), overlap=overlap)
+    allowed = (6, 1)  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    assert seen == [allowed] * overlap + [(5, 1, 1, 256, 1, 1, 0, 0x7F00_1234_5678, 42)]
 
 
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])

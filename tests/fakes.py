@@ -60,7 +60,10 @@ class FakeReplica:
 class ProcessGang:
     """A gang of plain processes on this host: cluster.gang.Gang without Ray, ready in a tenth of the time."""
 
-    def __init__(self, worker_class: type, count: int, *, threads: int = 1) -> None:
+    def __init__(
+        self, worker_class: type, count: int, *, threads: int = 1, gpus: Sequence[int] | None = None
+    ) -> None:
+        """`gpus` are the members' devices, of those that this process sees; None: the members see none."""
         self._logs = Path(tempfile.mkdtemp(prefix="shardwise-gang-"))
         self._fate = Fate()
         self._lock = threading.Lock()  # of what follows, and of the pipes' sending side
@@ -69,7 +72,9 @@ class ProcessGang:
         self._reaping = threading.Lock()  # one thread at a time may wait for the processes
         spawn = multiprocessing.get_context("spawn")
         pipes = [spawn.Pipe() for _ in range(count)]
-        environment = {"OMP_NUM_THREADS": str(threads), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {"OMP_NUM_THREADS": str(threads)}
+        if gpus is None:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
         self._processes = [
             spawn.Process(target=_host, args=(theirs, str(self._log(i)), environment), daemon=True)
             for i, (_, theirs) in enumerate(pipes)
@@ -79,7 +84,7 @@ class ProcessGang:
             theirs.close()
         self._pipes = [ours for ours, _ in pipes]
         self._members = tuple(
-            Member(i, "127.0.0.1", "local", process.pid or 0, 0, str(self._log(i)))
+            Member(i, "127.0.0.1", "local", process.pid or 0, gpus[i] if gpus else 0, str(self._log(i)))
             for i, process in enumerate(self._processes)
         )
         threading.Thread(target=self._listen, daemon=True).start()

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +100,14 @@ class Processes:
     def acquire(
         self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
     ) -> Sequence[Gang]:
+        firsts = accumulate(sizes[:-1], initial=0)
+
+        def start(first: int, size: int) -> ProcessGang:
+            gpus = range(first, first + size) if device == "cuda" else None
+            return ProcessGang(worker_class, size, gpus=gpus)
+
         with ThreadPoolExecutor(len(sizes)) as starters:  # most of a start is importing torch
-            return list(starters.map(lambda size: ProcessGang(worker_class, size), sizes))
+            return list(starters.map(start, firsts, sizes))
 
 
 class Hosting:
@@ -153,8 +160,11 @@ def options(model: Path | str, **changes: Any) -> EngineOptions:
 
 
 @contextmanager
-def served(layout: str, asked: EngineOptions, where: Devices | None = None) -> Iterator[Deployment]:
-    with deployment(where or Processes(), ParallelDims.parse(layout), asked, Progress(quiet=True)) as found:
+def served(
+    layout: str, asked: EngineOptions, where: Devices | None = None, *, score: Sequence[int] = ()
+) -> Iterator[Deployment]:
+    dims, quiet = ParallelDims.parse(layout), Progress(quiet=True)
+    with deployment(where or Processes(), dims, asked, quiet, score=score) as found:
         yield found
 
 

@@ -39,13 +39,19 @@ _FAMILY_DEFAULTS: Mapping[str, Mapping[str, Any]] = {
 
 
 def make_model(
-    directory: Path | None, family: str, *, seed: int = 0, max_shard_size: str = "1GB", **overrides: Any
+    directory: Path | None,
+    family: str,
+    *,
+    seed: int = 0,
+    std: float = 0.2,
+    max_shard_size: str = "1GB",
+    **overrides: Any,
 ) -> transformers.PreTrainedModel:
     """A float32 model of `family` (llama, mistral, qwen2, qwen3), saved to `directory` unless that is None.
 
     `overrides` are config fields, by transformers' names, over a model of 3 layers, 4 heads in 2 KV groups
     and 131 tokens. Every parameter is random, norms (about 1) and biases too, and large enough that greedy
-    tokens vary.
+    tokens vary; wider models need a smaller `std`, lest attention sees one key alone.
     A small `max_shard_size` (such as "20KB") makes a sharded checkpoint with an index.
     """
     config_class, model_class = _CLASSES[family]
@@ -55,7 +61,7 @@ def make_model(
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
             if "norm" in name:
                 parameter.add_(1.0)
     if directory is not None:

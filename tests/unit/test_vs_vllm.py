@@ -11,6 +11,7 @@ import pytest
 from tests.bench import roofline
 from tests.bench.child import run_child
 from tests.bench.vs_vllm import (
+    LIMIT_S,
     dims_of,
     environment,
     median,
@@ -129,4 +130,4 @@ def test_a_child_over_its_limit_is_ended_and_shown(tmp_path: Path, capfd: pytest
 def test_vllm_needs_its_places() -> None:
     with pytest.raises(SystemExit):
         parse(["--layout", "tp1"])
-    assert parse(["--layout", "tp1", "--only", "ours", "--patience", "2"]).limit_s["ours"] == 150
+    assert parse(["--layout", "tp1", "--only", "ours", "--patience", "2"]).limit_s["ours"] == 2 * LIMIT_S["ours"]

@@ -9,9 +9,11 @@
 // step k, and to end step k+1 is to have seen them, so nobody writes step k+2 over what is still being read.
 //
 // From sm_90 on it takes part in programmatic dependent launch: it may start before its predecessor on the stream has
-// ended, and its successor before it has. A successor is let in only once every block here has said so, that is, runs
-// ("can be scheduled as soon as all other CTAs in the grid issue the same instruction or have completed", PTX ISA,
-// griddepcontrol), so one that waits never takes a place that a block here still needs to answer its peers.
+// ended, and lets its successor in before its own end. By itself that is when no block waits for a peer any more. Where
+// `let_in_early` is set it is at the start, so that the successor loads its weights meanwhile. A successor comes only
+// once every block here runs ("as soon as all other CTAs in the grid issue the same instruction or have completed",
+// PTX ISA, griddepcontrol), so it takes no place that a block here needs. But it may take all places that are left, and
+// a pipeline's sends and receives need one too: if a peer's sum hangs on those, all wait in a ring. So not there.
 //
 // Compiled at run time with -DRANKS=n and the other sizes that one_shot.py defines, with no header, for sm_75 and up.
 
@@ -33,6 +35,7 @@ struct Links {  // mirrored by _Links in one_shot.py
     u32 pushes;
     u32 rank;
     u32 slot_packets;  // of one of the two slots
+    u32 let_in_early;  // whether a successor may take places on the GPU while blocks wait for peers
 };
 static_assert(sizeof(Links) == LINKS_BYTES, "_Links in one_shot.py differs");
 
@@ -160,6 +163,7 @@ __device__ Step begin(const Links& links) {
 // The last block of all counts the step; each has read the sequence number before it says that it is done.
 __device__ void end(const Links& links, const Step& step) {
     __syncthreads();
+    let_successor_in();  // no thread waits any more; the first thread to say it says it for the block
     if (threadIdx.x == 0 && atomicInc(&links.state->blocks_done, gridDim.x - 1) == gridDim.x - 1)
         links.state->sequence = step.flag == 0xffffffffu ? 2 : step.flag + 1;  // past 0, to the slot whose turn it is
 }
@@ -207,7 +211,7 @@ __device__ uint2 sum(const Links& links, Step& step, u32 place, uint2 own) {
 
 template <class T>
 __device__ void all_reduce(const Links& links, void* tensor, u32 halves) {
-    let_successor_in();
+    if (links.let_in_early) let_successor_in();
     await_predecessor();
     Step step = begin(links);
     u32 packets = (halves + 3) / 4;

@@ -85,6 +85,7 @@ class _Links(ctypes.Structure):
         ("pushes", ctypes.c_uint32),
         ("rank", ctypes.c_uint32),
         ("slot_packets", ctypes.c_uint32),
+        ("let_in_early", ctypes.c_uint32),
     ]
 
 
@@ -132,6 +133,13 @@ class OneShot:
     def wait_at_most(self, patience_s: float) -> None:
         """How long kernels launched or captured from now on wait for a peer."""
         self._links.patience_ns = int(patience_s * 1e9)
+
+    def let_successors_in_early(self, early: bool) -> None:
+        """Whether the next kernel on the stream may take places on the GPU while this one waits for peers.
+
+        Only where no peer's sum hangs on kernels of other streams here, as a pipeline's sends are: they may get none.
+        """
+        self._links.let_in_early = early
 
     def takes(self, tensor: torch.Tensor) -> bool:
         """Whether `all_reduce` is for this tensor: the same answer on all ranks for the same shape."""
@@ -222,10 +230,13 @@ class Members:
         return parts
 
 
-def open_one_shot(members: Members, patience_s: float, peer_access: bool) -> tuple[OneShot | None, str]:
+def open_one_shot(
+    members: Members, patience_s: float, peer_access: bool, pipelined: bool
+) -> tuple[OneShot | None, str]:
     """The fastest way that works, and its name; or None and "NCCL: why not". The same on all ranks.
 
-    Every rank of the group calls it at once. `peer_access` is whether GPUs may use each other's memory at all.
+    Every rank of the group calls it at once. `peer_access` is whether GPUs may use each other's memory at all,
+    `pipelined` whether they also send and receive on other streams.
     """
     transports: list[type[Transport]] = [PeerMemory, MappedHostMemory] if peer_access else [MappedHostMemory]
     if members.ranks > MAX_RANKS:
@@ -244,6 +255,7 @@ def open_one_shot(members: Members, patience_s: float, peer_access: bool) -> tup
             reasons.append(f"{transport.name}: {error}")
         else:
             one_shot.wait_at_most(patience_s)
+            one_shot.let_successors_in_early(not pipelined)
             return one_shot, one_shot.path
     return None, f"NCCL: {'; '.join(reasons)}"
 

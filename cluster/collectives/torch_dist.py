@@ -54,13 +54,15 @@ class RankGroup:
         self.path = "none: one rank" if group is None else dist.get_backend(group)
         """How small sums go, and why not faster: "peer memory", "mapped host memory" or "NCCL: why"."""
 
-    def open_one_shot(self, device: torch.device, patience_s: float, peer_access: bool) -> None:
+    def open_one_shot(
+        self, device: torch.device, patience_s: float, peer_access: bool, pipelined: bool
+    ) -> None:
         """Find the fastest way for small sums of tensors on GPUs. All ranks of the stage call it at once."""
         if self._group is None or device.type != "cuda":
             return
         try:
             members = Members(self._group, device)
-            self._one_shot, self.path = open_one_shot(members, patience_s, peer_access)
+            self._one_shot, self.path = open_one_shot(members, patience_s, peer_access, pipelined)
         except RuntimeError as error:
             raise _gang_died("setting up small all-reduces", self._rank, error) from error
 
@@ -261,7 +263,7 @@ def join(
     collectives = TorchCollectives(rank, tp, pp, stage, device, ends)
     try:
         _try_wires(collectives, tp, device)
-        stage.open_one_shot(device, timeout_s, peer_access)
+        stage.open_one_shot(device, timeout_s, peer_access, pipelined=pp > 1)
     except GangDied:
         collectives.leave()
         raise

@@ -110,21 +110,21 @@ def test_long_reasons_are_cut_to_what_is_sent() -> None:
 
 
 def test_ranks_of_several_hosts_stay_with_nccl() -> None:
-    assert open_one_shot(Two(b"+another boot"), 1.0, True) == (
+    assert open_one_shot(Two(b"+another boot"), 1.0, True, False) == (
         None,
         "NCCL: the stage's ranks are on several hosts",
     )
 
 
 def test_too_many_ranks_stay_with_nccl() -> None:
-    found, path = open_one_shot(Two(ranks=MAX_RANKS + 1), 1.0, True)
+    found, path = open_one_shot(Two(ranks=MAX_RANKS + 1), 1.0, True, False)
     assert found is None
     assert path == "NCCL: 9 ranks, and one-shot all-reduce is for 8 at most"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_the_reason_says_what_is_missing() -> None:
-    found, path = open_one_shot(Two(), 1.0, True)
+    found, path = open_one_shot(Two(), 1.0, True, False)
     assert found is None
     assert path.startswith("NCCL: rank 0: ")
     assert "CUDA" in path or "NVIDIA" in path
@@ -137,7 +137,7 @@ def test_each_transport_that_fails_is_named_with_its_reason(monkeypatch: pytest.
         (True, ["peer memory", "mapped host memory"]),
         (False, ["mapped host memory"]),
     ):
-        found, path = open_one_shot(Two(), 1.0, peer_access)
+        found, path = open_one_shot(Two(), 1.0, peer_access, False)
         assert found is None
         assert [reason.split(": rank 0: ")[0] for reason in path.removeprefix("NCCL: ").split("; ")] == names
 

@@ -17,24 +17,27 @@ from torch import Tensor
 
 from cluster.collectives import Collectives, Incoming
 from orchestrator.engine import ops
-from orchestrator.engine.kernels.inputs import FIELDS
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.paged_attention import (
     DeviceSlots,
-    Ints32,
     PagedBatch,
     PagedContext,
     Prompts,
     batch_of,
-    padded_prompts,
     to_device,
-    told_of_decodes,
-    told_of_rows,
 )
 from orchestrator.engine.runner import Pending
 from orchestrator.engine.sampler import sample
 from orchestrator.engine.slots import Slots
+from orchestrator.engine.told import (
+    FIELDS,
+    Ints32,
+    padded_prompts,
+    prompt_numbers,
+    told_of_decodes,
+    told_of_rows,
+)
 from orchestrator.engine.warm_up import compile_kernels
 from orchestrator.step import Row, Step, whole_prompts
 from strategies.plan import Shard
@@ -85,7 +88,7 @@ class CudaRunner:
         tokens = max(rows, *CHUNK_TOKENS)
         with torch.device(self._device):
             self._told = torch.zeros(FIELDS * tokens, dtype=torch.int32)
-            self._prompts = torch.zeros(Prompts.numbers(CHUNK_ROWS), dtype=torch.int32)
+            self._prompts = torch.zeros(prompt_numbers(CHUNK_ROWS), dtype=torch.int32)
             self._hidden_TE = torch.zeros((tokens if shard.pp > 1 else 0, spec.hidden), dtype=self._dtype)
             self._sampled_R = torch.zeros(rows, dtype=torch.int64)
             self._logits_RV = torch.zeros((rows if shard.is_last else 0, spec.vocab), dtype=self._dtype)
@@ -124,8 +127,8 @@ class CudaRunner:
             self._expect_tokens(step.rows)
             return None
         logits_RV, tokens_R = found
-        draws = self.slots.draws(step.rows)
-        if not all(draw.is_plain for draw in draws):
+        draws = [] if self.slots.all_plain(step.rows) else self.slots.draws(step.rows)
+        if draws:
             logits_RV = self._vocabulary.whole(logits_RV)
             tokens_R = sample(logits_RV, draws)
             self._keep(tokens_R, self._sampling_slots(step.rows))

@@ -18,10 +18,9 @@ from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import RMSNorm
 from orchestrator.engine.rope import Rope
 from orchestrator.engine.slots import Slots
+from orchestrator.engine.told import padded_prompts, told_of_rows
 from orchestrator.step import Admit, Row
 from strategies.spec import ModelSpec
-
-Ints32 = NDArray[np.int32]
 
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
@@ -75,12 +74,8 @@ class Prompts:
     longest: int  # tokens that the longest row has at most
 
     @staticmethod
-    def numbers(rows: int) -> int:
-        return 5 * rows + 1
-
-    @staticmethod
     def of(numbers: Tensor, rows: int, longest: int) -> Prompts:
-        """int32, in the order of the fields."""
+        """From the numbers of told.padded_prompts."""
         slots, starts, offsets, ends, keep = torch.split(numbers, [rows, rows, rows + 1, rows, rows])
         return Prompts(slots, starts, offsets, ends, keep, longest)
 
@@ -92,49 +87,6 @@ class PagedBatch:
     told_4T: Tensor  # int32, see kernels/inputs.py
     decodes: int  # how many rows of one token lead
     prompts: Prompts | None
-
-
-def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
-    """[4, pad_to] of rows that compute one token each."""
-    told = np.empty((inputs.FIELDS, pad_to), dtype=np.int32)
-    count = len(rows)
-    told[0, :count] = [row.slot for row in rows]
-    told[1, :count] = [row.start for row in rows]
-    told[2, :count] = slots.token_ids(rows)
-    told[3, :count] = [row.new_block for row in rows]
-    told[:, count:] = [[scratch], [0], [0], [-1]]
-    return told
-
-
-def told_of_rows(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
-    """[4, pad_to] of any rows, in their order."""
-    told = np.empty((inputs.FIELDS, pad_to), dtype=np.int32)
-    counts = np.array([row.count for row in rows], dtype=np.int64)
-    ends = np.cumsum(counts)
-    tokens = int(counts.sum())
-    starts = np.array([row.start for row in rows], dtype=np.int64)
-    told[0, :tokens] = np.repeat([row.slot for row in rows], counts)
-    told[1, :tokens] = np.arange(tokens) - np.repeat(ends - counts - starts, counts)
-    told[2, :tokens] = slots.token_ids(rows)
-    told[3, :tokens] = np.repeat([row.new_block for row in rows], counts)  # only a row of one token has any
-    told[:, tokens:] = [[scratch], [0], [0], [-1]]
-    return told
-
-
-def padded_prompts(rows: Sequence[Row], pad_to: int, scratch: int) -> Ints32:
-    """The numbers of Prompts where every row counts as one; those that pad compute no token."""
-    numbers = np.zeros(Prompts.numbers(pad_to), dtype=np.int32)
-    slots, starts, offsets, ends, keep = np.split(numbers, np.cumsum([pad_to, pad_to, pad_to + 1, pad_to]))
-    after = np.cumsum([row.count for row in rows])
-    sampling = [i for i, row in enumerate(rows) if row.samples]
-    slots[:] = keep[:] = scratch
-    slots[: len(rows)] = [row.slot for row in rows]
-    starts[: len(rows)] = [row.start for row in rows]
-    offsets[1 : len(rows) + 1] = after
-    offsets[len(rows) + 1 :] = after[-1] if len(rows) else 0
-    ends[: len(sampling)] = after[sampling] - 1 if sampling else []
-    keep[: len(sampling)] = [rows[i].slot for i in sampling]
-    return numbers
 
 
 def batch_of(rows: Sequence[Row], slots: Slots, device: torch.device) -> PagedBatch:

@@ -7,9 +7,10 @@ Nothing here waits for the device: what is sampled stays there until somebody re
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -28,6 +29,13 @@ class History:
     prompt_tokens: int
     sampling: SamplingParams
     stop_ids: list[int]
+    plain_from: int = field(init=False)
+    """Tokens from which on it wants the likeliest next and nothing else; more than there can be where it wants more."""
+
+    def __post_init__(self) -> None:
+        asked = self.sampling
+        plain = asked.is_greedy and asked.logprobs is None and not asked.has_penalties
+        self.plain_from = self.prompt_tokens + asked.min_tokens if plain else sys.maxsize
 
     @property
     def output_ids(self) -> list[int]:
@@ -44,17 +52,6 @@ class Draw:
     @property
     def bans_stops(self) -> bool:
         return self.length - self.history.prompt_tokens < self.history.sampling.min_tokens
-
-    @property
-    def is_plain(self) -> bool:
-        """The likeliest token, and nothing else asked."""
-        sampling = self.history.sampling
-        return (
-            sampling.is_greedy
-            and sampling.logprobs is None
-            and not sampling.has_penalties
-            and not self.bans_stops
-        )
 
 
 def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:

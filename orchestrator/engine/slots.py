@@ -48,6 +48,15 @@ class Slots:
         """Of the rows that sample."""
         return [Draw(self.history(row.slot), row.start + row.count) for row in rows if row.samples]
 
+    def all_plain(self, rows: Sequence[Row]) -> bool:
+        """Whether every row that samples wants the likeliest token and nothing else."""
+        histories = self.histories
+        return all(
+            row.start + row.count >= history.plain_from
+            for row in rows
+            if row.samples and (history := histories[row.slot]) is not None
+        )
+
     def token_ids(self, rows: Sequence[Row]) -> list[int]:
         """Of all positions of the rows; -1 for one that was sampled ahead of the host."""
         ids: list[int] = []

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from orchestrator.engine import ops
-from orchestrator.engine.kernels.inputs import FIELDS
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Layer, Transformer
 from orchestrator.engine.paged_attention import DeviceSlots, PagedBatch, PagedContext, Prompts
+from orchestrator.engine.told import FIELDS, prompt_numbers
 
 THREADS = 8  # at work at once; a kernel takes one of them 0.5 to 2 s
 ROWS = (1, 2, 64)  # the sizes of a step that choose different kernels
@@ -70,5 +70,5 @@ def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
 
     for rows in (*ROWS, len(slots.tables) - 1):
         yield PagedBatch(told(rows), rows, None)
-    one_row = torch.zeros(Prompts.numbers(1), dtype=torch.int32, device=device)
+    one_row = torch.zeros(prompt_numbers(1), dtype=torch.int32, device=device)
     yield PagedBatch(told(16), 0, Prompts.of(one_row, 1, 16))

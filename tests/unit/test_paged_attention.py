@@ -25,12 +25,10 @@ from orchestrator.engine.paged_attention import (
     PagedContext,
     Prompts,
     batch_of,
-    padded_prompts,
-    told_of_decodes,
-    told_of_rows,
 )
 from orchestrator.engine.runner import Runner
 from orchestrator.engine.slots import Slots
+from orchestrator.engine.told import padded_prompts, told_of_decodes, told_of_rows
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult

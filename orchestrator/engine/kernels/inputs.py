@@ -7,8 +7,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FIELDS = 4  # of a token: slot, position, id, new block
-
 _BLOCK = 128
 
 

@@ -157,7 +157,7 @@ class CudaRunner:
         tokens = sum(row.count for row in rows)
         if tokens == len(rows) and all(row.samples for row in rows):
             return self._run_decodes(rows)
-        if len(rows) <= CHUNK_ROWS and tokens <= CHUNK_TOKENS[-1] and self._graphs:
+        if len(rows) <= CHUNK_ROWS and tokens <= CHUNK_TOKENS[-1]:
             return self._run_chunk(rows, tokens)
         return self._run_any(rows)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -29,6 +30,7 @@ class Tile:
     rows: int
     warps: int
     stages: int
+    registers: int | None = None  # at most so many a thread
 
 
 def decode_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
@@ -39,12 +41,23 @@ def decode_tile(group: int, head_dim: int, dtype: torch.dtype) -> Tile:
     return Tile(keys=64 if head_dim <= 128 else 32, rows=rows, warps=4, stages=3)
 
 
-def prefill_tile(head_dim: int, dtype: torch.dtype) -> Tile:
-    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has none: small tiles, unrolled."""
+@cache
+def _hopper(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
+
+
+def prefill_tile(head_dim: int, dtype: torch.dtype, *, hopper: bool) -> Tile:
+    """128 rows are two warpgroups' worth of Hopper's matrix instructions. float32 has none: small tiles, unrolled.
+
+    With 128 registers a thread two programs fit on an SM of Hopper: one multiplies while the other does its softmax.
+    8 prompts of 1024 tokens take 245 µs instead of 309, despite what spills (H100 SXM, Llama 3.1 8B, 2026-11-22).
+    """
     if dtype == torch.float32:
         size = 32 if head_dim <= 128 else 16
         return Tile(keys=size, rows=size, warps=4, stages=2)
     if head_dim <= 128:
+        if hopper:
+            return Tile(keys=64, rows=128, warps=8, stages=2, registers=128)
         return Tile(keys=64, rows=128, warps=8, stages=3)
     return Tile(keys=32, rows=64, warps=4, stages=2)
 
@@ -164,7 +177,7 @@ def prefill_attention(
     heads, head_dim = q_THD.shape[1:]
     kv_heads = keys.shape[1]
     group = heads // kv_heads
-    tile = tile or prefill_tile(head_dim, q_THD.dtype)
+    tile = tile or prefill_tile(head_dim, q_THD.dtype, hopper=_hopper(q_THD.device))
     assert q_THD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out is None else out
     attention_programs.prefill[(triton.cdiv(longest * group, tile.rows), kv_heads, rows)](
@@ -192,5 +205,6 @@ def prefill_attention(
         TILE=tile.keys,
         num_warps=tile.warps,
         num_stages=tile.stages,
+        maxnreg=tile.registers,
     )
     return out

@@ -267,7 +267,7 @@ def prefill(
         )
     whole_end = tl.maximum((low + 1) // TILE * TILE, whole_begin)
 
-    acc_MD, top_M, sum_M = _attend(
+    acc_MD, _, sum_M = _attend(
         tl.zeros([ROWS, HEAD_PAD], tl.float32),
         tl.full([ROWS], float("-inf"), tl.float32),
         tl.zeros([ROWS], tl.float32),

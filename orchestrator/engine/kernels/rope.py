@@ -23,7 +23,7 @@ def _norm_halves(first, second, weight, pair, inside, EPS: tl.constexpr, HALF: t
     return wide_first.to(first.dtype), wide_second.to(first.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["positions", "cache_rows"])  # parts of a step's arrays
 def _rope_and_cache(
     qkv,
     positions,

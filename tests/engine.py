@@ -62,7 +62,7 @@ class LocalWorker(Worker):
         self._told = {request.id: [] for request in requests}
         self._stopping = False
         self.submit(requests)
-        with _recorded() as seen:
+        with self._recorded() as seen:
             self.lead(None)
         return [_answer(request, self._told[request.id], seen) for request in requests]
 
@@ -71,27 +71,27 @@ class LocalWorker(Worker):
             self._told[token.request_id].append(token)
         self._stopping = not self.scheduler.has_work
 
+    @contextmanager
+    def _recorded(self) -> Iterator[Seen]:
+        """Of every step, the logits that its runner hands over."""
+        seen: Seen = {}
+        on_its_way = Pending.on_its_way
+
+        def recording(step: Step, tokens_R: Tensor, logits_RV: Tensor, draws: Sequence[Draw]) -> Pending:
+            rows = self.runner.slots.draws(step.rows)
+            for row, logits_V in zip(rows, logits_RV.clone(), strict=True):  # the next step writes over them
+                prompt = tuple(row.history.token_ids[: row.history.prompt_tokens])
+                seen[prompt, row.length] = logits_V
+            return on_its_way(step, tokens_R, logits_RV, draws)
+
+        with patch.object(Pending, "on_its_way", staticmethod(recording)):
+            yield seen
+
 
 def _answer(request: Request, told: Sequence[Token], seen: Seen) -> Answer:
     prompt = tuple(request.prompt_token_ids)
     logits_NV = torch.stack([seen[prompt, len(prompt) + i] for i in range(len(told))]).cpu()
     return Answer(list(prompt), [t.token_id for t in told], logits_NV, [t.logprobs for t in told])
-
-
-@contextmanager
-def _recorded() -> Iterator[Seen]:
-    """What every runner hands over: a step's logits, beside the draws that say whose they are."""
-    seen: Seen = {}
-    on_its_way = Pending.on_its_way
-
-    def recording(step: Step, tokens_R: Tensor, logits_RV: Tensor, draws: Sequence[Draw]) -> Pending:
-        for draw, logits_V in zip(draws, logits_RV.clone(), strict=True):  # the next step writes over them
-            prompt = tuple(draw.history.token_ids[: draw.history.prompt_tokens])
-            seen[prompt, draw.length] = logits_V
-        return on_its_way(step, tokens_R, logits_RV, draws)
-
-    with patch.object(Pending, "on_its_way", staticmethod(recording)):
-        yield seen
 
 
 def limits(asked: EngineOptions, *, run_ahead: bool) -> SchedulerConfig:

@@ -242,7 +242,12 @@ def test_kv_cache_takes_its_share_and_no_more(memory_before: tuple[int, int], tm
     shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     positions = {"max_position_embeddings": CONTEXT}
     make_model(tmp_path, "llama", std=0.05, **(SHAPE | shape | positions))
-    sizes = {"max_num_seqs": MOST_CONTEXTS, "max_num_batched_tokens": 4096, "max_model_len": None, "num_blocks": None}
+    sizes = {
+        "max_num_seqs": MOST_CONTEXTS,
+        "max_num_batched_tokens": 4096,
+        "max_model_len": None,
+        "num_blocks": None,
+    }
     share = (before + SHARE_BYTES) / total
     asked = options(tmp_path, **(SIZES | sizes | {"gpu_memory_utilization": share}))
     with served("tp1", asked) as found:

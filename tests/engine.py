@@ -5,13 +5,12 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-import transformers
 from torch import Tensor
 
 from launch.options import EngineOptions
@@ -141,9 +140,13 @@ def sampled_requests(vocab: int) -> list[Request]:
     ]
 
 
-def reference(directory: Path, dtype: torch.dtype, device: str) -> Any:
-    """transformers' model as it reads it itself: casting one afterwards would round its rotary frequencies too."""
-    return transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).to(device).eval()
+def reference(model: Any, device: str, *dtypes: torch.dtype) -> Any:
+    """A copy of transformers' `model`, its weights rounded to each dtype in turn; rotary frequencies stay float32."""
+    copied = deepcopy(model)
+    for parameter in copied.parameters():
+        for dtype in dtypes:
+            parameter.data = parameter.data.to(dtype)
+    return copied.to(device)
 
 
 def assert_greedy(model: Any, prompt: Sequence[int], token_ids: Sequence[int], what: str) -> None:

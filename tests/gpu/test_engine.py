@@ -62,27 +62,29 @@ FAMILIES: dict[str, dict[str, Any]] = {
 class Model:
     family: str
     directory: Path
+    oracle: Any  # transformers', in float32 on the CPU
 
     def options(self, dtype: str, **changes: Any) -> EngineOptions:
         return options(self.directory, **(SIZES | {"dtype": dtype} | changes))
 
     def float32(self) -> Any:
-        return reference(self.directory, torch.float32, DEVICE)
+        return reference(self.oracle, DEVICE)
 
     def bfloat16(self) -> Any:
-        return reference(self.directory, torch.bfloat16, DEVICE)
+        return reference(self.oracle, DEVICE, torch.bfloat16)
 
     def truth(self) -> Any:
         """float64 over the weights that bf16 has."""
-        return self.bfloat16().double()
+        return reference(self.oracle, DEVICE, torch.bfloat16, torch.float64)
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     torch.backends.cuda.matmul.allow_tf32 = False
-    made = {family: Model(family, tmp_path_factory.mktemp(family)) for family in FAMILIES}
+    made = {}
     for family, shape in FAMILIES.items():
-        make_model(made[family].directory, family, std=0.05, **(SHAPE | shape))
+        directory = tmp_path_factory.mktemp(family)
+        made[family] = Model(family, directory, make_model(directory, family, std=0.05, **(SHAPE | shape)))
     return made
 
 
@@ -241,7 +243,7 @@ def test_kv_cache_takes_its_share_and_no_more(memory_before: tuple[int, int], tm
     before, total = memory_before
     shape = {"hidden_size": 512, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 64}
     positions = {"max_position_embeddings": CONTEXT}
-    make_model(tmp_path, "llama", std=0.05, **(SHAPE | shape | positions))
+    oracle = make_model(tmp_path, "llama", std=0.05, **(SHAPE | shape | positions))
     sizes = {
         "max_num_seqs": MOST_CONTEXTS,
         "max_num_batched_tokens": 4096,
@@ -254,7 +256,7 @@ def test_kv_cache_takes_its_share_and_no_more(memory_before: tuple[int, int], tm
         capacity = found.limits.num_blocks * found.limits.block_size
         assert capacity < MOST_CONTEXTS * CONTEXT, "the cache was bound by what is of use, not by memory"
         token_ids, used = asyncio.run(filled(found, asked, capacity))
-    judge = reference(tmp_path, torch.float32, DEVICE)
+    judge = reference(oracle, DEVICE)
     for prompt, answer in token_ids[::8]:
         assert_greedy(judge, prompt, answer, f"{capacity} KV tokens")
     taken = used - before

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import msgspec
 import torch
@@ -34,6 +36,8 @@ from strategies.spec import ModelSpec
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
 _STOP = b""
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +58,18 @@ class EngineConfig:
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
     peer_access: bool = True  # between GPUs, where there is any; False: small sums go through host memory
+
+
+def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Concatenate[Worker, P], R]:
+    """A thread of its own has CUDA's first device as the current one, and calls come on several threads."""
+
+    @wraps(method)
+    def call(worker: Worker, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if worker.device.type == "cuda":
+            torch.cuda.set_device(worker.device)
+        return method(worker, *args, **kwargs)
+
+    return call
 
 
 class Worker:
@@ -97,6 +113,7 @@ class Worker:
             peer_access=config.peer_access,
         )
 
+    @_on_its_device
     def load(self) -> int:
         """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""
         spec, shard = self.config.spec, self.shard
@@ -119,6 +136,7 @@ class Worker:
             return DummyCheckpoint(self.config.spec, self.device, self.config.seed)
         return open_checkpoint(self.config.source, self.config.spec)
 
+    @_on_its_device
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
@@ -133,15 +151,13 @@ class Worker:
         prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
         blocks = len(prompts) * -(-length // config.block_size)
         self.allocate(SchedulerConfig(blocks, config.block_size, config.max_num_seqs, max_model_len=length))
-        before, _ = torch.cuda.mem_get_info(self.device)
-        if config.graphs:
-            self.runner.capture(largest_only=True)
-        after, _ = torch.cuda.mem_get_info(self.device)
+        graphs = self.runner.graph_bytes() if config.graphs else 0
         with peak_of(self.device) as peak:
             self.runner.run(whole_prompts(prompts, config.block_size))
         del self.runner
-        return peak[0] + max(0, before - after)
+        return peak[0] + graphs
 
+    @_on_its_device
     def allocate(self, limits: SchedulerConfig) -> None:
         """Make the KV cache; every rank of the replica gets the same `limits`."""
         self.limits = limits
@@ -157,10 +173,12 @@ class Worker:
         vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
         self.runner = runner_class(self.model, cache, slots, self.shard, self.collectives, vocabulary)
 
+    @_on_its_device
     def capture(self) -> None:
         """Capture the decode steps as CUDA graphs. All ranks of a replica call it at once."""
         self.runner.capture()
 
+    @_on_its_device
     def score(self, token_ids: list[int]) -> bytes | None:
         """float32 logits after each of the tokens, [T, vocabulary], from the last stage's first rank.
 
@@ -204,6 +222,7 @@ class Worker:
         self._stopping = True
         self._inbox.put("")  # wakes an idle loop; there is no such request to abort
 
+    @_on_its_device
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""
         self.scheduler = Scheduler(self.limits)
@@ -260,6 +279,7 @@ class Worker:
 
     # -- the followers --
 
+    @_on_its_device
     def follow(self, steps: Address) -> None:
         """Run the leader's steps until it stops."""
         reader = Reader.open(steps)

@@ -31,11 +31,11 @@ DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "
 PACKET_BYTES, PACKET_DATA_BYTES = 16, 8
 SLOTS = 2
 
-PEER_MEMORY_BYTES = 1 << 20
-"""Up to where two ranks gain over NCCL through peer memory: 9.3 µs against 21.5 at 1 MB, the most that was tried
-(two H100s over NVLink, in CUDA graphs, 2026-11-22)."""
-HOST_MEMORY_BYTES = 512 << 10
-"""The same through host memory: 37 µs against 54 at 512 KB, 69 against 71 at 1 MB (the same, NCCL_P2P_DISABLE=1)."""
+PEER_MEMORY_BYTES = 4 << 20
+"""Up to where two ranks gain over NCCL through peer memory: 9.2 µs against 23 at 1 MB, 15 against 37 at 2 MB, 28
+against 42 at 4 MB, the most that was tried (two H100s over NVLink, in CUDA graphs, 2026-11-22)."""
+HOST_MEMORY_BYTES = 1 << 20
+"""The same through host memory: 38 µs against 54 at 512 KB, 68 against 70 at 1 MB, 145 against 105 at 2 MB."""
 
 FEW_THREADS, MOST_THREADS = 256, 512
 MOST_BLOCKS = 128

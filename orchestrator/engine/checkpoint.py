@@ -31,6 +31,8 @@ _FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 
 class Checkpoint(Protocol):
+    chunk_bytes: int  # of a parameter, worth reading at once
+
     def read(self, name: str, rows: range | None = None, cols: range | None = None) -> Tensor:
         """The asked slice of a tensor, all of it by default, in a floating dtype. Raises BadModel.
 
@@ -52,6 +54,8 @@ def open_checkpoint(source: ModelSource, spec: ModelSpec) -> SafetensorsCheckpoi
 
 class SafetensorsCheckpoint:
     """A directory with model.safetensors, or with shards and an index. Files are opened when first read."""
+
+    chunk_bytes = 4 * 2**20  # little enough to be in cache still when it is copied on
 
     def __init__(self, directory: Path, spec: ModelSpec) -> None:
         self.spec = spec
@@ -201,6 +205,8 @@ class DummyCheckpoint:
     Each row is a window of one long line of random numbers, so a slice costs no more than copying it: 1.3 GB/s on a
     core, where drawing the whole tensor anew makes 0.2 (Xeon, bfloat16, 2026-11-22).
     """
+
+    chunk_bytes = 256 * 2**20  # a GPU makes it in a moment; what the host does for each counts
 
     def __init__(self, spec: ModelSpec, device: str | torch.device = "cpu", seed: int = 0) -> None:
         self.spec = spec

@@ -52,6 +52,8 @@ def gguf_name(name: str) -> str:
 class GgufCheckpoint:
     """Reads give float32, by Hugging Face names and in that layout. The file is mapped, not loaded."""
 
+    chunk_bytes = 4 * 2**20
+
     def __init__(self, path: Path, spec: ModelSpec) -> None:
         header = read_header(path)
         self.spec = spec

@@ -16,8 +16,6 @@ from strategies.tensor import Piece, pieces
 
 READERS = 8
 """Threads of a rank. One fills no NVMe disk's queue, and copies at less than a memory channel's rate."""
-CHUNK_BYTES = 4 * 2**20
-"""Of a parameter, read at once: little enough to be in cache still when it is copied on."""
 
 
 def load(
@@ -40,7 +38,9 @@ def load(
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
     empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-    chunks = [chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name])]
+    chunks = [
+        chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
+    ]
     total, done = sum(chunk.to.nbytes for chunk in chunks), 0
     with ThreadPoolExecutor(READERS, initializer=_begin_reader, initargs=(device,)) as readers:
         for n_bytes in readers.map(lambda chunk: _fill(chunk, checkpoint), chunks):
@@ -63,12 +63,12 @@ class _Chunk:
     source: Piece | None
 
 
-def _chunks(weights: Tensor, parts: tuple[Piece, ...]) -> Iterator[_Chunk]:
+def _chunks(weights: Tensor, parts: tuple[Piece, ...], checkpoint: Checkpoint) -> Iterator[_Chunk]:
     """The parts are the rows of `weights`, in order; no parts are zeros."""
     if not parts:
         yield _Chunk(weights, None)
         return
-    step = max(1, CHUNK_BYTES // weights[0].nbytes)
+    step = max(1, checkpoint.chunk_bytes // weights[0].nbytes)
     at = 0
     for part in parts:
         rows = range(len(weights)) if part.rows is None else part.rows

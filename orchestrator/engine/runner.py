@@ -55,8 +55,11 @@ class Pending:
 class StepRunner(Protocol):
     """What the worker's loops drive."""
 
-    def capture(self, *, largest_only: bool = False) -> None:
-        """Makes decode steps of every size ready to be replayed. All ranks of a stage call it at once."""
+    def capture(self) -> None:
+        """Makes steps of every size that is replayed ready for it. All ranks of a stage call it at once."""
+
+    def graph_bytes(self) -> int:
+        """What `capture` will take, found out by capturing a few. All ranks of a stage call it at once."""
 
     def run(self, step: Step) -> Pending | None:
         """Starts a step. Its tokens on the last stage's first rank, None on all others."""
@@ -82,8 +85,11 @@ class Runner:
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
 
-    def capture(self, *, largest_only: bool = False) -> None:
+    def capture(self) -> None:
         """Nothing to do: these steps are not replayed."""
+
+    def graph_bytes(self) -> int:
+        return 0
 
     @torch.inference_mode()
     def run(self, step: Step) -> Pending | None:

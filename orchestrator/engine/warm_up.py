@@ -24,7 +24,9 @@ MANY_TOKENS = 2048
 
 def compile_kernels(model: Transformer, cache: KVCache, slots: DeviceSlots) -> None:
     """Runs each kernel once, on what has no meaning, in the scratch slot. No collectives."""
-    with ThreadPoolExecutor(THREADS) as pool:
+    device = cache.keys[0].device
+    on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
+    with ThreadPoolExecutor(THREADS, "compile", *on_device) as pool:
         for done in [pool.submit(_without_gradients, call) for call in _calls(model, cache, slots)]:
             done.result()
 

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from cluster.errors import BadModel
-from orchestrator.engine import loader
 from orchestrator.engine.checkpoint import (
     Checkpoint,
     DummyCheckpoint,
@@ -135,7 +134,9 @@ def test_parameters_are_read_in_chunks(qwen2: Path, monkeypatch: pytest.MonkeyPa
     spec, checkpoint = opened(qwen2)
     shards = shard_replica(spec, ParallelDims(tp=2))
     whole = [loaded(spec, shard, checkpoint, []).state_dict() for shard in shards]
-    monkeypatch.setattr(loader, "CHUNK_BYTES", 1000)  # three rows of 64 float32, and part of a fourth
+    monkeypatch.setattr(
+        SafetensorsCheckpoint, "chunk_bytes", 1000
+    )  # three rows of 64 float32, and part of a fourth
     for shard, expected in zip(shards, whole, strict=True):
         told: list[tuple[int, int]] = []
         model = loaded(spec, shard, checkpoint, told)

@@ -93,14 +93,30 @@ class CudaRunner:
             self._sampled_R = torch.zeros(rows, dtype=torch.int64)
             self._logits_RV = torch.zeros((rows if shard.is_last else 0, spec.vocab), dtype=self._dtype)
 
-    @torch.inference_mode()
-    def capture(self, *, largest_only: bool = False) -> None:
-        """All ranks of a stage call it at once, with the same sizes."""
+    def capture(self) -> None:
+        """Every step that is replayed; all ranks of a stage call it at once."""
         compile_kernels(self.model, self.cache, self._on_device)
-        for size in reversed(self._sizes[-1:] if largest_only else self._sizes):
+        self._capture_some(self._sizes, CHUNK_TOKENS)
+
+    def graph_bytes(self) -> int:
+        """What all graphs will take: the largest, whose memory the others share, and what each takes for itself."""
+        compile_kernels(self.model, self.cache, self._on_device)
+        others = self._sizes[-5:-1]
+        before, _ = torch.cuda.mem_get_info(self._device)
+        self._capture_some(self._sizes[-1:], CHUNK_TOKENS[-1:])
+        between, _ = torch.cuda.mem_get_info(self._device)
+        self._capture_some(others, ())
+        after, _ = torch.cuda.mem_get_info(self._device)
+        rest = len(self._sizes) + len(CHUNK_TOKENS) - 2
+        each = (between - after) / len(others) if others else 0.0
+        return max(0, before - between) + max(0, int(each * rest))
+
+    @torch.inference_mode()
+    def _capture_some(self, sizes: Sequence[int], chunks: Sequence[int]) -> None:
+        for size in reversed(sizes):  # the largest first: its memory serves the others
             self._tell(told_of_decodes([], self.slots, size, self._on_device.scratch))
             self._capture(("decode", size), partial(self._decode, size))
-        for tokens in reversed(CHUNK_TOKENS[-1:] if largest_only else CHUNK_TOKENS):
+        for tokens in reversed(chunks):
             self._tell_chunk([], tokens)
             self._capture(("chunk", tokens), partial(self._chunk, tokens))
 

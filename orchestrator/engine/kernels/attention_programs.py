@@ -9,6 +9,12 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+# The score of a key that a query does not see. Finite, not -inf: a row that sees nothing yet has this as its maximum,
+# and sums up garbage, which the first key that it sees scales to zero. A power of two, so that the garbage is finite:
+# times the scale it is exact, and of the fused multiply-add that takes the maximum off, 0 is left. Of -1e30 there would
+# be left what the maximum's rounding dropped, some 2**73, whose exp2 is inf.
+_HIDDEN = tl.constexpr(-(2.0**100))
+
 
 @triton.jit
 def _blocks(table, place_N, first, last, BLOCK_SIZE: tl.constexpr):
@@ -73,10 +79,9 @@ def _attend(
             visible_MN = (start + key_N)[None, :] <= query_M[:, None]
             if WINDOW is not None:
                 visible_MN &= (start + key_N)[None, :] > query_M[:, None] - WINDOW
-            # Finite, not -inf: a row that sees nothing yet sums up garbage, which the first key it sees scales to zero.
-            score_MN = tl.where(visible_MN, score_MN, -1e30)
+            score_MN = tl.where(visible_MN, score_MN, _HIDDEN)
         new_top_M = tl.maximum(top_M, tl.max(score_MN, 1) * qk_scale)
-        p_MN = tl.exp2(score_MN * qk_scale - new_top_M[:, None])  # one multiply-add
+        p_MN = tl.exp2(tl.fma(score_MN, qk_scale, -new_top_M[:, None]))
         fade_M = tl.exp2(top_M - new_top_M)
         sum_M = sum_M * fade_M + tl.sum(p_MN, 1)
         acc_MD = tl.dot(p_MN.to(v_ND.dtype), v_ND, acc_MD * fade_M[:, None], input_precision="ieee")

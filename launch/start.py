@@ -112,6 +112,8 @@ def deployment(
         progress.say(f"{dims.name}: connecting its ranks")
         _join(placed, shards, _engine_config(options, dims))
         weight_bytes = _load(placed, dims, progress)
+        if options.device == "cuda":
+            _choose_attention(placed, dims, progress)
         limits = _fit(placed, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
         yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes), scored)
@@ -167,6 +169,13 @@ def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> l
             parts = results(_everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
             bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
     return results(calls, CALL_TIMEOUT_S)
+
+
+def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+    """Every rank times its own GPU; one line, unless they choose differently."""
+    chosen = results(_everywhere(placed, "choose_attention"), LOAD_TIMEOUT_S)
+    for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
+        progress.say(f"{dims.name}: attention by {path}: {reason}")
 
 
 def _fit(

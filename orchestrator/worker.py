@@ -1,7 +1,7 @@
 """One device's part of a replica. Rank 0 leads: it schedules and tells; the others follow. No Ray in here.
 
 A gang hosts this class in processes of its own and calls its methods by name, in this order: `free_port` (rank 0),
-`join`, `load`, `fit_blocks`, `allocate`; then the channels are opened and `lead` or `follow` runs until `stop`.
+`join`, `load`, `choose_attention` (on a GPU), `fit_blocks`, `allocate`; then the channels are opened and `lead` or `follow` runs until `stop`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 import torch
@@ -33,6 +33,9 @@ from strategies import tensor
 from strategies.plan import Shard
 from strategies.source import ModelSource
 from strategies.spec import ModelSpec
+
+if TYPE_CHECKING:  # the module brings Triton, which not every machine has
+    from orchestrator.engine.paged_attention import PromptAttention
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
 _STOP = b""
@@ -81,6 +84,7 @@ class Worker:
         self._tokens: Writer | None = None
         self._results_out: Writer | None = None  # on the last stage, where there are several
         self._results_in: Reader | None = None  # its other end, on the leader
+        self._prompt_attention: PromptAttention | None = None  # Triton's
         self.runner: StepRunner
 
     # -- getting ready --
@@ -137,6 +141,17 @@ class Worker:
         return open_checkpoint(self.config.source, self.config.spec)
 
     @_on_its_device
+    def choose_attention(self) -> tuple[str, str]:
+        """Time what there is for prompts on this GPU, and take the fastest. → what it is, and why."""
+        from orchestrator.engine.prefill_choice import choose  # brings Triton
+
+        config = self.config
+        dtype = getattr(torch, config.dtype)
+        choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
+        self._prompt_attention = choice.prefill
+        return choice.path, choice.reason
+
+    @_on_its_device
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
@@ -164,14 +179,14 @@ class Worker:
         dtype = getattr(torch, self.config.dtype)
         cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
+        parts = self.model, cache, slots, self.shard, self.collectives, vocabulary
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
             from orchestrator.engine.cuda_runner import CudaRunner
 
-            runner_class: type[Runner] | type[CudaRunner] = CudaRunner
+            self.runner = CudaRunner(*parts, self._prompt_attention)
         else:
-            runner_class = Runner
-        vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
-        self.runner = runner_class(self.model, cache, slots, self.shard, self.collectives, vocabulary)
+            self.runner = Runner(*parts)
 
     @_on_its_device
     def capture(self) -> None:

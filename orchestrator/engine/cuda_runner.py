@@ -23,6 +23,7 @@ from orchestrator.engine.paged_attention import (
     DeviceSlots,
     PagedBatch,
     PagedContext,
+    PromptAttention,
     Prompts,
     batch_of,
     to_device,
@@ -68,9 +69,12 @@ class CudaRunner:
         shard: Shard,
         collectives: Collectives,
         vocabulary: Vocabulary,
+        prompt_attention: PromptAttention | None = None,
     ) -> None:
+        """`prompt_attention` serves steps that are not captured; without one Triton's does."""
         self.model, self.cache, self.slots, self.shard = model, cache, slots, shard
         self.collectives, self._vocabulary = collectives, vocabulary
+        self._prompt_attention = prompt_attention
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._max_num_seqs, blocks = slots.tables.shape
@@ -94,8 +98,7 @@ class CudaRunner:
             self._logits_RV = torch.zeros((rows if shard.is_last else 0, spec.vocab), dtype=self._dtype)
 
     def capture(self) -> None:
-        """Every step that is replayed; all ranks of a stage call it at once."""
-        compile_kernels(self.model, self.cache, self._on_device)
+        """Every step that is replayed; all ranks of a stage call it at once, after `graph_bytes`."""
         self._capture_some(self._sizes, CHUNK_TOKENS)
 
     def graph_bytes(self) -> int:
@@ -160,9 +163,7 @@ class CudaRunner:
         step = whole_prompts([token_ids], self.slots.block_size)
         self.slots.remember(step)
         self._on_device.admit(step.admits)
-        hidden_TE = self._layers(
-            batch_of(step.rows, self.slots, self._device), self._received(len(token_ids))
-        )
+        hidden_TE = self._layers(self._batch_of(step.rows), self._received(len(token_ids)))
         if self.shard.is_last:
             return self._vocabulary.whole(self.model.logits(hidden_TE))
         self._send(hidden_TE)
@@ -245,7 +246,7 @@ class CudaRunner:
     # -- any step --
 
     def _run_any(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
-        batch = batch_of(rows, self.slots, self._device)
+        batch = self._batch_of(rows)
         hidden_TE = self._layers(batch, self._received(batch.told_4T.shape[1]))
         if not self.shard.is_last:
             self._send(hidden_TE)
@@ -258,6 +259,9 @@ class CudaRunner:
         tokens_R = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
+
+    def _batch_of(self, rows: Sequence[Row]) -> PagedBatch:
+        return batch_of(rows, self.slots, self._device, self._prompt_attention)
 
     def _layers(self, batch: PagedBatch, received_TE: Tensor | None) -> Tensor:
         context = PagedContext(self.cache, self._on_device, batch, self.model.spec, self.model.rope)

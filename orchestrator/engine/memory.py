@@ -25,13 +25,14 @@ def free_for_kv(device: torch.device, utilization: float) -> int:
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[list[int]]:
-    """Fills the list with the most bytes that torch held on the device at once, beyond those held at the start."""
+    """Fills the list with the most bytes that torch took of the device at once, gaps too, beyond those it had at first."""
     found: list[int] = []
-    before = torch.cuda.memory_allocated(device)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved(device)
     torch.cuda.reset_peak_memory_stats(device)
     yield found
     torch.cuda.synchronize(device)
-    found.append(torch.cuda.max_memory_allocated(device) - before)
+    found.append(torch.cuda.max_memory_reserved(device) - before)
 
 
 def available_host_bytes() -> int:

@@ -1,10 +1,11 @@
-"""A GPU step's rows on the device, and attention over them by Triton's kernels."""
+"""A GPU step's rows on the device, and attention over them by Triton's kernels or, of prompts, by another's."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -80,6 +81,24 @@ class Prompts:
         return Prompts(slots, starts, offsets, ends, keep, longest)
 
 
+class PromptAttention(Protocol):
+    """Another's attention of a step's prompts, instead of Triton's. Not in graphs: the host plans each step."""
+
+    def plan(self, rows: Sequence[Row], slots: Slots) -> None:
+        """For the calls of `attend` until the next plan."""
+
+    def attend(
+        self,
+        q_THD: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        block_size: int,
+        window: int | None,
+        out_THD: Tensor,
+    ) -> None:
+        """Over one layer of KVCache, which holds the rows' own K and V already."""
+
+
 @dataclass(frozen=True, slots=True)
 class PagedBatch:
     """One step's tokens, as the kernels read them."""
@@ -87,9 +106,12 @@ class PagedBatch:
     told_4T: Tensor  # int32, see kernels/inputs.py
     decodes: int  # how many rows of one token lead
     prompts: Prompts | None
+    prompt_attention: PromptAttention | None = None  # planned for the prompts; None: Triton's
 
 
-def batch_of(rows: Sequence[Row], slots: Slots, device: torch.device) -> PagedBatch:
+def batch_of(
+    rows: Sequence[Row], slots: Slots, device: torch.device, prompt_attention: PromptAttention | None = None
+) -> PagedBatch:
     """Any rows, in their order."""
     tokens = sum(row.count for row in rows)
     told = told_of_rows(rows, slots, tokens, scratch=0)
@@ -99,7 +121,9 @@ def batch_of(rows: Sequence[Row], slots: Slots, device: torch.device) -> PagedBa
         several = rows[decodes:]
         numbers = to_device(padded_prompts(several, len(several), scratch=0), device)
         prompts = Prompts.of(numbers, len(several), max(row.count for row in several))
-    return PagedBatch(to_device(told, device), decodes, prompts)
+        if prompt_attention is not None:
+            prompt_attention.plan(several, slots)
+    return PagedBatch(to_device(told, device), decodes, prompts, prompt_attention)
 
 
 class PagedContext:
@@ -159,16 +183,21 @@ class PagedContext:
                 pdl=ops.overlaps(qkv_TN),
             )
         if self._batch.prompts is not None:
-            self._prefill(layer, q_THD[decodes:], out_THD[decodes:])
+            self.prefill(layer, q_THD[decodes:], out_THD[decodes:])
         return out_THD.flatten(1)
 
-    def _prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
-        prompts = self._batch.prompts
+    def prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
+        """Attention of the prompts' tokens, whose K and V the cache holds."""
+        prompts, window = self._batch.prompts, self._windows[layer]
+        keys, values = self._cache.keys[layer], self._cache.values[layer]
         assert prompts is not None
+        if self._batch.prompt_attention is not None:
+            self._batch.prompt_attention.attend(q_THD, keys, values, self._cache.block_size, window, out_THD)
+            return
         attention.prefill_attention(
             q_THD,
-            self._cache.keys[layer],
-            self._cache.values[layer],
+            keys,
+            values,
             self._slots.tables,
             prompts.slots_R,
             prompts.starts_R,
@@ -177,6 +206,6 @@ class PagedContext:
             longest=prompts.longest,
             block_size=self._cache.block_size,
             scale=self._spec.head_dim**-0.5,
-            window=self._windows[layer],
+            window=window,
             out=out_THD,
         )

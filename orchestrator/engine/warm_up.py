@@ -50,12 +50,13 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
     products = [layer.attention.qkv, layer.attention.o, layer.mlp.down]
     if model.head is not None:
         products.append(model.head)
-    for rows in ROWS:
+    gate_up = layer.mlp.gate_up
+    for rows in (1, 2):  # more go through cuBLAS, which wants 32 MiB to work in of each thread
         for product in products:
             yield partial(ops.linear, states(rows, product.in_features), product.weight, product.bias)
-        gate_up = layer.mlp.gate_up
         yield partial(ops.gate_up, states(rows, spec.hidden), gate_up.weight, gate_up.bias)
-        yield partial(ops.argmax, states(rows, spec.vocab))
+    yield partial(ops.gate_up, states(ROWS[-1], spec.hidden), gate_up.weight, gate_up.bias)
+    yield partial(ops.argmax, states(1, spec.vocab))
     for rows in (1, MANY_TOKENS):
         x_TE = states(rows, spec.hidden)
         yield partial(layer.input_norm, x_TE)

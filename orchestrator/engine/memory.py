@@ -25,7 +25,7 @@ def free_for_kv(device: torch.device, utilization: float) -> int:
 
 @contextmanager
 def peak_of(device: torch.device) -> Iterator[list[int]]:
-    """Fills the list with the most bytes that torch took of the device at once, gaps too, beyond those it had at first."""
+    """Fills the list with the most bytes that torch took of the device, gaps too, beyond those it had before."""
     found: list[int] = []
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved(device)

@@ -24,10 +24,14 @@ from orchestrator.step import Admit, Row
 from strategies.spec import ModelSpec
 
 
-def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
-    """Through pinned memory, so that nobody waits for what the device is doing."""
+def pinned(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    """On the host, from where a copy waits for nothing that the device is doing."""
     host = torch.from_numpy(array)
-    return (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    return host.pin_memory() if device.type == "cuda" else host
+
+
+def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
+    return pinned(array, device).to(device, non_blocking=True)
 
 
 @cache

@@ -38,9 +38,11 @@ def choose(
     """The faster of the two at a batch of at most `step_tokens`, on the stream of the caller."""
     try:
         found = FlashInferPrefill(model.spec, dtype, device)
-        return _faster(Trial(model, step_tokens, block_size, dtype, device), found)
     except Unusable as error:
         return Choice(None, TRITON, str(error))
+    except Exception as error:  # another's package: a cache folder that it may not write to, …
+        return Choice(None, TRITON, f"FlashInfer fails: {first_line(error)}")
+    return _faster(Trial(model, step_tokens, block_size, dtype, device), found)
 
 
 def _faster(trial: Trial, found: FlashInferPrefill) -> Choice:

@@ -49,8 +49,9 @@ class Wrapper:
         self.offsets, self.page_offsets, self.pages, self.last = (array.tolist() for array in arrays)
         self.asked = asked
 
-    def run(self, q_THD: Tensor, cache: tuple[Tensor, Tensor], out: Tensor) -> None:
+    def run(self, q_THD: Tensor, cache: tuple[Tensor, Tensor], out: Tensor, enable_pdl: bool) -> None:
         asked = self.asked
+        assert not enable_pdl
         assert q_THD.shape == (self.offsets[-1], asked["num_qo_heads"], asked["head_dim_qk"])
         assert cache[0].shape[1:] == (asked["page_size"], asked["num_kv_heads"], asked["head_dim_qk"])
         assert asked["causal"] and {q_THD.dtype, out.dtype} == {asked["q_data_type"], asked["kv_data_type"]}
@@ -242,6 +243,16 @@ def test_a_wrong_result_never_serves(flashinfer: Any, monkeypatch: pytest.Monkey
     monkeypatch.setattr(prefill_choice, "_median_ms", lambda call: call() or 1.0)
     choice = prefill_choice.choose(model_of(small_spec()), 9, BLOCK, HALF, CPU)
     assert choice.prefill is None and "off, and 0.02 is allowed" in choice.reason
+
+
+def test_a_description_that_fails(flashinfer: Any) -> None:
+    def refuse(*_: Any) -> None:
+        raise PermissionError("[Errno 13] Permission denied: '/root/.cache'")
+
+    flashinfer.jit.gen_batch_prefill_module = refuse
+    choice = prefill_choice.choose(model_of(small_spec()), 9, BLOCK, HALF, CPU)
+    assert (choice.prefill, choice.path) == (None, "Triton")
+    assert choice.reason == "FlashInfer fails: [Errno 13] Permission denied: '/root/.cache'"
 
 
 def test_a_library_that_fails_never_serves(flashinfer: Any, monkeypatch: pytest.MonkeyPatch) -> None:

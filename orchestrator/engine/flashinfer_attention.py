@@ -120,7 +120,7 @@ class FlashInferPrefill:
         out_THD: Tensor,
     ) -> None:
         shape = (-1, block_size, *keys.shape[1:])
-        # The kernel before it lets the next begin early, and not every kernel of FlashInfer's waits for its writes.
+        # The kernel before it lets the next begin early; one launched plainly waits for all that it writes.
         self._wrappers[window].run(
             q_THD, (keys.view(shape), values.view(shape)), out=out_THD, enable_pdl=False
         )

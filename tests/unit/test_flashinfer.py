@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from launch import compile_flashinfer
 from orchestrator.engine import flashinfer_attention, prefill_choice
 from orchestrator.engine.flashinfer_attention import FlashInferPrefill, Unusable
 from orchestrator.engine.kv_cache import KVCache
@@ -94,9 +95,12 @@ def flashinfer(monkeypatch: pytest.MonkeyPatch) -> Any:
 
     def described(*asked: Any) -> Any:
         module.asked.append(asked)
-        return SimpleNamespace(is_compiled=module.compiled)
+        return SimpleNamespace(is_compiled=module.compiled, build=build)
 
-    module.compiled = True
+    def build(verbose: bool) -> None:
+        module.built += 1
+
+    module.compiled, module.built = True, 0
     module.jit = SimpleNamespace(gen_batch_prefill_module=described)
     module.BatchPrefillWithPagedKVCacheWrapper = Wrapper
     monkeypatch.setattr(Wrapper, "made", [], raising=False)
@@ -184,6 +188,19 @@ def test_what_is_not_compiled_is_not_used(flashinfer: Any) -> None:
     with pytest.raises(Unusable, match=r"not compiled: .* launch\.compile_flashinfer float16 64 --windowed$"):
         FlashInferPrefill(small_spec(windows=(5, 5)), HALF, CPU)
     assert flashinfer.asked == [("fa2", HALF, HALF, HALF, torch.int32, 64, 64, 0, True, False, False)]
+
+
+def test_the_command_that_it_names_compiles_what_was_missing(
+    flashinfer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flashinfer.compiled = False
+    with pytest.raises(Unusable) as raised:
+        FlashInferPrefill(small_spec(windows=(5, 5)), HALF, CPU)
+    _, _, command = str(raised.value).partition("run python -m ")
+    monkeypatch.setattr(sys, "argv", command.split())
+    assert compile_flashinfer.main() == 0
+    missing, built = flashinfer.asked
+    assert missing == built and flashinfer.built == 1
 
 
 @pytest.mark.parametrize(

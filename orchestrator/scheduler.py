@@ -145,6 +145,7 @@ class Scheduler:
             rows.append(self._advance(sequence, count, sampling))
             budget -= count
         if not rows:
+            self._steps -= 1
             return None
         self._in_flight[self._steps] = sampling
         return Step(self._steps, admits, rows)
@@ -172,9 +173,16 @@ class Scheduler:
         ready = [s for s in self.running if s.unscheduled == 1 and (not s.awaited or self._may_run_ahead(s))]
         if self.config.groups == 1:
             return ready
+        # A token that is still in the pipeline would keep the whole step waiting for it: better others, if there are.
+        through = [s for s in ready if not s.awaited or self._steps - s.last_step >= self.config.groups]
+        if through or self._has_prompts():
+            ready = through
         ready.sort(key=lambda s: s.last_step)
         # By arrival again: making room for one takes blocks from those that come after it.
         return sorted(ready[: -(-len(self.running) // self.config.groups)], key=lambda s: s.arrival)
+
+    def _has_prompts(self) -> bool:
+        return self._can_admit() or any(True for _ in self._prompts_under_way())
 
     def _may_run_ahead(self, sequence: Sequence) -> bool:
         """One step beyond the unknown token, and never where penalties must see that token first."""

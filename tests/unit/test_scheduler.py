@@ -270,3 +270,29 @@ def test_a_token_computed_ahead_of_a_stop_is_dropped() -> None:
     assert [t.finish_reason for t in scheduler.update(StepResult(first.id, [7]))] == [FinishReason.STOP]
     assert scheduler.update(StepResult(second.id, [8])) == []
     assert not scheduler.has_work and scheduler.pool.free_blocks == 64
+
+
+def test_a_pipelines_next_step_does_not_wait_for_tokens_of_the_last() -> None:
+    """While prompts come in, each step takes the sequences that the step before the last computed."""
+    limits = SchedulerConfig(num_blocks=99, block_size=4, max_num_batched_tokens=8, groups=2, run_ahead=True)
+    scheduler = Scheduler(limits)
+    for i in range(6):
+        scheduler.add(request(f"r{i}", [i, 1, 2, 3], 30))
+    steps: list[Step] = []
+    for _ in range(24):
+        step = scheduler.schedule()
+        assert step is not None
+        steps.append(step)
+        if len(steps) > 2:
+            done = steps[-3]
+            scheduler.update(StepResult(done.id, [7] * sum(row.samples for row in done.rows)))
+    for before, now in zip(steps, steps[1:], strict=False):
+        just_sampled = {row.slot for row in before.rows if row.samples}
+        assert just_sampled.isdisjoint(row.slot for row in now.rows)
+    assert all(len(step.rows) == 3 for step in steps[-4:])
+
+
+def test_a_lone_sequence_runs_ahead_through_a_pipeline() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=9, block_size=4, groups=2, run_ahead=True))
+    scheduler.add(request("r", [1, 2, 3], 9))
+    assert [scheduler.schedule() is not None for _ in range(3)] == [True, True, False]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -286,7 +287,7 @@ def test_a_pipelines_next_step_does_not_wait_for_tokens_of_the_last() -> None:
         if len(steps) > 2:
             done = steps[-3]
             scheduler.update(StepResult(done.id, [7] * sum(row.samples for row in done.rows)))
-    for before, now in zip(steps, steps[1:], strict=False):
+    for before, now in pairwise(steps):
         just_sampled = {row.slot for row in before.rows if row.samples}
         assert just_sampled.isdisjoint(row.slot for row in now.rows)
     assert all(len(step.rows) == 3 for step in steps[-4:])

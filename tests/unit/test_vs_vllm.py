@@ -130,4 +130,6 @@ def test_a_child_over_its_limit_is_ended_and_shown(tmp_path: Path, capfd: pytest
 def test_vllm_needs_its_places() -> None:
     with pytest.raises(SystemExit):
         parse(["--layout", "tp1"])
-    assert parse(["--layout", "tp1", "--only", "ours", "--patience", "2"]).limit_s["ours"] == 2 * LIMIT_S["ours"]
+    assert (
+        parse(["--layout", "tp1", "--only", "ours", "--patience", "2"]).limit_s["ours"] == 2 * LIMIT_S["ours"]
+    )

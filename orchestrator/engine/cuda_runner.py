@@ -82,9 +82,8 @@ class CudaRunner:
         self._sizes = decode_sizes(self._max_num_seqs)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._make_buffers()
-        self._on_their_way: deque[tuple[list[int], Incoming]] = (
-            deque()
-        )  # slots, and tokens from the last stage
+        # Tokens from the last stage, and their slots.
+        self._on_their_way: deque[tuple[list[int], Incoming]] = deque()
 
     def _make_buffers(self) -> None:
         """What captured steps read and write: always at the same places, since graphs hold them."""
@@ -127,9 +126,7 @@ class CudaRunner:
         run()  # cuBLAS and NCCL set themselves up at the first call of a size
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        pool = (
-            next(iter(self._graphs.values())).pool() if self._graphs else None
-        )  # what the largest took serves all
+        pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads (NCCL's watchdog) may ask the driver things meanwhile.
         with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             run()

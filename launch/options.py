@@ -19,10 +19,6 @@ _MOST = {  # far over what serves well anywhere, under what would fail only for 
     "block_size": 1024,
     "num_gpu_blocks_override": 10**9,
 }
-BATCHED_TOKENS = {
-    "cpu": 2048,
-    "cuda": 8192,
-}  # a step's, where nobody asked: half a second of a CPU, 0.2 s of an H100
 LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
 
 
@@ -87,10 +83,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument("--max-num-seqs", type=int, default=256, metavar="N", help="sequences at once (256)")
     engine.add_argument(
-        "--max-num-batched-tokens",
-        type=int,
-        metavar="N",
-        help=f"tokens a step; default: {BATCHED_TOKENS['cpu']} on cpu, {BATCHED_TOKENS['cuda']} on cuda",
+        "--max-num-batched-tokens", type=int, default=2048, metavar="N", help="tokens a step (2048)"
     )
     engine.add_argument("--block-size", type=int, default=16, metavar="N", help="tokens a KV block (16)")
     engine.add_argument(
@@ -177,7 +170,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
-        max_num_batched_tokens=args.max_num_batched_tokens or BATCHED_TOKENS[device],
+        max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
         prefix_caching=not args.no_enable_prefix_caching,

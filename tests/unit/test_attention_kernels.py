@@ -2,21 +2,14 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels' module is imported
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from triton.runtime import interpreter
 
 from orchestrator.engine.kernels.attention import (
     Tile,
@@ -26,6 +19,7 @@ from orchestrator.engine.kernels.attention import (
     prefill_attention,
     prefill_tile,
 )
+from tests.interpreted import *  # noqa: F403
 
 BLOCK_SIZE = 16
 SMALL = Tile(keys=16, rows=16, warps=4, stages=2)
@@ -154,29 +148,6 @@ def seed() -> None:
     torch.manual_seed(7)
 
 
-@pytest.fixture(autouse=True)
-def loop_bounds_of_one_element(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton 3.6 interprets a scalar as an array of one element, whose int() numpy has refused since 2.4."""
-    patch_lang_tensor = interpreter._patch_lang_tensor
-
-    def patch(tensor: type, scope: Any) -> None:
-        patch_lang_tensor(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patch)
-
-
-@pytest.fixture(autouse=True)
-def multiply_adds_of_one_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GPU's. Triton's interpreter rounds the product too; that of two float32 is exact in float64."""
-
-    def fused(self: object, x: Any, y: Any, z: Any) -> Any:
-        exact = x.data.astype(np.float64) * y.data + z.data
-        return interpreter.TensorHandle(exact.astype(np.float32), z.dtype.scalar)
-
-    monkeypatch.setattr(interpreter.InterpreterBuilder, "create_fma", fused)
-
-
 @pytest.mark.parametrize("splits", [1, 3, 8])
 @pytest.mark.parametrize(("kv_heads", "group"), [(2, 1), (3, 3), (2, 4), (1, 7), (1, 20)])
 def test_decode_in_every_grouping_and_split(kv_heads: int, group: int, splits: int) -> None:
@@ -279,7 +250,7 @@ def test_a_query_that_sees_nothing_of_the_first_keys_forgets_them_at_any_scale(s
     assert prefill_error(cache, [0], [48], 1, window=8, tile=SMALL, scale=scale) < 2e-6
 
 
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=18, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     rows=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40)), min_size=1, max_size=3),
     window=st.none() | st.integers(1, 60),
@@ -302,7 +273,7 @@ def test_prefill_of_any_rows_windows_groups_and_scales(
     assert prefill_error(cache, starts, counts, group, window=window, tile=tile, scale=scale) < 3e-6
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=10, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     positions=st.lists(st.integers(0, 100), min_size=1, max_size=3),
     window=st.none() | st.integers(1, 120),

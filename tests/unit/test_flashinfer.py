@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
-
 import sys
 from dataclasses import replace
 from importlib.machinery import ModuleSpec
@@ -28,8 +24,8 @@ from orchestrator.engine.slots import Slots
 from orchestrator.request import SamplingParams
 from orchestrator.step import Admit, Row, Step
 from strategies.spec import ModelSpec
+from tests.interpreted import *  # noqa: F403
 from tests.unit.machines import LLAMA_8B
-from tests.unit.test_attention_kernels import loop_bounds_of_one_element  # noqa: F401
 
 CPU, HALF = torch.device("cpu"), torch.float16
 BLOCK = 4

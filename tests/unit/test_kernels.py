@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before their modules come in
-
 import pytest
 import torch
 from torch import Tensor
@@ -16,6 +12,7 @@ from orchestrator.engine.kernels.argmax import PART, argmax
 from orchestrator.engine.kernels.gemv import MAX_ROWS, Tile, choose_tile, gate_up, gemv
 from orchestrator.engine.kernels.norm import FEW_TOKENS, add_rms_norm
 from orchestrator.engine.kernels.rope import rope_and_cache
+from tests.interpreted import *  # noqa: F403
 
 DTYPES = [torch.float32, torch.float16]
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}

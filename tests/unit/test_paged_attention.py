@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
-os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is imported
-
 from pathlib import Path
 
 import pytest
@@ -35,8 +31,8 @@ from orchestrator.step import Step, StepResult
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
+from tests.interpreted import *  # noqa: F403
 from tests.tiny import make_model
-from tests.unit.test_attention_kernels import loop_bounds_of_one_element  # noqa: F401
 
 CPU = torch.device("cpu")
 LIMITS = SchedulerConfig(

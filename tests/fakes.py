@@ -27,10 +27,12 @@ class FakeReplica:
 
     def __init__(self) -> None:
         self.submitted: asyncio.Queue[Request] = asyncio.Queue()
+        self.calls: list[int] = []  # of `submit`: how many requests each brought
         self.aborted: asyncio.Queue[str] = asyncio.Queue()
         self._steps: asyncio.Queue[list[Token] | Exception] = asyncio.Queue()
 
     async def submit(self, requests: Sequence[Request]) -> None:
+        self.calls.append(len(requests))
         for request in requests:
             self.submitted.put_nowait(request)
 

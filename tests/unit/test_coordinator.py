@@ -259,3 +259,32 @@ async def test_what_can_never_run_is_refused_at_the_door() -> None:
             with pytest.raises(BadRequest, match=says):
                 await serving.complete(prompt, sampling)
         assert replica.submitted.empty()
+
+
+@in_loop
+async def test_requests_of_one_turn_travel_in_one_call() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica) as serving:
+        asked = [ask(serving, [1], max_tokens=1) for _ in range(5)]
+        for _ in asked:
+            replica.say(await replica.submitted.get(), 7, end=FinishReason.LENGTH)
+        await asyncio.gather(*asked)
+        later = ask(serving, [1], max_tokens=1)
+        replica.say(await replica.submitted.get(), 7, end=FinishReason.LENGTH)
+        await later
+    assert replica.calls == [5, 1]
+
+
+@in_loop
+async def test_a_request_cancelled_before_it_left_is_not_sent() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica) as serving:
+        dropped, kept = ask(serving, [1], max_tokens=1), ask(serving, [2], max_tokens=1)
+        await asyncio.sleep(0)  # both have asked, neither has left
+        dropped.cancel()
+        request = await replica.submitted.get()
+        assert request.prompt_token_ids == [2]
+        replica.say(request, 7, end=FinishReason.LENGTH)
+        await kept
+        assert dropped.cancelled()
+    assert replica.calls == [1]

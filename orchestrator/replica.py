@@ -52,16 +52,18 @@ class GangReplica:
         reader = await AsyncReader.open(self._tokens)
         ended = asyncio.ensure_future(self._end())
         decoder = msgspec.msgpack.Decoder(list[Token])
+        message: asyncio.Future[bytes] | None = None
         try:
             while True:
                 message = asyncio.ensure_future(reader.recv())
                 await asyncio.wait({message, ended}, return_when=asyncio.FIRST_COMPLETED)
                 if not message.done():
-                    message.cancel()
                     raise ended.result()
                 yield decoder.decode(message.result())
         finally:
             ended.cancel()
+            if message is not None:
+                message.cancel()  # cancelled here, we may leave it before it has begun: not on a closed socket
             reader.close()
 
     async def _end(self) -> ShardwiseError:

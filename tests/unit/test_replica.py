@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import threading
 from collections.abc import Callable
 
@@ -86,3 +87,27 @@ def test_a_loop_that_ends_by_itself_ends_the_gang(monkeypatch: pytest.MonkeyPatc
     error = ending(gang, lambda: gang.fate.answer(gang.loops[0], Answer(None)))
     assert str(error) == "a rank's loop ended though nobody stopped it"
     assert not gang.fate.claim()
+
+
+def test_an_interrupt_leaves_nothing_that_reads_from_a_closed_socket(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A signal may raise right where the next message has been asked for and nobody waits for it yet."""
+    complaints: list[object] = []
+
+    def interrupt(*_: object, **__: object) -> None:
+        raise InterruptedError
+
+    async def read() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: complaints.append(context))
+        gang = LoopingGang()
+        monkeypatch.setattr(replica.asyncio, "wait", interrupt)
+        with pytest.raises(InterruptedError):
+            async for _ in GangReplica(gang, 0, NOWHERE, gang.loops).steps():
+                pass
+        monkeypatch.undo()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        gc.collect()
+
+    asyncio.run(read())
+    gc.collect()
+    assert complaints == []

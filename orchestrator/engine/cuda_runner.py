@@ -26,6 +26,7 @@ from orchestrator.engine.paged_attention import (
     PromptAttention,
     Prompts,
     batch_of,
+    pinned,
     to_device,
 )
 from orchestrator.engine.runner import Pending
@@ -205,13 +206,12 @@ class CudaRunner:
     def _tell_chunk(self, rows: Sequence[Row], tokens: int) -> None:
         self._tell(told_of_rows(rows, self.slots, tokens, self._on_device.scratch))
         numbers = padded_prompts(rows, CHUNK_ROWS, self._on_device.scratch)
-        self._prompts.copy_(torch.from_numpy(numbers).pin_memory(), non_blocking=True)
+        self._prompts.copy_(pinned(numbers, self._device), non_blocking=True)
 
     # -- both of these --
 
     def _tell(self, told: Ints32) -> None:
-        host = torch.from_numpy(told.reshape(-1)).pin_memory()
-        self._told[: told.size].copy_(host, non_blocking=True)
+        self._told[: told.size].copy_(pinned(told.reshape(-1), self._device), non_blocking=True)
 
     def _replay(
         self, key: tuple[str, int], run: Callable[[], None], tokens: int, sampling: int

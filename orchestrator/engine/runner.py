@@ -18,7 +18,7 @@ from orchestrator.engine.attention import Batch, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_host
-from orchestrator.engine.slots import Slots
+from orchestrator.engine.slots import Slots, positions
 from orchestrator.step import Row, Step, StepResult, whole_prompts
 from strategies.plan import Shard
 from strategies.tensor import Vocabulary
@@ -131,12 +131,10 @@ class Runner:
     def _batch(self, rows: Sequence[Row]) -> Batch:
         starts = np.array([row.start for row in rows], dtype=np.int64)
         counts = np.array([row.count for row in rows], dtype=np.int64)
-        ends = np.cumsum(counts)
-        positions = np.arange(ends[-1]) - np.repeat(ends - counts - starts, counts)
         longest = int((starts + counts).max())
         tables = self.slots.tables[[row.slot for row in rows], : -(-longest // self.slots.block_size)]
         token_ids = np.array(self.slots.token_ids(rows), dtype=np.int64)
-        return Batch(token_ids, positions, starts, counts, tables)
+        return Batch(token_ids, positions(starts, counts), starts, counts, tables)
 
     def _input(self, batch: Batch) -> Tensor:
         if self.shard.is_first:

@@ -13,6 +13,12 @@ from orchestrator.step import Row, Step
 Ints = NDArray[np.int64]
 
 
+def positions(starts: Ints, counts: Ints) -> Ints:
+    """Of all tokens of rows that compute `counts` positions from `starts` on: [T]."""
+    ends = np.cumsum(counts)
+    return np.arange(counts.sum()) - np.repeat(ends - counts - starts, counts)
+
+
 class Slots:
     """Each slot's tokens, sampling parameters and block table."""
 

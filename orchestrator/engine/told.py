@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.engine.slots import Slots
+from orchestrator.engine.slots import Slots, positions
 from orchestrator.step import Row
 
 Ints32 = NDArray[np.int32]
@@ -21,7 +21,7 @@ def prompt_numbers(rows: int) -> int:
 
 
 def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
-    """[4, pad_to] of rows that compute one token each."""
+    """[4, pad_to] of rows that compute one token each: told_of_rows, without 0.4 ms of the host at 256 rows."""
     told = np.empty((FIELDS, pad_to), dtype=np.int32)
     count = len(rows)
     told[0, :count] = [row.slot for row in rows]
@@ -36,11 +36,10 @@ def told_of_rows(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -
     """[4, pad_to] of any rows, in their order."""
     told = np.empty((FIELDS, pad_to), dtype=np.int32)
     counts = np.array([row.count for row in rows], dtype=np.int64)
-    ends = np.cumsum(counts)
-    tokens = int(counts.sum())
     starts = np.array([row.start for row in rows], dtype=np.int64)
+    tokens = int(counts.sum())
     told[0, :tokens] = np.repeat([row.slot for row in rows], counts)
-    told[1, :tokens] = np.arange(tokens) - np.repeat(ends - counts - starts, counts)
+    told[1, :tokens] = positions(starts, counts)
     told[2, :tokens] = slots.token_ids(rows)
     told[3, :tokens] = np.repeat([row.new_block for row in rows], counts)  # only a row of one token has any
     told[:, tokens:] = [[scratch], [0], [0], [-1]]

@@ -18,6 +18,7 @@ COMMANDS = {
     "plan": "pick the layout for a model on a machine, and say why the others lost",
     "compare": "predict, measure and check every layout on this machine",
     "generate": "answer prompts, under any layout",
+    "validate": "the cost model beside figures that others measured, and its error",
     "doctor": "what is here, what is wrong with it, and the fix",
 }
 

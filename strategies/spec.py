@@ -67,6 +67,10 @@ class ModelSpec:
         return self.windows[layer] if self.windows else None
 
     @property
+    def is_dense(self) -> bool:
+        return True
+
+    @property
     def layer_params(self) -> int:
         attention = self.hidden * self.head_dim * (2 * self.heads + 2 * self.kv_heads)
         if self.qkv_bias:

@@ -8,6 +8,9 @@ ShardwiseError                 exit 1: ours to mend
 │   ├── BadRequest             a prompt or a sampling parameter out of range
 │   └── PlacementFailed        the cluster cannot hold the gang: need / have / who holds it
 ├── NoFeasiblePlan             exit 3: every candidate was rejected; the message says how to get one
+├── Overloaded                 exit 1: the queue is full; come again after `retry_after_s`
+├── Draining                   exit 1: it finishes what it has and takes nothing new
+├── DeadlineExceeded           exit 1: the request's own time was over before its answer was
 ├── WorkerFailed               exit 1: a worker raised what nobody expected; its traceback is a note
 └── GangDied                   exit 1: a worker died or stopped; the message ends with its last words
 """
@@ -45,6 +48,20 @@ class PlacementFailed(UserError):
 
 class NoFeasiblePlan(ShardwiseError):
     exit_code = 3
+
+
+class Overloaded(ShardwiseError):
+    def __init__(self, message: str, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
+class Draining(ShardwiseError):
+    pass
+
+
+class DeadlineExceeded(ShardwiseError):
+    pass
 
 
 class WorkerFailed(ShardwiseError):

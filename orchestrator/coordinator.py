@@ -1,4 +1,4 @@
-"""Admits requests, routes each to a replica, gathers its tokens, and hands back finished answers.
+"""Admits requests, keeps them until a replica has room, gathers their tokens, and hands back finished answers.
 
 It knows replicas by their seam alone: a fake one drives it in tests. One asyncio loop, no thread.
 """
@@ -10,75 +10,33 @@ import itertools
 import random
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
 
 import msgspec
 
-from cluster.errors import GangDied, ShardwiseError
+from cluster.errors import DeadlineExceeded, Draining, GangDied, Overloaded, ShardwiseError
+from orchestrator.admission import FairQueue, QueueLimits
+from orchestrator.answer import Answers, Ongoing, OnUpdate, Terms, Update
+from orchestrator.lane import Lane
+from orchestrator.meter import Meter
 from orchestrator.replica import Replica
 from orchestrator.request import (
     Completion,
     FinishReason,
+    Grammar,
     Request,
     SamplingParams,
     Token,
-    TokenLogprobs,
     check_tokens,
 )
-from orchestrator.router import Outstanding, choose
-from orchestrator.scheduler import SchedulerConfig, check_length
+from orchestrator.router import choose, has_room
+from orchestrator.scheduler import Load, SchedulerConfig, check_length
 from orchestrator.text import AnswerText, Text
 
 OnText = Callable[[str], None]
 
-
-@dataclass(slots=True, eq=False)
-class _Answer:
-    """A request that is not finished."""
-
-    request: Request
-    replica: int
-    done: asyncio.Future[Completion]
-    text: AnswerText | None
-    on_text: OnText | None
-    submitted_s: float
-    first_token_s: float = 0.0
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-
-    @property
-    def tokens_left(self) -> int:
-        prompt = 0 if self.token_ids else len(self.request.prompt_token_ids)
-        return prompt + self.request.sampling.max_tokens - len(self.token_ids)
-
-
-class _Outbox:
-    """Requests on their way to one replica. Those of one turn of the loop travel in one call.
-
-    256 at once took a call each, a millisecond of the host apiece, while the replica began its first steps half empty.
-    """
-
-    def __init__(self, replica: Replica, is_open: Callable[[str], bool]) -> None:
-        """`is_open`: whether a request's id is still one that somebody waits for."""
-        self._replica, self._is_open = replica, is_open
-        self._waiting: list[Request] = []
-        self._sending: asyncio.Task[None] | None = None
-
-    async def send(self, request: Request) -> None:
-        """Raises what submitting raises, to everybody whose request was in the call."""
-        self._waiting.append(request)
-        if self._sending is None:
-            self._sending = asyncio.create_task(self._send())
-            # Asked here, lest asyncio complain where everybody who waited was cancelled.
-            self._sending.add_done_callback(lambda task: task.cancelled() or task.exception())
-        await asyncio.shield(self._sending)
-
-    async def _send(self) -> None:
-        await asyncio.sleep(0)  # whoever else asks in this turn
-        requests, self._waiting, self._sending = self._waiting, [], None
-        if wanted := [request for request in requests if self._is_open(request.id)]:
-            await self._replica.submit(wanted)
+_NO_TERMS = Terms()
+_NO_LIMITS = QueueLimits()
+_RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
 
 
 class Coordinator:
@@ -93,19 +51,24 @@ class Coordinator:
         eos_ids: Sequence[int] = (),
         text: Text | None = None,
         seed: int | None = None,
+        queue: QueueLimits = _NO_LIMITS,
     ) -> None:
         """`seed` draws the seeds of requests that bring none, in the order in which they come; None: at random."""
-        self._replicas = list(replicas)
-        self._limits, self._vocab, self._eos_ids, self._text = limits, vocab, frozenset(eos_ids), text
-        self._open: dict[str, _Answer] = {}
-        self._dead: dict[int, ShardwiseError] = {}  # replica -> why
+        self.limits, self.text, self.vocab = limits, text, vocab
+        self.meter = Meter()
+        self.is_draining = False
+        self._eos_ids, self._queue_limits = frozenset(eos_ids), queue
+        self._lanes = [Lane(i, replica, self._refused) for i, replica in enumerate(replicas)]
+        self._open: dict[str, Ongoing] = {}
+        self._waiting: FairQueue[Ongoing] = FairQueue()
+        self._idle = asyncio.Event()
+        self._idle.set()
         self._numbers = itertools.count()
         self._seeds = random.Random(seed)
-        self._outboxes = [_Outbox(replica, self._open.__contains__) for replica in self._replicas]
         self._gathering: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Coordinator:
-        self._gathering = [asyncio.create_task(self._gather(i)) for i in range(len(self._replicas))]
+        self._gathering = [asyncio.create_task(self._gather(lane)) for lane in self._lanes]
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -113,33 +76,109 @@ class Coordinator:
             task.cancel()
         await asyncio.gather(*self._gathering, return_exceptions=True)
 
+    # -- asked by clients --
+
     async def complete(
-        self, prompt_token_ids: Sequence[int], sampling: SamplingParams, on_text: OnText | None = None
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        on_text: OnText | None = None,
+        terms: Terms = _NO_TERMS,
     ) -> list[Completion]:
         """`sampling.n` finished answers. `on_text` gets the first one's text as it comes.
 
-        Raises BadRequest where the request can never run, GangDied where its replica dies. Cancelling it drops the
-        request from its replica.
+        Raises what `ask` does, and GangDied where its replica dies. Cancelling it drops the request from its replica.
         """
-        requests = self._admit(prompt_token_ids, sampling)
-        answers = [self._route(r, on_text if i == 0 else None) for i, r in enumerate(requests)]
-        try:
-            await asyncio.gather(*(self._outboxes[a.replica].send(a.request) for a in answers))
-            return await asyncio.gather(*(answer.done for answer in answers))
-        finally:
-            for answer in answers:
-                if self._open.pop(answer.request.id, None) is not None:
-                    with suppress(GangDied):  # then it is dropped already
-                        await self._replicas[answer.replica].abort([answer.request.id])
 
-    def _admit(self, prompt_token_ids: Sequence[int], sampling: SamplingParams) -> list[Request]:
-        """The request as its n sequences, or BadRequest. Each sampled one has a seed, so that it can be run again."""
+        def show(update: Update) -> None:
+            if update.choice == 0 and update.text and on_text is not None:
+                on_text(update.text)
+
+        asked = self.ask(prompt_token_ids, sampling, terms, on_update=show if on_text is not None else None)
+        return await asked.all()
+
+    def ask(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        terms: Terms = _NO_TERMS,
+        *,
+        grammar: Grammar | None = None,
+        on_update: OnUpdate | None = None,
+    ) -> Answers:
+        """Answers on their way. Raises BadRequest where it can never run, Overloaded, Draining, or why all are dead."""
+        try:
+            requests = self._admit(prompt_token_ids, sampling, grammar, terms)
+        except ShardwiseError as error:
+            self.meter.refused[type(error).__name__] += 1
+            raise
+        self.meter.ask(sampling)
+        now_s = time.perf_counter()
+        answers = Answers(len(requests), self._drop, on_update)
+        if terms.timeout_s is not None:
+            loop = asyncio.get_running_loop()
+            answers.timer = loop.call_later(terms.timeout_s, self._expire, answers, terms.timeout_s)
+        for choice, request in enumerate(requests):
+            one = Ongoing(request, answers, choice, terms, self._text_of(request), now_s)
+            answers.ongoing.append(one)
+            self._open[request.id] = one
+            self._waiting.push(one)
+        self._idle.clear()
+        self._dispatch()
+        return answers
+
+    # -- asked by whoever runs it --
+
+    def drain(self) -> None:
+        """Take nothing new; what is here is finished."""
+        self.is_draining = True
+
+    async def idle(self) -> None:
+        """Until nothing is open."""
+        await self._idle.wait()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether a replica is left."""
+        return any(lane.error is None for lane in self._lanes)
+
+    @property
+    def open_requests(self) -> int:
+        return len(self._open)
+
+    @property
+    def waiting_requests(self) -> int:
+        """Those that no replica has yet."""
+        return len(self._waiting)
+
+    async def loads(self) -> dict[int, Load]:
+        """Of the replicas that live."""
+        alive = [lane for lane in self._lanes if lane.error is None]
+        found = await asyncio.gather(*(lane.replica.load() for lane in alive), return_exceptions=True)
+        return {lane.number: load for lane, load in zip(alive, found, strict=True) if isinstance(load, Load)}
+
+    # -- inside --
+
+    def _admit(
+        self,
+        prompt_token_ids: Sequence[int],
+        sampling: SamplingParams,
+        grammar: Grammar | None,
+        terms: Terms,
+    ) -> list[Request]:
+        """The request as its n sequences. Each sampled one has a seed, so that it can be run again."""
+        if self.is_draining:
+            raise Draining("the server is shutting down; ask another, or this one once it is back")
+        if not self.is_alive:
+            raise next(lane.error for lane in self._lanes if lane.error is not None)
         ids = list(prompt_token_ids)
-        check_tokens(ids, sampling, vocab=self._vocab, has_tokenizer=self._text is not None)
-        check_length(len(ids), sampling.max_tokens, self._limits)
-        stop_ids = frozenset(sampling.stop_token_ids) | (
-            frozenset() if sampling.ignore_eos else self._eos_ids
-        )
+        check_tokens(ids, sampling, vocab=self.vocab, has_tokenizer=self.text is not None)
+        check_length(len(ids), sampling.max_tokens, self.limits)
+        if not terms.is_batch:
+            self._check_queue(sampling.n, len(ids))
+        stop_ids = frozenset(sampling.stop_token_ids)
+        if grammar is not None or not sampling.ignore_eos:  # a grammar ends with eos and allows nothing else
+            stop_ids |= self._eos_ids
         seed = sampling.seed if sampling.seed is not None else self._seeds.getrandbits(62)
         return [
             Request(
@@ -149,94 +188,149 @@ class Coordinator:
                     sampling, seed=None if sampling.is_greedy else (seed + i) % 2**63, n=1
                 ),
                 stop_ids=stop_ids,
+                grammar=grammar,
             )
             for i in range(sampling.n)
         ]
 
-    def _route(self, request: Request, on_text: OnText | None) -> _Answer:
-        replica = self._choose()
-        text = None
-        if self._text is not None:
-            text = AnswerText(self._text, request.sampling.stop, request.sampling.min_tokens)
-        done: asyncio.Future[Completion] = asyncio.get_running_loop().create_future()
-        answer = _Answer(request, replica, done, text, on_text, time.perf_counter())
-        self._open[request.id] = answer
-        return answer
-
-    def _choose(self) -> int:
-        if len(self._dead) == len(self._replicas):
-            raise next(iter(self._dead.values()))
-        loads = {i: Outstanding(i, 0, 0) for i in range(len(self._replicas)) if i not in self._dead}
-        for answer in self._open.values():
-            if answer.replica in loads:
-                known = loads[answer.replica]
-                loads[answer.replica] = Outstanding(
-                    known.replica, known.requests + 1, known.tokens + answer.tokens_left
+    def _check_queue(self, requests: int, prompt_tokens: int) -> None:
+        """One that finds nobody waiting is taken, however long it is."""
+        waiting, limits = self._waiting, self._queue_limits
+        if not len(waiting):
+            return
+        asked = (
+            ("requests", len(waiting), requests, limits.requests),
+            ("prompt tokens", waiting.tokens, requests * prompt_tokens, limits.tokens),
+        )
+        for what, have, new, most in asked:
+            if most is not None and have + new > most:
+                least_s, most_s = _RETRY_S
+                estimate_s = self.meter.seconds_for(len(waiting), time.perf_counter()) or least_s
+                raise Overloaded(
+                    f"the queue is full: {have} {what} wait, {new} more would pass {most}; try again later",
+                    min(max(estimate_s, least_s), most_s),
                 )
-        return choose(list(loads.values()))
 
-    async def _gather(self, replica: int) -> None:
+    def _text_of(self, request: Request) -> AnswerText | None:
+        return None if self.text is None else AnswerText.of(self.text, request.sampling)
+
+    def _dispatch(self) -> None:
+        """Give those whose turn it is to replicas that have room."""
+        limits = self.limits
+        while len(self._waiting):
+            loads = (lane.outstanding for lane in self._lanes if lane.error is None)
+            rooms = [o for o in loads if has_room(o, limits.max_num_seqs, limits.max_num_batched_tokens)]
+            if not rooms:
+                return
+            one, lane = self._waiting.pop(), self._lanes[choose(rooms)]
+            one.replica, one.given_s = lane.number, time.perf_counter()
+            lane.requests += 1
+            lane.tokens += one.tokens_left
+            lane.unstarted_tokens += one.prompt_tokens
+            lane.submit(one.request)
+
+    async def _gather(self, lane: Lane) -> None:
         """One replica's tokens, for as long as it lives; its death fails what it was doing."""
         try:
-            async for tokens in self._replicas[replica].steps():
+            async for tokens in lane.replica.steps():
+                now_s = time.perf_counter()
+                self.meter.step(lane.number, len(tokens))
                 for token in tokens:
-                    await self._take(token)
+                    self._take(lane, token, now_s)
+                self._dispatch()
         except ShardwiseError as error:
-            self._fail(replica, error)
+            self._bury(lane, error)
         except Exception as error:  # ours to mend, but nobody may wait for ever because of it
-            self._fail(
-                replica, GangDied(f"replica {replica} cannot be read: {type(error).__name__}: {error}")
-            )
+            told = f"replica {lane.number} cannot be read: {type(error).__name__}: {error}"
+            self._bury(lane, GangDied(told))
             raise
 
-    def _fail(self, replica: int, error: ShardwiseError) -> None:
-        self._dead[replica] = error
-        for answer in list(self._open.values()):
-            if answer.replica == replica and not answer.done.done():
-                del self._open[answer.request.id]
-                answer.done.set_exception(error)
-                answer.done.exception()  # asked here, lest asyncio complain: submitting may have failed first
-
-    async def _take(self, token: Token) -> None:
-        answer = self._open.get(token.request_id)
-        if answer is None:  # finished by a stop string, or dropped
+    def _take(self, lane: Lane, token: Token, now_s: float) -> None:
+        one = self._open.get(token.request_id)
+        if one is None:  # finished by a stop string, or dropped
             return
-        if not answer.token_ids:
-            answer.first_token_s = time.perf_counter()
-        answer.token_ids.append(token.token_id)
+        if one.token_ids:
+            self.meter.gap_s.observe(now_s - one.last_token_s)
+        else:
+            self._begin(lane, one, now_s)
+        one.last_token_s = now_s
+        lane.tokens -= 1
+        one.token_ids.append(token.token_id)
         if token.logprobs is not None:
-            answer.logprobs.append(token.logprobs)
-        reason = token.finish_reason
-        if answer.text is not None:
-            is_stop_token = reason is FinishReason.STOP
-            self._show(answer, "" if is_stop_token else answer.text.push(token.token_id))
-            if answer.text.stopped and reason is None:
+            one.logprobs.append(token.logprobs)
+        new, reason = "", token.finish_reason
+        if one.text is not None:
+            new = one.text.push(token.token_id) if reason is not FinishReason.STOP else ""
+            if one.text.stopped and reason is None:
                 reason = FinishReason.STOP
-                await self._replicas[answer.replica].abort([token.request_id])
+                lane.abort(token.request_id)
+            if reason is not None:
+                new += one.text.finish()
+                reason = FinishReason.STOP if one.text.stopped else reason
+        one.answers.say(Update(one.choice, token.token_id, new, token.logprobs, reason))
         if reason is not None:
-            self._finish(answer, reason)
+            self._finish(one, reason, now_s)
 
-    def _show(self, answer: _Answer, new_text: str) -> None:
-        if new_text and answer.on_text is not None:
-            answer.on_text(new_text)
+    def _begin(self, lane: Lane, one: Ongoing, now_s: float) -> None:
+        one.first_token_s = now_s
+        prompt = one.prompt_tokens
+        lane.tokens -= prompt
+        lane.unstarted_tokens -= prompt
+        self.meter.first_token(prompt, one.given_s - one.asked_s, now_s - one.asked_s)
 
-    def _finish(self, answer: _Answer, reason: FinishReason) -> None:
-        del self._open[answer.request.id]
-        if answer.text is not None:
-            self._show(answer, answer.text.finish())
-            if answer.text.stopped:
-                reason = FinishReason.STOP
-        if answer.done.done():  # cancelled meanwhile
-            return
-        answer.done.set_result(
-            Completion(
-                request_id=answer.request.id,
-                prompt_tokens=len(answer.request.prompt_token_ids),
-                token_ids=answer.token_ids,
-                finish_reason=reason,
-                text=answer.text.text if answer.text is not None else None,
-                logprobs=answer.logprobs or None,
-                ttft_s=answer.first_token_s - answer.submitted_s,
-                latency_s=time.perf_counter() - answer.submitted_s,
-            )
-        )
+    def _finish(self, one: Ongoing, reason: FinishReason, now_s: float) -> None:
+        self._forget(one)
+        done = one.completion(reason, now_s)
+        self.meter.finish(reason, done.prompt_tokens, len(done.token_ids), done.ttft_s, done.latency_s, now_s)
+        one.answers.finish(one.choice, done)
+
+    def _forget(self, one: Ongoing) -> None:
+        """Out of every account."""
+        del self._open[one.request.id]
+        if one.replica < 0:
+            self._waiting.discard(one)
+        else:
+            lane = self._lanes[one.replica]
+            lane.requests -= 1
+            lane.tokens -= one.tokens_left
+            if not one.token_ids:
+                lane.unstarted_tokens -= one.prompt_tokens
+            self._waiting.charge(one.client, len(one.token_ids))
+        if not self._open:
+            self._idle.set()
+
+    def _drop(self, answers: Answers) -> None:
+        """Nobody wants the rest of these."""
+        now_s = time.perf_counter()
+        for one in answers.ongoing:
+            if one.request.id in self._open:
+                self._forget(one)
+                if one.replica >= 0:
+                    self._lanes[one.replica].abort(one.request.id)
+                latency_s = now_s - one.asked_s
+                ttft_s = one.first_token_s - one.asked_s if one.token_ids else latency_s
+                tokens = len(one.token_ids)
+                self.meter.finish(FinishReason.ABORT, one.prompt_tokens, tokens, ttft_s, latency_s, now_s)
+        self._dispatch()
+
+    def _fail(self, answers: Answers, error: ShardwiseError) -> None:
+        self.meter.failed[type(error).__name__] += 1
+        answers.fail(error)
+        self._drop(answers)
+
+    def _expire(self, answers: Answers, timeout_s: float) -> None:
+        told = f"the request's deadline of {timeout_s:g} s is over and its answer is not; give it more, or ask for less"
+        self._fail(answers, DeadlineExceeded(told))
+
+    def _refused(self, requests: Sequence[Request], error: ShardwiseError) -> None:
+        for request in requests:
+            if (one := self._open.get(request.id)) is not None:
+                self._fail(one.answers, error)
+
+    def _bury(self, lane: Lane, error: ShardwiseError) -> None:
+        """Its own requests fail; so do those that wait, if it was the last."""
+        lane.error = error
+        for one in list(self._open.values()):
+            is_lost = one.replica == lane.number or (one.replica < 0 and not self.is_alive)
+            if is_lost and one.request.id in self._open:  # its siblings may have taken it along
+                self._fail(one.answers, error)

@@ -87,6 +87,20 @@ _RANGES: Sequence[tuple[str, float, float]] = (
 )
 
 
+class GrammarKind(StrEnum):
+    JSON = "json"  # any JSON object; the source is empty
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+    EBNF = "ebnf"  # xgrammar's, which is llama.cpp's GBNF
+
+
+class Grammar(msgspec.Struct, frozen=True):
+    """What an answer's text must be, character by character."""
+
+    kind: GrammarKind
+    source: str = ""
+
+
 class Request(msgspec.Struct, frozen=True, kw_only=True):
     """One sequence to generate. `n` answers are n requests, made by the coordinator."""
 
@@ -96,16 +110,19 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
     stop_ids: frozenset[int] = (
         frozenset()
     )  # the model's eos ids (unless ignored) and the request's stop tokens
+    grammar: Grammar | None = None
 
 
 def check_tokens(
     prompt_token_ids: Sequence[int], sampling: SamplingParams, *, vocab: int, has_tokenizer: bool
 ) -> None:
     """Raises BadRequest where the model has no such tokens, or no text to find stop strings in."""
-    named = (*prompt_token_ids, *sampling.stop_token_ids)
-    outside = next((token_id for token_id in named if not 0 <= token_id < vocab), None)
-    if outside is not None:
-        raise BadRequest(f"token id {outside} is outside the vocabulary; it must be from 0 to {vocab - 1}")
+    for named in (prompt_token_ids, sampling.stop_token_ids):
+        if named and not (min(named) >= 0 and max(named) < vocab):
+            outside = next(token_id for token_id in named if not 0 <= token_id < vocab)
+            raise BadRequest(
+                f"token id {outside} is outside the vocabulary; it must be from 0 to {vocab - 1}"
+            )
     if sampling.stop and not has_tokenizer:
         raise BadRequest("stop strings need a tokenizer, and this model has none; use stop_token_ids")
 

@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 
 from cluster.errors import BadModel, BadRequest
 from orchestrator import gguf_tokenizer
+from orchestrator.request import SamplingParams
 from strategies.gguf_header import read_header
 from strategies.source import ModelSource, SourceKind
 
@@ -145,6 +146,10 @@ class AnswerText:
         self._detokenizer = Detokenizer(text)
         self._finder = StopFinder(stops)
         self._unsearched = min_tokens  # tokens still to come in which a stop string does not count
+
+    @classmethod
+    def of(cls, text: Text, sampling: SamplingParams) -> AnswerText:
+        return cls(text, sampling.stop, sampling.min_tokens)
 
     @property
     def stopped(self) -> bool:

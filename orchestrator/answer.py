@@ -1,0 +1,169 @@
+"""Answers on their way: what the coordinator knows of each, and how whoever asked hears of it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+
+from cluster.errors import ShardwiseError
+from orchestrator.request import Completion, FinishReason, Request, TokenLogprobs
+from orchestrator.text import AnswerText
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms a request is taken."""
+
+    client: str = ""  # whose it is: turns are fair between clients
+    is_batch: bool = False  # it may wait for all that are not
+    timeout_s: float | None = None  # from admission to the last token
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """One token of one answer."""
+
+    choice: int
+    token_id: int
+    text: str  # that it makes certain: often none, sometimes that of several tokens
+    logprobs: TokenLogprobs | None
+    finish_reason: FinishReason | None
+
+
+OnUpdate = Callable[[Update], None]
+
+
+class Answers:
+    """The answers to one request: all at the end (`await answers.all()`), or as they come (`stream`)."""
+
+    def __init__(self, n: int, drop: Callable[[Answers], None], on_update: OnUpdate | None) -> None:
+        """`drop` is called where somebody no longer wants them."""
+        self._drop, self._on_update = drop, on_update
+        self._finished: list[Completion | None] = [None] * n
+        self._left = n
+        self._is_over = False
+        self._all: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
+        self._ready: list[Update] = []
+        self._awaited: asyncio.Future[None] | None = None
+        self.timer: asyncio.TimerHandle | None = None  # the deadline's
+        self.ongoing: list[Ongoing] = []
+
+    async def all(self) -> list[Completion]:
+        """Cancelling it drops the request from its replica. Raises what ended it."""
+        try:
+            return await self._all
+        finally:
+            self.drop()
+
+    def stream(self) -> AsyncIterator[list[Update]]:
+        """Lists of updates until all is said. To be called in the turn of the loop in which they were asked for.
+
+        Leaving it early drops the request. Raises what ended it.
+        """
+        self._on_update = self._ready.append
+        return self._stream()
+
+    async def _stream(self) -> AsyncIterator[list[Update]]:
+        try:
+            while True:
+                if self._ready:
+                    ready = self._ready.copy()
+                    self._ready.clear()
+                    yield ready
+                elif self._all.done():
+                    self._all.result()
+                    return
+                else:
+                    self._awaited = asyncio.get_running_loop().create_future()
+                    await self._awaited
+        finally:
+            self.drop()
+
+    def drop(self) -> None:
+        """Nobody wants the rest."""
+        if not self._is_over:
+            self._all.cancel()
+            self._end()
+            self._drop(self)
+
+    # -- told by the coordinator --
+
+    def say(self, update: Update) -> None:
+        if self._on_update is not None:
+            self._on_update(update)
+            self._wake()
+
+    def finish(self, choice: int, completion: Completion) -> None:
+        self._finished[choice] = completion
+        self._left -= 1
+        if not self._left and not self._is_over:
+            if not self._all.done():  # cancelled, and about to be dropped
+                self._all.set_result([done for done in self._finished if done is not None])
+            self._end()
+
+    def fail(self, error: ShardwiseError) -> None:
+        if self._is_over:
+            return
+        if not self._all.done():
+            self._all.set_exception(error)
+            self._all.exception()  # asked here, lest asyncio complain where nobody waits any more
+        self._end()
+
+    def _end(self) -> None:
+        self._is_over = True
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
+
+
+@dataclass(slots=True, eq=False)
+class Ongoing:
+    """One answer that is not finished."""
+
+    request: Request
+    answers: Answers
+    choice: int
+    terms: Terms
+    text: AnswerText | None
+    asked_s: float
+    replica: int = -1  # -1: it waits for one
+    given_s: float = 0.0  # when a replica got it
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    @property
+    def client(self) -> str:
+        return self.terms.client
+
+    @property
+    def is_batch(self) -> bool:
+        return self.terms.is_batch
+
+    @property
+    def prompt_tokens(self) -> int:
+        return len(self.request.prompt_token_ids)
+
+    @property
+    def tokens_left(self) -> int:
+        prompt = 0 if self.token_ids else self.prompt_tokens
+        return prompt + self.request.sampling.max_tokens - len(self.token_ids)
+
+    def completion(self, reason: FinishReason, now_s: float) -> Completion:
+        return Completion(
+            request_id=self.request.id,
+            prompt_tokens=self.prompt_tokens,
+            token_ids=self.token_ids,
+            finish_reason=reason,
+            text=self.text.text if self.text is not None else None,
+            logprobs=self.logprobs or None,
+            ttft_s=self.first_token_s - self.asked_s,
+            latency_s=now_s - self.asked_s,
+        )

@@ -1,0 +1,74 @@
+"""What goes to one replica: requests and aborts, and the account of what it has not finished."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+
+from cluster.errors import GangDied, ShardwiseError
+from orchestrator.replica import Replica
+from orchestrator.request import Request
+from orchestrator.router import Outstanding
+
+OnRefused = Callable[[Sequence[Request], ShardwiseError], None]
+
+
+class Lane:
+    """Requests of one turn of the loop travel in one call, and so do those that come while a call is under way.
+
+    256 at once took a call each, a millisecond of the host apiece, while the replica began its first steps half empty.
+    """
+
+    def __init__(self, number: int, replica: Replica, on_refused: OnRefused) -> None:
+        """`on_refused` hears of requests that the replica did not take."""
+        self.number, self.replica, self._on_refused = number, replica, on_refused
+        self.error: ShardwiseError | None = None  # why it is dead
+        self.requests = self.tokens = self.unstarted_tokens = 0
+        self._new: dict[str, Request] = {}
+        self._unwanted: list[str] = []
+        self._sending: asyncio.Task[None] | None = None
+
+    @property
+    def outstanding(self) -> Outstanding:
+        return Outstanding(self.number, self.requests, self.tokens, self.unstarted_tokens)
+
+    def submit(self, request: Request) -> None:
+        self._new[request.id] = request
+        self._wake()
+
+    def abort(self, request_id: str) -> None:
+        """One that has not left yet stays here."""
+        if self._new.pop(request_id, None) is None and self.error is None:
+            self._unwanted.append(request_id)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._sending is None:
+            self._sending = asyncio.create_task(self._send())
+
+    async def _send(self) -> None:
+        await asyncio.sleep(0)  # whoever else asks in this turn
+        while self._new or self._unwanted:
+            await self._send_new()
+            await self._send_unwanted()
+        self._sending = None
+
+    async def _send_new(self) -> None:
+        new, self._new = list(self._new.values()), {}
+        if not new:
+            return
+        try:
+            await self.replica.submit(new)
+        except ShardwiseError as error:
+            self._on_refused(new, error)
+        except Exception as error:  # ours to mend, but nobody may wait for ever because of it
+            self._on_refused(new, GangDied(f"replica {self.number} takes no requests: {error!r}"))
+
+    async def _send_unwanted(self) -> None:
+        unwanted, self._unwanted = self._unwanted, []
+        if not unwanted:
+            return
+        try:
+            await self.replica.abort(unwanted)
+        except Exception:  # it is dead, and its stream says so: then they are dropped already
+            return

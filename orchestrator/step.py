@@ -45,6 +45,20 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs | None] | None = None
 
 
+def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows' tokens in two parts of about the same size, in their order; a row that lies across is cut."""
+    parts: tuple[list[Row], list[Row]] = [], []
+    left = sum(row.count for row in rows) // 2
+    for row in rows:
+        if 0 < left < row.count:
+            parts[0].append(Row(row.slot, row.start, left, False, row.token_id, row.new_block))
+            parts[1].append(Row(row.slot, row.start + left, row.count - left, row.samples, -1, -1))
+        else:
+            parts[left <= 0].append(row)
+        left -= row.count
+    return parts
+
+
 def whole_prompts(prompts: Sequence[list[int]], block_size: int) -> Step:
     """A step that runs prompts whole, in the first slots and the first blocks, outside any schedule."""
     admits: list[Admit] = []

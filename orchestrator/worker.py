@@ -31,6 +31,7 @@ from orchestrator.request import Request
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, whole_prompts
 from strategies import tensor
+from strategies.overlap import Overlap
 from strategies.plan import Shard
 from strategies.source import ModelSource
 from strategies.spec import ModelSpec
@@ -126,7 +127,8 @@ class Worker:
         with torch.device("meta"):
             self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
         load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded)
-        tensor.apply(self.model, spec, shard, self.collectives.stage)
+        self._overlap = Overlap(self.collectives.stage)
+        tensor.apply(self.model, spec, shard, self._overlap)
         return sum(p.nbytes for p in self.model.parameters())
 
     def _note_loaded(self, done: int, total: int) -> None:
@@ -187,7 +189,7 @@ class Worker:
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
             from orchestrator.engine.cuda_runner import CudaRunner
 
-            self.runner = CudaRunner(*parts, self._prompt_attention)
+            self.runner = CudaRunner(*parts, self._overlap, self._prompt_attention)
         else:
             self.runner = Runner(*parts)
 

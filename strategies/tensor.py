@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import BadLayout
 from strategies.plan import Shard
@@ -136,7 +136,12 @@ def _scaled(heads: range, head_dim: int) -> range:
     return range(heads.start * head_dim, heads.stop * head_dim)
 
 
-def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: StageGroup) -> None:
+class Sums(Protocol):
+    def all_reduce(self, tensor: Tensor) -> Tensor:
+        """Sum over the stage's ranks, in place and returned."""
+
+
+def apply(model: nn.Module, spec: ModelSpec, shard: Shard, group: Sums) -> None:
     """Turn a rank's transformer, built from `local_spec`, into its part of the whole. The model does not know."""
     if shard.tp == 1:
         return
@@ -178,7 +183,7 @@ class Vocabulary:
         return best_RP2[:, :, 1].gather(1, winner_R.unsqueeze(1)).squeeze(1).long()
 
 
-def _split_embedding(embed: nn.Module, rows: range, group: StageGroup) -> None:
+def _split_embedding(embed: nn.Module, rows: range, group: Sums) -> None:
     """Ids of other ranks' rows look up row 0 here and count as zero; the sum puts the rows together."""
     absent: list[Tensor] = []
 

@@ -18,6 +18,9 @@ class StageGroup(Protocol):
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """Sum over the stage's ranks, in place and returned; the same bits on every rank."""
 
+    def start_all_reduce(self, tensor: torch.Tensor) -> Incoming:
+        """Starts the same and returns, where it can; the tensor is nobody's until it has landed."""
+
     def all_gather_columns(self, tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[tokens, own width] → [tokens, sum of widths], columns in tp-rank order."""
 

@@ -41,6 +41,19 @@ def free_port(host: str = "127.0.0.1") -> int:
         return port
 
 
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """A tensor that is being received or summed (satisfies collectives.Incoming)."""
+
+    tensor: torch.Tensor
+    work: dist.Work | None
+
+    def landed(self) -> torch.Tensor:
+        if self.work is not None:
+            self.work.wait()
+        return self.tensor
+
+
 class RankGroup:
     """The ranks of one stage (satisfies StageGroup)."""
 
@@ -79,6 +92,14 @@ class RankGroup:
             else:
                 dist.all_reduce(tensor, group=self._group)
         return tensor
+
+    def start_all_reduce(self, tensor: torch.Tensor) -> Incoming:
+        """The same, beside what this stream computes next; a small one is done before that."""
+        small = self._one_shot is not None and self._one_shot.takes(tensor)
+        if self._group is None or small or tensor.is_cpu:
+            return Incoming(self.all_reduce(tensor), None)
+        with self._naming("all-reduce", tensor):
+            return Incoming(tensor, dist.all_reduce(tensor, group=self._group, async_op=True))
 
     def all_gather_columns(self, tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[tokens, own width] → [tokens, sum of widths], columns in rank order; `widths` of all ranks."""
@@ -144,18 +165,6 @@ class RankGroup:
         except RuntimeError as error:
             where = f"of {list(tensor.shape)} over ranks {self._ranks}"
             raise _gang_died(f"{what} {where}", self._rank, error) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """A tensor that is being received (satisfies collectives.Incoming)."""
-
-    tensor: torch.Tensor
-    work: dist.Work | None
-
-    def landed(self) -> torch.Tensor:
-        _finish(self.work)
-        return self.tensor
 
 
 class TorchCollectives:

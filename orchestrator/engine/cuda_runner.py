@@ -31,7 +31,7 @@ from orchestrator.engine.paged_attention import (
 )
 from orchestrator.engine.runner import Pending
 from orchestrator.engine.sampler import sample
-from orchestrator.engine.slots import Slots
+from orchestrator.engine.slots import Slots, sampling_ends
 from orchestrator.engine.told import (
     FIELDS,
     Ints32,
@@ -41,7 +41,8 @@ from orchestrator.engine.told import (
     told_of_rows,
 )
 from orchestrator.engine.warm_up import compile_kernels
-from orchestrator.step import Row, Step, whole_prompts
+from orchestrator.step import Row, Step, halves, whole_prompts
+from strategies.overlap import Overlap
 from strategies.plan import Shard
 from strategies.tensor import Vocabulary
 
@@ -49,6 +50,9 @@ CHUNK_ROWS = 8
 CHUNK_TOKENS = (16, 32, *range(64, 513, 64))
 """Steps of up to so many rows, which compute several tokens, are captured too: 512 tokens of Llama-3.1-8B take an
 H100 some 12 ms, no longer than launching 300 kernels one by one takes the host."""
+
+OVERLAP_TOKENS = 2048
+"""Steps of so many tokens run in two parts where ranks sum up, so that one's sums travel while the other computes."""
 
 MOST_ON_THEIR_WAY = 16  # steps whose tokens the first stage has not looked at: no step needed them
 
@@ -70,12 +74,16 @@ class CudaRunner:
         shard: Shard,
         collectives: Collectives,
         vocabulary: Vocabulary,
+        overlap: Overlap,
         prompt_attention: PromptAttention | None = None,
     ) -> None:
-        """`prompt_attention` serves steps that are not captured; without one Triton's does."""
+        """`overlap` is what the model's sums go through.
+
+        `prompt_attention` serves steps that are not captured; without one Triton's does.
+        """
         self.model, self.cache, self.slots, self.shard = model, cache, slots, shard
         self.collectives, self._vocabulary = collectives, vocabulary
-        self._prompt_attention = prompt_attention
+        self._overlap, self._prompt_attention = overlap, prompt_attention
         weight = next(model.parameters())
         self._device, self._dtype = weight.device, weight.dtype
         self._max_num_seqs, blocks = slots.tables.shape
@@ -187,7 +195,7 @@ class CudaRunner:
         """What a graph holds; a batch without graphs is padded all the same, so that it gives the same tokens."""
         told = self._told[: FIELDS * size].view(FIELDS, size)
         hidden_TE = self._layers(PagedBatch(told, size, None), self._hidden_TE[:size])
-        self._finish(hidden_TE, None, told[0])
+        self._finish(hidden_TE, told[0])
 
     # -- steps with short prompts --
 
@@ -200,8 +208,9 @@ class CudaRunner:
     def _chunk(self, tokens: int) -> None:
         prompts = Prompts.of(self._prompts, CHUNK_ROWS, tokens)
         told = self._told[: FIELDS * tokens].view(FIELDS, tokens)
-        hidden_TE = self._layers(PagedBatch(told, 0, prompts), self._hidden_TE[:tokens])
-        self._finish(hidden_TE, prompts.ends_R, prompts.keep_R)
+        wanted_R = prompts.ends_R if self.shard.is_last else None
+        hidden_XE = self._layers(PagedBatch(told, 0, prompts), self._hidden_TE[:tokens], wanted_R)
+        self._finish(hidden_XE, prompts.keep_R)
 
     def _tell_chunk(self, rows: Sequence[Row], tokens: int) -> None:
         self._tell(told_of_rows(rows, self.slots, tokens, self._on_device.scratch))
@@ -229,13 +238,13 @@ class CudaRunner:
         self._send(self._hidden_TE[:tokens].clone())  # the next step writes over them
         return None
 
-    def _finish(self, hidden_TE: Tensor, wanted_R: Tensor | None, slots_R: Tensor) -> None:
-        """Leaves the results where captured steps do; of all tokens where `wanted_R` does not say which."""
+    def _finish(self, hidden_XE: Tensor, slots_R: Tensor) -> None:
+        """Leaves the results where captured steps do: of all tokens, or on the last stage of those sampled after."""
         if not self.shard.is_last:
-            self._hidden_TE[: len(hidden_TE)] = hidden_TE
+            self._hidden_TE[: len(hidden_XE)] = hidden_XE
             return
         rows = len(slots_R)
-        logits_RV = self.model.logits(hidden_TE if wanted_R is None else hidden_TE[wanted_R])
+        logits_RV = self.model.logits(hidden_XE)
         self._logits_RV[:rows] = logits_RV
         self._sampled_R[:rows] = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(self._sampled_R[:rows], slots_R)
@@ -243,27 +252,42 @@ class CudaRunner:
     # -- any step --
 
     def _run_any(self, rows: Sequence[Row]) -> tuple[Tensor, Tensor] | None:
-        batch = self._batch_of(rows)
-        hidden_TE = self._layers(batch, self._received(batch.told_4T.shape[1]))
+        tokens = sum(row.count for row in rows)
+        parts = halves(rows) if self.shard.tp > 1 and tokens >= OVERLAP_TOKENS else (rows,)
+        sizes = [sum(row.count for row in part) for part in parts]
+        received_TE = self._received(tokens)
+        received = [None] * len(parts) if received_TE is None else torch.split(received_TE, sizes)
+        found = self._overlap.run([partial(self._part, *of) for of in zip(parts, received, strict=True)])
+        hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
         if not self.shard.is_last:
-            self._send(hidden_TE)
+            self._send(hidden_XE)
             return None
-        ends = np.cumsum([row.count for row in rows]) - 1
-        wanted = ends[[row.samples for row in rows]]
-        if not len(wanted):
+        if not len(hidden_XE):
             return self._logits_RV[:0], self._sampled_R[:0]
-        logits_RV = self.model.logits(hidden_TE[to_device(wanted, self._device)])
+        logits_RV = self.model.logits(hidden_XE)
         tokens_R = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
 
+    def _part(self, rows: Sequence[Row], received_TE: Tensor | None) -> Tensor:
+        """Hidden states of all tokens; on the last stage, of those that are sampled after."""
+        batch = self._batch_of(rows)
+        if not self.shard.is_last:
+            return self._layers(batch, received_TE)
+        ends = sampling_ends(rows)
+        # No kernel runs on nothing: where no row samples, the first token stands in.
+        wanted_R = to_device(ends if len(ends) else np.zeros(1, dtype=np.int64), self._device)
+        return self._layers(batch, received_TE, wanted_R)[: len(ends)]
+
     def _batch_of(self, rows: Sequence[Row]) -> PagedBatch:
         return batch_of(rows, self.slots, self._device, self._prompt_attention)
 
-    def _layers(self, batch: PagedBatch, received_TE: Tensor | None) -> Tensor:
+    def _layers(
+        self, batch: PagedBatch, received_TE: Tensor | None, wanted_R: Tensor | None = None
+    ) -> Tensor:
         context = PagedContext(self.cache, self._on_device, batch, self.model.spec, self.model.rope)
         x = context.token_ids_T if self.shard.is_first else received_TE
-        hidden_TE: Tensor = self.model(x, context)
+        hidden_TE: Tensor = self.model(x, context, wanted_R)
         return hidden_TE
 
     def _sampling_slots(self, rows: Sequence[Row]) -> Tensor:

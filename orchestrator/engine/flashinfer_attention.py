@@ -6,7 +6,8 @@ A start compiles none: what is not there is not used.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
@@ -26,6 +27,8 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 128, 256)  # of its kernels for Hopper and for all GPUs, 0.6.14
 WORKSPACE_BYTES = {"fa2": 128 * 2**20, "fa3": 2**20}
 """fa2 cuts long rows' keys into parts and sums them up here; FlashInfer's examples give it so much. fa3 cuts none."""
+
+PLANS = 4  # two steps' worth, each in two parts
 
 
 class Unusable(Exception):
@@ -66,27 +69,49 @@ class FlashInferPrefill:
 
     def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
         """`spec` is of the transformer that this rank runs. Raises Unusable."""
-        self._spec, self._dtype, self._device = spec, dtype, device
         flashinfer = _installed()
         self.version: str = flashinfer.__version__
         windows = set(spec.windows or (None,))
         backend = _backend(flashinfer, dtype, device)
         for window in windows:
             _require_compiled(flashinfer, backend, dtype, spec.head_dim, windowed=window is not None)
+        # Shared by all: one runs after the other.
         workspace = torch.empty(WORKSPACE_BYTES[backend], dtype=torch.uint8, device=device)
-        self._wrappers: dict[int | None, Any] = {
-            window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
-            for window in windows
-        }
-        self._planned: torch.cuda.Event | None = None
+        self._plans = deque(
+            _Plan(
+                {
+                    window: flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+                    for window in windows
+                },
+                spec,
+                dtype,
+                device,
+            )
+            for _ in range(PLANS)
+        )
 
-    def plan(self, rows: Sequence[Row], slots: Slots) -> None:
-        """For the calls of `attend` until the next plan."""
-        if self._planned is not None:
+    def plan(self, rows: Sequence[Row], slots: Slots) -> _Plan:
+        """Good until as many others are made as there are plans."""
+        self._plans.rotate()
+        self._plans[0].make(pages_of(rows, slots), slots.block_size)
+        return self._plans[0]
+
+
+class _Plan:
+    """What each window's wrapper knows of one step's rows (satisfies PlannedAttention)."""
+
+    def __init__(
+        self, wrappers: Mapping[int | None, Any], spec: ModelSpec, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self._wrappers, self._spec, self._dtype, self._device = wrappers, spec, dtype, device
+        self._left: torch.cuda.Event | None = None
+
+    def make(self, pages: Pages, block_size: int) -> None:
+        if self._left is not None:
             # A plan goes to the device from a pinned buffer of the wrapper's own, which the next is written to: the
             # last must have left. It has, unless the host is more than a step ahead.
-            self._planned.synchronize()
-        spec, pages = self._spec, pages_of(rows, slots)
+            self._left.synchronize()
+        spec = self._spec
         offsets_R1 = pinned(pages.offsets_R1, self._device)
         page_offsets_R1 = pinned(pages.page_offsets_R1, self._device)
         pages_P = pinned(pages.pages_P, self._device)
@@ -100,15 +125,15 @@ class FlashInferPrefill:
                 num_qo_heads=spec.heads,
                 num_kv_heads=spec.kv_heads,
                 head_dim_qk=spec.head_dim,
-                page_size=slots.block_size,
+                page_size=block_size,
                 causal=True,
                 sm_scale=spec.head_dim**-0.5,
                 window_left=-1 if window is None else window - 1,  # the keys beside the query's own
                 q_data_type=self._dtype,
                 kv_data_type=self._dtype,
             )
-        self._planned = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        self._planned.record()
+        self._left = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self._left.record()
 
     def attend(
         self,

@@ -62,8 +62,9 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
 
-    def forward(self, x_TE: Tensor, layer: int, context: AttentionContext) -> Tensor:
-        out: Tensor = self.o(context.attend(layer, self.qkv(x_TE), self.q_norm, self.k_norm))
+    def forward(self, x_TE: Tensor, layer: int, context: AttentionContext, wanted_R: Tensor | None) -> Tensor:
+        heads_TN = context.attend(layer, self.qkv(x_TE), self.q_norm, self.k_norm)
+        out: Tensor = self.o(heads_TN if wanted_R is None else heads_TN[wanted_R])
         return out
 
 
@@ -87,11 +88,21 @@ class Layer(nn.Module):
         self.mlp = MLP(spec)
 
     def forward(
-        self, x_TE: Tensor, residual_TE: Tensor | None, layer: int, context: AttentionContext
+        self,
+        x_TE: Tensor,
+        residual_TE: Tensor | None,
+        layer: int,
+        context: AttentionContext,
+        wanted_R: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """→ the MLP's output and the sum that it is to be added to: the next norm adds them."""
+        """→ the MLP's output and the sum that it is to be added to: the next norm adds them.
+
+        Of the tokens `wanted_R` alone where it is given: nothing that comes later needs the others.
+        """
         x_TE, residual_TE = self.input_norm(x_TE, residual_TE)
-        x_TE = self.attention(x_TE, layer, context)
+        x_TE = self.attention(x_TE, layer, context, wanted_R)
+        if wanted_R is not None:
+            residual_TE = residual_TE[wanted_R]
         x_TE, residual_TE = self.post_norm(x_TE, residual_TE)
         return self.mlp(x_TE), residual_TE
 
@@ -108,12 +119,17 @@ class Transformer(nn.Module):
         self.head = Linear(spec.hidden, spec.vocab, bias=False) if head else None
         self.rope = Rope(spec.rope, spec.head_dim, spec.max_positions)
 
-    def forward(self, x: Tensor, context: AttentionContext) -> Tensor:
-        """Token ids [T], or the previous stage's hidden states [T, E] → hidden states [T, E], before the final norm."""
+    def forward(self, x: Tensor, context: AttentionContext, wanted_R: Tensor | None = None) -> Tensor:
+        """Token ids [T], or the previous stage's hidden states [T, E] → hidden states [T, E], before the final norm.
+
+        Those of the tokens `wanted_R` alone where it is given, which spares the last layer most of a prompt's work.
+        """
         x_TE = x if self.embed is None else self.embed(x)
         residual_TE = None
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x_TE, residual_TE = layer(x_TE, residual_TE, index, context)
+            wanted = wanted_R if index == last else None
+            x_TE, residual_TE = layer(x_TE, residual_TE, index, context, wanted)
         return x_TE if residual_TE is None else x_TE + residual_TE
 
     def logits(self, hidden_TE: Tensor) -> Tensor:

@@ -88,9 +88,11 @@ class Prompts:
 class PromptAttention(Protocol):
     """Another's attention of a step's prompts, instead of Triton's. Not in graphs: the host plans each step."""
 
-    def plan(self, rows: Sequence[Row], slots: Slots) -> None:
-        """For the calls of `attend` until the next plan."""
+    def plan(self, rows: Sequence[Row], slots: Slots) -> PlannedAttention:
+        """Good for both parts of two steps: the plan before the last three may be written over."""
 
+
+class PlannedAttention(Protocol):
     def attend(
         self,
         q_THD: Tensor,
@@ -100,7 +102,7 @@ class PromptAttention(Protocol):
         window: int | None,
         out_THD: Tensor,
     ) -> None:
-        """Over one layer of KVCache, which holds the rows' own K and V already."""
+        """Of the planned rows, over one layer of KVCache, which holds their own K and V already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,7 @@ class PagedBatch:
     told_4T: Tensor  # int32, see kernels/inputs.py
     decodes: int  # how many rows of one token lead
     prompts: Prompts | None
-    prompt_attention: PromptAttention | None = None  # planned for the prompts; None: Triton's
+    prompt_attention: PlannedAttention | None = None  # None: Triton's
 
 
 def batch_of(
@@ -120,14 +122,14 @@ def batch_of(
     tokens = sum(row.count for row in rows)
     told = told_of_rows(rows, slots, tokens, scratch=0)
     decodes = next((i for i, row in enumerate(rows) if row.count > 1), len(rows))
-    prompts = None
+    prompts, planned = None, None
     if decodes < len(rows):
         several = rows[decodes:]
         numbers = to_device(padded_prompts(several, len(several), scratch=0), device)
         prompts = Prompts.of(numbers, len(several), max(row.count for row in several))
         if prompt_attention is not None:
-            prompt_attention.plan(several, slots)
-    return PagedBatch(to_device(told, device), decodes, prompts, prompt_attention)
+            planned = prompt_attention.plan(several, slots)
+    return PagedBatch(to_device(told, device), decodes, prompts, planned)
 
 
 class PagedContext:

@@ -18,7 +18,7 @@ from orchestrator.engine.attention import Batch, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_host
-from orchestrator.engine.slots import Slots, positions
+from orchestrator.engine.slots import Ints, Slots, positions, sampling_ends
 from orchestrator.step import Row, Step, StepResult, whole_prompts
 from strategies.plan import Shard
 from strategies.tensor import Vocabulary
@@ -101,29 +101,32 @@ class Runner:
 
     def forward(self, step: Step) -> Tensor | None:
         """Logits of the rows that sample, [R, V], on the last stage; elsewhere the next stage gets the states."""
-        hidden_TE = self._layers(step)
-        if hidden_TE is None:
+        ends = sampling_ends(step.rows)
+        hidden_RE = self._layers(step, ends if len(ends) else None)
+        if hidden_RE is None:
             return None
-        ends = np.cumsum([row.count for row in step.rows]) - 1
-        wanted = ends[[row.samples for row in step.rows]]
-        if not len(wanted):
-            return hidden_TE.new_empty((0, self.model.spec.vocab))
-        own_RV = self.model.logits(hidden_TE[torch.from_numpy(wanted).to(self._device)])
-        return self._vocabulary.whole(own_RV)
+        if not len(ends):
+            return hidden_RE.new_empty((0, self.model.spec.vocab))
+        return self._vocabulary.whole(self.model.logits(hidden_RE))
 
     @torch.inference_mode()
     def score(self, token_ids: list[int]) -> Tensor | None:
         hidden_TE = self._layers(whole_prompts([token_ids], self.slots.block_size))
         return None if hidden_TE is None else self._vocabulary.whole(self.model.logits(hidden_TE))
 
-    def _layers(self, step: Step) -> Tensor | None:
-        """This rank's layers: hidden states on the last stage; elsewhere they are sent on."""
+    def _layers(self, step: Step, wanted_R: Ints | None = None) -> Tensor | None:
+        """This rank's layers: hidden states on the last stage; elsewhere they are sent on.
+
+        Of the tokens `wanted_R` alone, where it is given and this is the last stage.
+        """
         self.slots.remember(step)
         batch = self._batch(step.rows)
         context = SdpaContext(self.cache, batch, self.model.spec, self.model.rope)
-        hidden_TE: Tensor = self.model(self._input(batch), context)
         if self.shard.is_last:
-            return hidden_TE
+            wanted = None if wanted_R is None else torch.from_numpy(wanted_R).to(self._device)
+            found: Tensor = self.model(self._input(batch), context, wanted)
+            return found
+        hidden_TE: Tensor = self.model(self._input(batch), context)
         assert self.collectives.next_rank is not None
         self.collectives.send(hidden_TE, self.collectives.next_rank)
         return None

@@ -19,6 +19,12 @@ def positions(starts: Ints, counts: Ints) -> Ints:
     return np.arange(counts.sum()) - np.repeat(ends - counts - starts, counts)
 
 
+def sampling_ends(rows: Sequence[Row]) -> Ints:
+    """The last token, among all tokens of the rows, of each row that samples."""
+    ends = np.cumsum([row.count for row in rows], dtype=np.int64) - 1
+    return ends[[row.samples for row in rows]]
+
+
 class Slots:
     """Each slot's tokens, sampling parameters and block table."""
 

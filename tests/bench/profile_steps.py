@@ -1,0 +1,172 @@
+"""Where a step's time goes on the GPU, by kernel and gap: `python -m tests.bench.profile_steps --layout tp2 …`.
+
+A process a rank, without Ray or channels: each drives a scheduler of its own, which comes to the same steps, since
+every request runs to its full length. Prints the first rank's kernels of some prefill steps and of some decode steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections import defaultdict, deque
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+from cluster.collectives.torch_dist import free_port
+from launch.models import resolve
+from orchestrator.request import Request, SamplingParams
+from orchestrator.scheduler import Scheduler, SchedulerConfig
+from orchestrator.step import Step, StepResult
+from orchestrator.worker import EngineConfig, Worker
+from strategies.pipeline import shard_replica
+from strategies.plan import ParallelDims
+from strategies.source import spec_of
+
+PREFILL_STEPS, DECODE_STEPS = 3, 8
+SHOWN = 16  # kernels in a table
+
+
+class Driver:
+    """Runs the scheduler's steps on one rank, as the leader does, with made-up tokens where a rank learns none."""
+
+    def __init__(self, worker: Worker, args: argparse.Namespace) -> None:
+        self.worker, self.scheduler = worker, Scheduler(worker.limits)
+        self._in_flight: deque[tuple[Step, Any]] = deque()
+        sampling = SamplingParams(max_tokens=2 * DECODE_STEPS + 64, ignore_eos=True)
+        for i in range(args.requests):
+            prompt = [(i * 7919 + j) % worker.config.spec.vocab for j in range(args.prompt_tokens)]
+            self.scheduler.add(Request(id=f"{i}", prompt_token_ids=prompt, sampling=sampling))
+
+    def step(self) -> Step:
+        step = self.scheduler.schedule()
+        assert step is not None, "the requests came to their end"
+        self._in_flight.append((step, self.worker.runner.run(step)))
+        if len(self._in_flight) == self.worker.limits.depth:
+            self.take_in()
+        return step
+
+    def take_in(self) -> None:
+        step, pending = self._in_flight.popleft()
+        if pending is not None:
+            pending.result()
+        self.scheduler.update(StepResult(step.id, [0] * sum(row.samples for row in step.rows)))
+
+
+def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
+    source = resolve(args.model)
+    spec = spec_of(source)
+    dims = ParallelDims.parse(args.layout)
+    worker = Worker()
+    config = EngineConfig(
+        source,
+        spec,
+        "bfloat16",
+        args.device,
+        dummy_weights=True,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        memory_utilization=0.88,
+    )
+    worker.join(config, shard_replica(spec, dims)[rank], f"tcp://127.0.0.1:{port}", rank)
+    worker.load()
+    if args.device == "cuda":
+        path, why = worker.choose_attention()
+        if not rank:
+            print(f"prompts' attention: {path}: {why}")
+    blocks = worker.fit_blocks()
+    limits = SchedulerConfig(
+        min(blocks, args.requests * (args.prompt_tokens + 256) // 16),
+        max_num_seqs=max(args.requests, 8),
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        groups=dims.pp,
+        prefix_caching=False,
+        run_ahead=args.device == "cuda",
+    )
+    worker.allocate(limits)
+    worker.capture()
+    if not rank:
+        print(f"{blocks * 16} KV tokens; sums: {worker.collectives.stage.path}")
+    driver = Driver(worker, args)
+    driver.step()  # what a first step sets up
+    profile(driver, PREFILL_STEPS, rank, "prefill")
+    while max(row.count for row in driver.step().rows) > 1:
+        pass
+    for _ in range(3):
+        driver.step()
+    profile(driver, DECODE_STEPS, rank, "decode")
+    worker.collectives.leave()
+
+
+def profile(driver: Driver, steps: int, rank: int, name: str) -> None:
+    on_gpu = driver.worker.device.type == "cuda"
+    activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
+    tokens = 0
+    _synchronize(on_gpu)
+    with torch.profiler.profile(activities=[activity]) as found:
+        began = time.perf_counter()
+        for _ in range(steps):
+            tokens += sum(row.count for row in driver.step().rows)
+        host_s = time.perf_counter() - began
+        _synchronize(on_gpu)
+        wall_s = time.perf_counter() - began
+    if rank:
+        return
+    kernels = [
+        (event.name(), event.start_ns() / 1e6, event.duration_ns() / 1e6)
+        for event in found.profiler.kineto_results.events()  # type: ignore[union-attr]
+        if event.device_type() != torch.autograd.DeviceType.CPU or not on_gpu
+    ]
+    print(
+        f"\n{name}: {steps} steps of {tokens / steps:.0f} tokens, {wall_s / steps * 1e3:.2f} ms each, ",
+        end="",
+    )
+    print(f"of which the host {host_s / steps * 1e3:.2f}")
+    show(kernels, steps)
+
+
+def show(kernels: Sequence[tuple[str, float, float]], steps: int) -> None:
+    """Of (name, start in ms, ms): the sums by name and what no kernel covers, all by step."""
+    total_ms: dict[str, float] = defaultdict(float)
+    count: dict[str, int] = defaultdict(int)
+    busy_ms, gaps_ms, end_ms = 0.0, [], kernels[0][1] if kernels else 0.0
+    for name, start_ms, ms in sorted(kernels, key=lambda kernel: kernel[1]):
+        total_ms[name] += ms
+        count[name] += 1
+        if start_ms > end_ms:
+            gaps_ms.append(start_ms - end_ms)
+        busy_ms += max(0.0, start_ms + ms - max(end_ms, start_ms))
+        end_ms = max(end_ms, start_ms + ms)
+    long = [gap for gap in gaps_ms if gap > 0.02]
+    print(f"  busy {busy_ms / steps:.3f} ms, kernels added up {sum(total_ms.values()) / steps:.3f}, ", end="")
+    print(
+        f"gaps {sum(gaps_ms) / steps:.3f}, of these over 20 us {sum(long) / steps:.3f} in {len(long) / steps:.1f}"
+    )
+    for name in sorted(total_ms, key=lambda name: -total_ms[name])[:SHOWN]:
+        each_us = total_ms[name] / count[name] * 1e3
+        print(
+            f"  {total_ms[name] / steps:9.3f} ms {count[name] / steps:6.1f} x {each_us:8.2f} us  {name[:110]}"
+        )
+
+
+def _synchronize(on_gpu: bool) -> None:
+    if on_gpu:
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layout", default="tp1")
+    parser.add_argument("--model", default="llama-3.1-8b")
+    parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
+    parser.add_argument("--requests", type=int, default=128)
+    parser.add_argument("--prompt-tokens", type=int, default=1024)
+    parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    args = parser.parse_args()
+    world_size = ParallelDims.parse(args.layout).world_size
+    multiprocessing.spawn(run_rank, (args, free_port()), nprocs=world_size)  # type: ignore[no-untyped-call]
+
+
+if __name__ == "__main__":
+    main()

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from launch.options import EngineOptions
+from orchestrator.engine.cuda_runner import OVERLAP_TOKENS
 from orchestrator.request import Request, SamplingParams
 from tests.engine import (
     Answer,
@@ -222,6 +223,18 @@ def test_layouts_give_transformers_tokens(layout: str, family: str, models: dict
         assert_greedy(judge, request.prompt_token_ids, answer.token_ids, f"{layout}, {family}")
     error = relative_l2(ours_TV, next_logits(judge, score[:1], [*score[1:], 0]))
     assert error < FLOAT32_ERROR, f"scores are off by {error:.2e}"
+
+
+def test_sums_that_travel_while_the_other_part_computes(llama: Model) -> None:
+    """Steps so long that they run in two parts, with decodes ahead of them and prompts cut in the middle."""
+    asked = llama.options("float32", max_num_batched_tokens=OVERLAP_TOKENS + 100, num_blocks=1024)
+    rnd, judge = random.Random(5), llama.float32()
+    lots = [[rnd.randrange(asked.spec.vocab) for _ in range(391)] for _ in range(24)]
+    sampling = SamplingParams(max_tokens=6, ignore_eos=True)
+    with served("tp2", asked) as found:
+        done = answers(found, asked, [(prompt, sampling) for prompt in lots])
+    for index, (prompt, answer) in enumerate(zip(lots, done, strict=True)):
+        assert_greedy(judge, prompt, answer.token_ids, f"request {index}")
 
 
 CONTEXT, MOST_CONTEXTS, ANSWER_TOKENS = 2048, 160, 6

@@ -119,7 +119,7 @@ def gpu_topology(report: GpuReport, gpus: Sequence[Gpu], *, peer_access: bool = 
         (i, j): _link(report, (gpus[i], gpus[j]), (sheets[i], sheets[j]), peer_access)
         for i, j in itertools.combinations(range(len(gpus)), 2)
     }
-    return Topology(_machine_name(gpus), devices, links)
+    return Topology(_machine_name(gpus), devices, links, report.driver)
 
 
 def link_kind(report: GpuReport, a: Gpu, b: Gpu, sheets: tuple[Sheet, Sheet]) -> LinkKind:

@@ -1,299 +1,302 @@
-"""What this machine really does: a few seconds of timed probes, kept on disk, put in place of the catalogue's
-priors.
+"""Times what this machine really does: a quick profile in a few seconds, or a full one in under a minute.
 
-The work that is timed is in cluster/probes.py, which imports torch; this module does not until it measures.
+What is timed is in probes.py (one device), link_probes.py (between devices) and copy_probes.py, which import torch;
+this module does not. What it makes, and where that is kept, is in profile.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-import multiprocessing
-import os
-import tempfile
+import socket
+import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from importlib.metadata import version
-from pathlib import Path
+from pathlib import Path as File
 from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
-
+from cluster.children import ChildFailed, Children, Ranks
 from cluster.errors import GangDied
-from cluster.topology import Device, Link, Provenance, Topology
+from cluster.paths import Curve, Op, Path
+from cluster.profile import (
+    FORMAT,
+    NOISY,
+    Detail,
+    DiskRead,
+    HostCopy,
+    MachineProfile,
+    PairCopy,
+    Rates,
+    fingerprint_of,
+    kept,
+    nccl_version,
+    profile_path,
+    save,
+)
+from cluster.topology import LinkKind, Topology
 
 if TYPE_CHECKING:
+    from cluster.link_probes import Swept
     from cluster.probes import Target
 
 Progress = Callable[[str], None]
-Point = tuple[int, float]  # bytes, seconds
 T = TypeVar("T")
 
-FORMAT = 1
-"""Of the file; one of another format is measured again."""
+PROBE_LIMIT_S = 120.0  # of what one device does alone: seconds, on a slow CPU a minute
+SWEEP_LIMIT_S = 60.0
+QUICK_PROBE_S = 0.2
+FULL_PROBE_S = 0.05  # of each of some hundred probes
 
-NOISY = 0.5
-"""Scatter above which a profile is called rough: quiet machines showed 0.06 to 0.16, busy ones 0.9 to 1.3."""
-
-
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """What one device does, or one pool of CPU cores."""
-
-    bandwidth_bytes_per_s: Mapping[str, float]  # dtype -> weights read by a product with one row
-    flops_per_s: Mapping[str, float]  # dtype -> a product with many rows, as in prefill
-    layer_overhead_s: float  # a layer whose sizes are next to nothing
-
-
-@dataclass(frozen=True, slots=True)
-class Fit:
-    """seconds = latency_s + moved / bytes_per_s, where an all-reduce of n moves 2(n-1)/n of its bytes."""
-
-    latency_s: float
-    bytes_per_s: float
-    residual: float  # the largest error at a measured size, as a share of its time
+QUICK_SIZES = {
+    "cpu": (2 << 10, 32 << 10, 256 << 10, 2 << 20),
+    "cuda": (4 << 10, 16 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20),
+}
+"""From one token's hidden state to a prefill chunk's."""
+FULL_SIZES = {
+    "cpu": tuple(1 << power for power in range(12, 29, 2)),  # 4 KB to 256 MB
+    "cuda": tuple(1 << power for power in range(12, 29)),
+}
+SLOW_S = {"cpu": 0.1, "cuda": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class MachineProfile:
-    format: int
-    machine: str  # Topology.name
-    fingerprint: str  # of devices, driver-given ids and torch: another one is another machine
-    measured_at: str  # ISO 8601, UTC
-    torch_version: str
-    rates: tuple[Rates, ...]  # one a GPU; of a CPU one for the whole pool, by one process with all cores
-    pool_at_once: Mapping[int, Rates] = field(default_factory=dict)  # CPU: ranks at work -> all together
-    all_reduce: Mapping[int, Fit] = field(default_factory=dict)  # by ranks
-    send_recv: Fit | None = None  # between the first two devices; None where there is one
+class Trusted:
+    """What ranks may use, and the environment that keeps NCCL to it (cluster/prove.py finds out)."""
 
-    @property
-    def scatter(self) -> float:
-        """The largest distance of a measured message time from its fit, as a share of it."""
-        hops = [self.send_recv] if self.send_recv else []
-        return max((fit.residual for fit in (*self.all_reduce.values(), *hops)), default=0.0)
+    paths: tuple[Path, ...]
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+
+def by_driver(topology: Topology) -> Trusted:
+    """What the driver says that there is, unproved."""
+    if topology.devices[0].kind == "cpu":
+        return Trusted((Path.GLOO,))
+    peers = any(link.kind in (LinkKind.NVLINK, LinkKind.PCIE) for link in topology.links.values())
+    return Trusted((Path.PEER, Path.MAPPED, Path.NCCL) if peers else (Path.MAPPED, Path.NCCL))
 
 
 def measure(
     topology: Topology,
-    cache_dir: Path | None,
+    cache_dir: File | None,
     progress: Progress,
     *,
     refresh: bool = False,
-    probe_s: float = 0.2,
+    full: bool = False,
+    trusted: Trusted | None = None,
+    probe_s: float | None = None,
 ) -> MachineProfile:
     """Times every device of `topology`, which must be this machine, and the links between them.
 
-    Takes some ten seconds, or none where `cache_dir` holds a profile of this very machine and `refresh` is
-    not set. Each of some 20 probes repeats for about `probe_s`: shorter is rougher. Raises GangDied where a
-    probing process dies.
+    Takes some ten seconds, or none where `cache_dir` holds a profile of this very machine and `refresh` is not set;
+    a kept full profile serves for a quick one. Each probe repeats for about `probe_s`: shorter is rougher. Raises
+    GangDied where a probing process dies.
     """
-    fingerprint = fingerprint_of(topology)
-    path = profile_path(cache_dir, fingerprint) if cache_dir else None
-    if path and not refresh and (cached := load(path, fingerprint)):
-        progress(f"using the profile of {cached.measured_at[:10]}, {path}")
+    cached = kept(cache_dir, topology) if cache_dir and not refresh else None
+    if cache_dir and cached and (cached.full or not full):
+        progress(f"using the profile of {cached.measured_at[:10]}, {profile_path(cache_dir, topology)}")
         return cached
-    profile = _measure_now(topology, fingerprint, progress, probe_s)
+    trusted = trusted or by_driver(topology)
+    repeat_s = probe_s or (FULL_PROBE_S if full else QUICK_PROBE_S)
+    count = len(topology.devices)
+    progress(f"measuring {topology.name}: starting {count} process{'es' * (count > 1)}")
+    with closing(Children(count, _environment(trusted), progress)) as children:
+        bench = Bench(children, topology, progress, repeat_s)
+        profile = _measure(bench, topology, trusted, cache_dir if full else None)
     if profile.scatter > NOISY:
         progress(
             f"times scatter by {profile.scatter:.0%}: something else runs here, so predictions will be rough"
         )
-    if path:
-        save(profile, path)
+    if cache_dir:
+        save(profile, profile_path(cache_dir, topology))
     return profile
 
 
-def profile_path(cache_dir: Path, fingerprint: str) -> Path:
-    return cache_dir / f"profile-{fingerprint}.json"
+def _environment(trusted: Trusted) -> dict[str, str]:
+    """Multicast is for no path of ours, and a fabric that only half supports it hangs."""
+    return {"TORCH_SYMM_MEM_DISABLE_MULTICAST": "1", **trusted.environment}
 
 
-def fingerprint_of(topology: Topology) -> str:
-    """Changes with the devices, their order, the cores that we may use, and torch."""
-    devices = [f"{device.name} {device.uuid} {device.memory_bytes}" for device in topology.devices]
-    facts = "\n".join([topology.name, version("torch"), *devices])
-    return hashlib.sha256(facts.encode()).hexdigest()[:16]
-
-
-def load(path: Path, fingerprint: str) -> MachineProfile | None:
-    """A kept profile; None if there is none, or it is of another machine, another format or half-written."""
-    try:
-        profile = msgspec.json.decode(path.read_bytes(), type=MachineProfile)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return profile if (profile.format, profile.fingerprint) == (FORMAT, fingerprint) else None
-
-
-def save(profile: MachineProfile, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(msgspec.json.format(msgspec.json.encode(profile)))
-    os.replace(file.name, path)  # whole or not at all, also for a second process
-
-
-def fit(points: Sequence[Point]) -> Fit:
-    """The line through (bytes, seconds) with the least squared relative error, its latency at least 0."""
-    weighted = [(1 / seconds**2, size, seconds) for size, seconds in points]
-    total = sum(w for w, _, _ in weighted)
-    # About the means: without them the sums of sizes that lie close together cancel to nothing.
-    mean_size = sum(w * size for w, size, _ in weighted) / total
-    mean_s = sum(w * seconds for w, _, seconds in weighted) / total
-    spread = sum(w * (size - mean_size) ** 2 for w, size, _ in weighted)
-    slope = sum(w * (size - mean_size) * (seconds - mean_s) for w, size, seconds in weighted) / spread
-    latency = mean_s - slope * mean_size
-    if latency < 0:
-        latency = 0.0
-        slope = sum(w * size * seconds for w, size, seconds in weighted) / sum(
-            w * size**2 for w, size, _ in weighted
-        )
-    if slope <= 0:  # all latency: the largest message bounds the bandwidth from below
-        size, seconds = max(points)
-        slope = seconds / size
-    residual = max(abs(latency + slope * size - seconds) / seconds for size, seconds in points)
-    return Fit(latency, 1 / slope, residual)
-
-
-def apply(profile: MachineProfile, topology: Topology, dtype: str) -> Topology:
-    """The topology with what was measured in place of priors.
-
-    `dtype` is the weights': it sets how fast they are read.
-    """
-    devices = tuple(_measured_device(profile, device, dtype) for device in topology.devices)
-    if profile.send_recv is None:
-        return replace(topology, devices=devices)
-    tried = topology.link(0, 1).kind
-    links = {
-        pair: _measured_link(profile, link) if link.kind is tried else link
-        for pair, link in topology.links.items()
-    }
-    return replace(topology, devices=devices, links=links)
-
-
-def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Device:
-    rates = _pool_rates(profile) if device.pool else profile.rates[device.index]
-    return replace(
-        device,
-        bandwidth_bytes_per_s=rates.bandwidth_bytes_per_s[dtype],
-        flops_per_s={**device.flops_per_s, **rates.flops_per_s},
-        layer_overhead_s=rates.layer_overhead_s,
-        provenance=Provenance.MEASURED,
-    )
-
-
-def _pool_rates(profile: MachineProfile) -> Rates:
-    """The best that a pool did, by one process or by several at once: what its ranks share.
-
-    Other programs only ever slow it down, so of two figures for the same cores the better is truer.
-    """
-    seen = [profile.rates[0], *profile.pool_at_once.values()]
-    return Rates(
-        {dtype: max(r.bandwidth_bytes_per_s[dtype] for r in seen) for dtype in seen[0].bandwidth_bytes_per_s},
-        {dtype: max(r.flops_per_s[dtype] for r in seen) for dtype in seen[0].flops_per_s},
-        min(r.layer_overhead_s for r in seen),
-    )
-
-
-def _measured_link(profile: MachineProfile, link: Link) -> Link:
-    """A group of any size is priced at the least all-reduce bandwidth that a measured one had."""
-    assert profile.send_recv is not None
-    return replace(
-        link,
-        latency_s=profile.send_recv.latency_s,
-        bytes_per_s=min(fit.bytes_per_s for fit in profile.all_reduce.values()),
-        all_reduce_latency_s={ranks: fit.latency_s for ranks, fit in profile.all_reduce.items()},
-        provenance=Provenance.MEASURED,
-    )
-
-
-def group_sizes(world_size: int) -> list[int]:
-    """2, 4, 8, … and all."""
-    powers = [2**i for i in range(1, world_size.bit_length()) if 2**i < world_size]
-    return [*powers, world_size] if world_size > 1 else []
-
-
-# --- measuring ----------------------------------------------------------------------------------------------
-
-
-def _measure_now(topology: Topology, fingerprint: str, progress: Progress, probe_s: float) -> MachineProfile:
-    # Spawned, not forked: CUDA does not survive a fork, nor do torch's threads.
-    context = multiprocessing.get_context("spawn")
-    world_size = len(topology.devices)
-    progress(f"measuring {topology.name}: starting {world_size} processes")
-    with ProcessPoolExecutor(world_size, mp_context=context) as pool:
-        bench = _Bench(pool, topology, progress, probe_s)
-        rates = bench.alone()
-        reduces, at_once = {}, {}
-        for ranks in group_sizes(world_size):
-            points, together = bench.together(ranks)
-            moved = 2 * (ranks - 1) / ranks
-            reduces[ranks] = fit([(int(moved * size), seconds) for size, seconds in points])
-            if topology.devices[0].pool:
-                at_once[ranks] = together
-        hop = fit(bench.hop()) if world_size > 1 else None
+def _measure(bench: Bench, topology: Topology, trusted: Trusted, folder: File | None) -> MachineProfile:
+    """In full where a `folder` is given, whose disk is timed too."""
+    start = time.monotonic()
+    rates = bench.alone()
+    details: list[Detail] = []
+    copies: list[HostCopy] = []
+    pairs: list[PairCopy] = []
+    disk: DiskRead | None = None
+    if folder is not None:
+        details = bench.details()
+        copies, details = bench.host_copies(details)
+        pairs = bench.pair_copies()
+        disk = bench.disk(folder)
+    swept = bench.sweeps(trusted.paths, full=folder is not None)
     return MachineProfile(
         format=FORMAT,
         machine=topology.name,
-        fingerprint=fingerprint,
+        fingerprint=fingerprint_of(topology),
         measured_at=datetime.now(UTC).isoformat(timespec="seconds"),
         torch_version=version("torch"),
+        driver=topology.driver,
+        nccl_version=nccl_version(),
+        devices=topology.devices,
+        links=tuple((a, b, link) for (a, b), link in sorted(topology.links.items())),
         rates=rates,
-        pool_at_once=at_once,
-        all_reduce=reduces,
-        send_recv=hop,
+        pool_at_once=swept.at_once,
+        curves=tuple(swept.curves),
+        absent={**swept.absent, **bench.absent},
+        details=tuple(details),
+        host_copies=tuple(copies),
+        pair_copies=tuple(pairs),
+        disk=disk,
+        seconds=round(time.monotonic() - start, 1),
     )
 
 
-class _Bench:
-    """The probing processes. The jobs of one group wait for each other, so each gets a process of its own."""
+@dataclass(slots=True)
+class _AllSwept:
+    curves: list[Curve] = field(default_factory=list)
+    absent: dict[str, str] = field(default_factory=dict)
+    at_once: dict[int, Rates] = field(default_factory=dict)
 
-    def __init__(
-        self, pool: ProcessPoolExecutor, topology: Topology, progress: Progress, probe_s: float
-    ) -> None:
-        self._pool, self._topology, self._progress, self._probe_s = pool, topology, progress, probe_s
+
+class Bench:
+    """The probes, one after the other, on processes that are handed in."""
+
+    def __init__(self, ranks: Ranks, topology: Topology, progress: Progress, probe_s: float) -> None:
+        self._ranks, self._topology, self._progress, self._probe_s = ranks, topology, progress, probe_s
+        self._on_cpu = topology.devices[0].kind == "cpu"
+        self._alone = 1 if topology.devices[0].pool else len(topology.devices)
+        self.absent: dict[str, str] = {}  # what could not be measured, and why
 
     def alone(self) -> tuple[Rates, ...]:
         """Each GPU, all at once: they share nothing that is timed. Of a CPU, one process with all cores."""
         from cluster import probes
 
         self._progress("memory bandwidth and matrix rate")
-        ranks = 1 if self._topology.devices[0].pool else len(self._topology.devices)
-        return tuple(self._on_each(ranks, probes.rates))
+        return tuple(self._needed(probes.rates, self._alone))
 
-    def together(self, ranks: int) -> tuple[list[Point], Rates]:
-        """All-reduces of the first `ranks` devices, and what those do in sum when all work at once."""
+    def details(self) -> list[Detail]:
         from cluster import probes
 
-        self._progress(f"all-reduce over {ranks}, and all {ranks} at work at once")
-        found = self._on_each(ranks, probes.group, self._meeting_place())
-        return found[0][0], _sum_rates([rates for _, rates in found])
+        self._progress("memory, products of 1 to 2048 rows in each format, launches")
+        return self._needed(probes.detail, self._alone)
 
-    def hop(self) -> list[Point]:
-        from cluster import probes
+    def host_copies(self, details: list[Detail]) -> tuple[list[HostCopy], list[Detail]]:
+        """And the details with the link that each GPU had while it copied."""
+        if self._on_cpu:
+            return [], details
+        from cluster import copy_probes
 
-        self._progress("send and receive")
-        points: list[Point] = self._on_each(2, probes.hop, self._meeting_place())[0]
-        return points
+        self._progress("copies between host and GPUs, alone and all at once")
+        found = self._needed(copy_probes.host_copies, len(self._topology.devices), meeting_place())
+        with_pcie = [
+            replace(detail, pcie_generation=generation, pcie_lanes=lanes)
+            for detail, (_, (generation, lanes)) in zip(details, found, strict=True)
+        ]
+        return [copy for copies, _ in found for copy in copies], with_pcie
 
-    def _on_each(self, ranks: int, job: Callable[..., T], *args: object) -> list[T]:
-        jobs = [self._pool.submit(job, self._target(rank, ranks), *args) for rank in range(ranks)]
+    def pair_copies(self) -> list[PairCopy]:
+        count = len(self._topology.devices)
+        if self._on_cpu or count == 1:
+            return []
+        from cluster import copy_probes
+
+        self._progress("copies from GPU to GPU")
         try:
-            return [done.result() for done in jobs]
-        except BrokenProcessPool as error:
+            [found] = self._ranks.each(copy_probes.pair_copies, [([*self._targets(count)],)], PROBE_LIMIT_S)
+            return found
+        except ChildFailed as error:
+            self.absent["copies from GPU to GPU"] = str(error)
+            return []
+
+    def disk(self, folder: File) -> DiskRead | None:
+        from cluster import copy_probes
+
+        self._progress(f"reading from the disk of {folder}")
+        try:
+            [found] = self._ranks.each(copy_probes.disk_read, [(str(folder),)], PROBE_LIMIT_S)
+            return found
+        except ChildFailed as error:
+            self.absent["disk"] = str(error)
+            return None
+
+    def sweeps(self, paths: Sequence[Path], *, full: bool) -> _AllSwept:
+        """Collectives of 2, 4, 8, … and all devices. A path that fails is told of and left out."""
+        swept = _AllSwept()
+        for ranks in group_sizes(len(self._topology.devices)):
+            for path in paths:
+                found = self._sweep(ranks, path, swept.absent, full=full)
+                if found is None:
+                    continue
+                swept.curves += found[0].curves
+                swept.absent |= found[0].absent
+                parts = [one.rates for one in found if one.rates is not None]
+                if parts:
+                    swept.at_once[ranks] = _sum_rates(parts)
+        return swept
+
+    def _sweep(self, ranks: int, path: Path, absent: dict[str, str], *, full: bool) -> list[Swept] | None:
+        from cluster.link_probes import Sweep, sweep
+
+        kind = self._topology.devices[0].kind
+        asked = Sweep(
+            ops=tuple(Op) if full else (Op.ALL_REDUCE, Op.SEND_RECV),
+            sizes=FULL_SIZES[kind] if full else QUICK_SIZES[kind],
+            paths=(path,),
+            slow_s=SLOW_S[kind],
+            rates_together=self._on_cpu,
+        )
+        self._progress(f"{'collectives' if full else 'all-reduce'} of {ranks} ranks by {path}")
+        jobs = [(target, meeting, asked) for target, meeting in self._met(ranks)]
+        try:
+            return self._ranks.each(sweep, jobs, SWEEP_LIMIT_S + (PROBE_LIMIT_S if self._on_cpu else 0))
+        except ChildFailed as error:
+            if self._on_cpu:  # it is the only path
+                raise GangDied(
+                    f"measuring {ranks} ranks of {self._topology.name} by {path}: {error}"
+                ) from error
+            absent[path.value] = str(error)
+            self._progress(f"{path} cannot be measured: {error}")
+            return None
+
+    def _needed(self, job: Callable[..., T], ranks: int, *args: object) -> list[T]:
+        try:
+            return self._ranks.each(job, [(t, *args) for t in self._targets(ranks)], PROBE_LIMIT_S)
+        except ChildFailed as error:
             where = self._topology.name
-            raise GangDied(f"a process that measured {where} died (out of memory?): {error}") from error
+            raise GangDied(f"a process that measured {where} failed (out of memory?): {error}") from error
 
-    def _target(self, rank: int, ranks: int) -> Target:
-        from cluster.discover import usable_cores
-        from cluster.probes import Target
+    def _met(self, ranks: int) -> list[tuple[Target, str]]:
+        meeting = meeting_place()
+        return [(target, meeting) for target in self._targets(ranks)]
 
-        device = self._topology.devices[rank]
-        threads = max(1, usable_cores() // ranks) if device.pool else 1
-        return Target(device.kind, device.uuid, rank, ranks, threads, self._probe_s)
+    def _targets(self, ranks: int) -> list[Target]:
+        return targets(self._topology, ranks, self._probe_s)
 
-    def _meeting_place(self) -> str:
-        from cluster.collectives.torch_dist import free_port
 
-        return f"tcp://127.0.0.1:{free_port()}"
+def targets(topology: Topology, ranks: int, probe_s: float) -> list[Target]:
+    """The first `ranks` devices, as the processes that work on them know them."""
+    from cluster.discover import usable_cores
+    from cluster.probes import Target
+
+    threads = max(1, usable_cores() // ranks) if topology.devices[0].pool else 1
+    return [
+        Target(d.kind, d.uuid, i, ranks, threads, probe_s) for i, d in enumerate(topology.devices[:ranks])
+    ]
+
+
+def meeting_place() -> str:
+    """An address on this host that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def group_sizes(world_size: int) -> list[int]:
+    """2, 4, 8, … and all."""
+    powers = [2**i for i in range(1, world_size.bit_length()) if 2**i < world_size]
+    return [*powers, world_size] if world_size > 1 else []
 
 
 def _sum_rates(parts: Sequence[Rates]) -> Rates:

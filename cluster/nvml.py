@@ -113,6 +113,19 @@ def read_vitals(uuids: Sequence[str], binding: Binding = None) -> tuple[Vitals, 
         return ()
 
 
+def read_pcie(uuid: str, binding: Binding = None) -> tuple[int | None, int | None]:
+    """(generation, lanes) of a GPU's link at this moment."""
+    nvml = _pynvml() if binding is None else binding
+    try:
+        with _session(nvml):
+            handle = nvml.nvmlDeviceGetHandleByUUID(uuid)
+            names = ("nvmlDeviceGetCurrPcieLinkGeneration", "nvmlDeviceGetCurrPcieLinkWidth")
+            generation, lanes = (_ask(nvml, name, handle) for name in names)
+            return generation, lanes
+    except nvml.NVMLError:
+        return None, None
+
+
 def _pynvml() -> Binding:
     import pynvml
 

@@ -1,8 +1,7 @@
-"""The work that cluster/measure.py times, each probe in a process of its own."""
+"""What cluster/measure.py times of a device by itself, each probe in a process of its own."""
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,9 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from cluster.collectives.torch_dist import TorchCollectives, join
-from cluster.measure import Point, Rates
+from cluster.profile import Detail, Rates
 
 LEAST_REPEATS = 3
-HOPS = 30  # there and back, by size
-TIMEOUT_S = 60.0
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 
 MATRIX = {"cpu": 2048, "cuda": 8192}
@@ -27,11 +23,13 @@ PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
 READ_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Least bytes of weights that a pass reads: caches (an H100's 50 MB) then hold little of the last pass."""
 
-MESSAGE_BYTES = {
-    "cpu": (2 << 10, 32 << 10, 256 << 10, 2 << 20),
-    "cuda": (4 << 10, 64 << 10, 1 << 20, 16 << 20),
-}
-"""From one token's hidden state to a prefill chunk's."""
+PRODUCT_ROWS = {"cpu": (1, 16, 64, 256), "cuda": (1, 16, 64, 256, 2048)}
+PRODUCT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "int8", "float8")}
+LEAST_INT8_ROWS = (
+    32  # torch._int_mm takes no fewer than 17; others are padded, as a kernel of ours would have to
+)
+LAUNCHES = 1000
+GRAPH_KERNELS = 200
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,55 +63,6 @@ def rates(target: Target) -> Rates:
         {name: _flops_per_s(target, device, getattr(torch, name)) for name in dtypes},
         _layer_s(target, device),
     )
-
-
-def group(target: Target, init_method: str) -> tuple[list[Point], Rates]:
-    """All-reduce times by size, and this rank's rates while the others measure theirs."""
-    collectives = _join(target, init_method, tp=target.ranks, pp=1)
-    device = target.open()
-
-    def timed(n_bytes: int) -> Point:
-        tensor = torch.zeros(n_bytes // 4, device=device)
-        first_s = _typical_s(lambda: collectives.stage.all_reduce(tensor), device, LEAST_REPEATS)
-        # All ranks must repeat equally often; their sum of first tries has the same bits on each.
-        tries_s = collectives.stage.all_reduce(torch.tensor([first_s], device=device)).item()
-        repeats = max(LEAST_REPEATS, min(200, int(target.probe_s * target.ranks / tries_s)))
-        return n_bytes, _typical_s(lambda: collectives.stage.all_reduce(tensor), device, repeats)
-
-    try:
-        points = [timed(n_bytes) for n_bytes in MESSAGE_BYTES[device.type]]
-        return points, rates(target)
-    finally:
-        collectives.leave()
-
-
-def hop(target: Target, init_method: str) -> list[Point]:
-    """Send times by size: half of a way there and back."""
-    collectives = _join(target, init_method, tp=1, pp=2)
-    device = target.open()
-    other = 1 - target.rank
-
-    def there_and_back(tensor: torch.Tensor) -> None:
-        if target.rank == 0:
-            collectives.send(tensor, other)
-        got = collectives.recv(tuple(tensor.shape), tensor.dtype, other)
-        if target.rank == 1:
-            collectives.send(got, other)
-
-    points = []
-    try:
-        for n_bytes in MESSAGE_BYTES[device.type]:
-            tensor = torch.zeros(n_bytes // 4, device=device)
-            seconds = _typical_s(functools.partial(there_and_back, tensor), device, HOPS) / 2
-            points.append((n_bytes, seconds))
-        return points
-    finally:
-        collectives.leave()
-
-
-def _join(target: Target, init_method: str, tp: int, pp: int) -> TorchCollectives:
-    backend = "gloo" if target.kind == "cpu" else "nccl"
-    return join(target.rank, tp * pp, tp, pp, init_method, backend, target.open(), TIMEOUT_S)
 
 
 def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> float:
@@ -209,3 +158,137 @@ def _last_level_cache_bytes(root: Path = Path("/sys/devices/system/cpu/cpu0/cach
     """Of the first core; 0 where the kernel does not say."""
     sizes = [path.read_text().strip() for path in root.glob("index*/size")]
     return max((int(size.rstrip("K")) << 10 for size in sizes if size.endswith("K")), default=0)
+
+
+# --- more closely -------------------------------------------------------------------------------------------
+
+
+def detail(target: Target) -> Detail:
+    """Of one device: memory, products by rows and dtype, launches."""
+    device = target.open()
+    read, copy = _memory_bytes_per_s(target, device)
+    products = {}
+    for dtype in PRODUCT_DTYPES[device.type]:
+        if _has(device, dtype):
+            products[dtype] = _products(target, device, dtype)
+    return Detail(
+        read_bytes_per_s=read,
+        copy_bytes_per_s=copy,
+        products=products,
+        product_size=MATRIX[device.type],
+        launch_s=_launch_s(device),
+        graph_kernel_s=_graph_kernel_s(device) if device.type == "cuda" else None,
+    )
+
+
+def _has(device: torch.device, dtype: str) -> bool:
+    """Whether the chip multiplies in it: int8 since Turing, bfloat16 since Ampere, float8 since Ada."""
+    if device.type == "cpu":
+        return True
+    if torch.version.hip:
+        return dtype in ("bfloat16", "float16")
+    least = {"int8": (7, 5), "bfloat16": (8, 0), "float8": (8, 9)}.get(dtype, (0, 0))
+    return torch.cuda.get_device_capability(device) >= least
+
+
+def _memory_bytes_per_s(target: Target, device: torch.device) -> tuple[float, float]:
+    """(read by a sum, read and written by a copy), over more bytes than caches hold."""
+    least = max(READ_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
+    source = torch.zeros(_room(device, least, 2) // 4, device=device)
+    target_tensor = torch.zeros_like(source)
+    read_s = _repeated_s(lambda: source.sum(), device, target.probe_s)
+    copy_s = _repeated_s(lambda: target_tensor.copy_(source), device, target.probe_s)
+    return source.nbytes / read_s, 2 * source.nbytes / copy_s
+
+
+def _room(device: torch.device, wanted: int, parts: int) -> int:
+    """Bytes to take for each of so many parts: no more than half of what is free."""
+    if device.type == "cpu":
+        return wanted
+    return min(wanted, torch.cuda.mem_get_info(device)[0] // (2 * parts))
+
+
+def _products(target: Target, device: torch.device, dtype: str) -> dict[int, float]:
+    """FLOP/s by rows. Each run goes through several weights, so that none is in a cache."""
+    n = MATRIX[device.type]
+    size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
+    count = max(2, _room(device, READ_BYTES[device.type] // 2, 1) // (n * n * size))
+    weights = [_weight(n, dtype, device) for _ in range(count)]
+    found = {}
+    for rows in PRODUCT_ROWS[device.type]:
+        run = _product(rows, n, dtype, device, weights)
+        seconds = _graphed_s(run, device, target.probe_s) if device.type == "cuda" else None
+        seconds = _repeated_s(run, device, target.probe_s / 4) if seconds is None else seconds
+        found[rows] = count * 2 * rows * n * n / seconds
+    return found
+
+
+def _weight(n: int, dtype: str, device: torch.device) -> torch.Tensor:
+    if dtype == "int8":
+        return torch.ones(n, n, dtype=torch.int8, device=device)
+    if dtype == "float8":
+        return torch.full((n, n), 0.01, device=device).to(torch.float8_e4m3fn)
+    return torch.full((n, n), 0.01, dtype=getattr(torch, dtype), device=device)
+
+
+def _product(
+    rows: int, n: int, dtype: str, device: torch.device, weights: list[torch.Tensor]
+) -> Callable[[], None]:
+    """One product with each weight."""
+    padded = max(rows, LEAST_INT8_ROWS) if dtype == "int8" else rows
+    x = _weight(n, dtype, device)[:padded].contiguous()
+    one = torch.ones((), device=device)
+
+    def int8() -> None:
+        for weight in weights:
+            torch._int_mm(x, weight.t())
+
+    def float8() -> None:
+        for weight in weights:
+            torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
+
+    def plain() -> None:
+        for weight in weights:
+            functional.linear(x, weight)
+
+    return {"int8": int8, "float8": float8}.get(dtype, plain)
+
+
+def _graphed_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:
+    """Of one run inside a CUDA graph, whose launch hides the host."""
+    graph = _captured(run)
+    return _repeated_s(graph.replay, device, probe_s)
+
+
+def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        run()
+    return graph
+
+
+def _launch_s(device: torch.device) -> float:
+    """Host time of an operation on next to nothing, launched one after the other."""
+    x = torch.zeros(1, device=device)
+
+    def launches() -> None:
+        for _ in range(LAUNCHES):
+            x.zero_()
+
+    return _typical_s(launches, device, LEAST_REPEATS) / LAUNCHES
+
+
+def _graph_kernel_s(device: torch.device) -> float:
+    """A kernel that does next to nothing, as one of many in a CUDA graph."""
+    x = torch.zeros(1, device=device)
+
+    def kernels() -> None:
+        for _ in range(GRAPH_KERNELS):
+            x.add_(1)
+
+    return _typical_s(_captured(kernels).replay, device, LEAST_REPEATS) / GRAPH_KERNELS

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from cluster.paths import Curve
+
 
 class LinkKind(StrEnum):
     NVLINK = "nvlink"
@@ -48,6 +50,10 @@ class Device:
     pci: str = ""
     numa: int = 0
     usd_per_hour: float | None = None  # rented, or owned over three years; None where unknown
+    products: Mapping[str, Mapping[int, float]] = field(
+        default_factory=dict
+    )  # dtype -> rows -> FLOP/s, measured
+    host_bytes_per_s: float | None = None  # from pinned host memory while all GPUs copy; None: not measured
     provenance: Provenance = Provenance.DATASHEET
 
 
@@ -57,6 +63,7 @@ class Link:
     latency_s: float  # of a small message, and of a small all-reduce of two ranks
     bytes_per_s: float  # one direction
     all_reduce_latency_s: Mapping[int, float] = field(default_factory=dict)  # by ranks; empty: from latency_s
+    curves: tuple[Curve, ...] = ()  # of groups over such links, by path, as measured; see cluster/paths.py
     provenance: Provenance = Provenance.DATASHEET
 
 
@@ -65,6 +72,7 @@ class Topology:
     name: str
     devices: tuple[Device, ...]
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)  # (low index, high index)
+    driver: str = ""  # its version; empty without one, and of a machine that is elsewhere
 
     def link(self, a: int, b: int) -> Link:
         """The path between two devices, by index, in either order."""

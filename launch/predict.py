@@ -6,9 +6,10 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster import measure
 from cluster.discover import discover
 from cluster.errors import BadLayout, NoFeasiblePlan
+from cluster.measure import measure
+from cluster.profile import apply, kept
 from cluster.topology import Topology
 from launch.options import EngineOptions
 from launch.progress import Progress
@@ -22,15 +23,14 @@ from strategies.spec import Objective, Workload
 def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
     """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
     found = _found(options, cpu_ranks)
-    fingerprint = measure.fingerprint_of(found)
-    earlier = measure.load(measure.profile_path(cache_directory(), fingerprint), fingerprint)
-    return found if earlier is None else measure.apply(earlier, found, options.dtype)
+    earlier = kept(cache_directory(), found)
+    return found if earlier is None else apply(earlier, found, options.dtype)
 
 
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
     """The same, measured now if it never was."""
     found = _found(options)
-    return measure.apply(measure.measure(found, cache_directory(), progress.say), found, options.dtype)
+    return apply(measure(found, cache_directory(), progress.say), found, options.dtype)
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:

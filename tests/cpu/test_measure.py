@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from cluster.discover import discover
-from cluster.measure import apply, fingerprint_of, measure
+from cluster.measure import measure
+from cluster.profile import apply, fingerprint_of
 from cluster.topology import Provenance
 
 

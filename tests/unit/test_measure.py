@@ -3,34 +3,52 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
+from importlib.metadata import version
+from pathlib import Path as File
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cluster.discover import Cpu, cpu_topology, discover
-from cluster.measure import (
+from cluster.measure import group_sizes, measure
+from cluster.paths import Curve, Op, Path, curve_of, fit
+from cluster.profile import (
     FORMAT,
-    Fit,
     MachineProfile,
     Rates,
     apply,
+    changes,
     fingerprint_of,
-    fit,
-    group_sizes,
-    load,
-    measure,
+    kept,
+    profile_path,
+    read,
     save,
 )
 from cluster.topology import LinkKind, Provenance
-from tests.fake_nvml import FakeGpu, FakeNvml, dual_h100
+from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100
 
 CPU = cpu_topology(2, Cpu("Some CPU", cores=2, memory_bytes=1 << 34, free_bytes=1 << 33))
 
 
 def rates(scale: float) -> Rates:
     return Rates({"float32": 10e9 * scale, "bfloat16": 6e9 * scale}, {"float32": 1e11 * scale}, 1e-4 / scale)
+
+
+def line(
+    op: Op, path: Path, ranks: int, latency_s: float, bytes_per_s: float, in_graph: bool = False
+) -> Curve:
+    """A curve on the line that `fit` must find again: an all-reduce of n moves 2(n-1)/n of its bytes."""
+    share = 2 * (ranks - 1) / ranks if op is Op.ALL_REDUCE else 1.0
+    sizes = (4096, 65536, 1 << 20)
+    return curve_of(op, path, ranks, in_graph, [(n, latency_s + share * n / bytes_per_s) for n in sizes])
+
+
+CURVES = (
+    line(Op.ALL_REDUCE, Path.GLOO, 2, 2e-4, 2e9),
+    line(Op.ALL_REDUCE, Path.GLOO, 4, 5e-4, 1e9),
+    line(Op.SEND_RECV, Path.GLOO, 2, 9e-5, 3e9),
+)
 
 
 def profile_of(**changes: object) -> MachineProfile:
@@ -40,10 +58,13 @@ def profile_of(**changes: object) -> MachineProfile:
         fingerprint=fingerprint_of(CPU),
         measured_at="2026-01-01T00:00:00+00:00",
         torch_version="2.11",
+        driver="",
+        nccl_version="",
+        devices=CPU.devices,
+        links=tuple((a, b, link) for (a, b), link in CPU.links.items()),
         rates=(rates(1.0),),
         pool_at_once={2: rates(1.5)},
-        all_reduce={2: Fit(2e-4, 2e9, 0.1), 4: Fit(5e-4, 1e9, 0.1)},
-        send_recv=Fit(9e-5, 3e9, 0.1),
+        curves=CURVES,
     )
     return replace(profile, **changes)  # type: ignore[arg-type]
 
@@ -76,23 +97,51 @@ def test_times_that_do_not_grow_are_all_latency() -> None:
     assert found.bytes_per_s > 0
 
 
-def test_a_profile_is_kept_and_read_back(tmp_path: Path) -> None:
-    path = tmp_path / "deep" / "profile.json"
+def test_a_profile_is_kept_and_read_back(tmp_path: File) -> None:
+    path = profile_path(tmp_path / "deep", CPU)
     save(profile_of(), path)
-    assert load(path, fingerprint_of(CPU)) == profile_of()
+    assert kept(tmp_path / "deep", CPU) == profile_of()
     assert list(path.parent.iterdir()) == [path], "no half-written file beside it"
 
 
-def test_a_profile_of_another_machine_is_ignored(tmp_path: Path) -> None:
-    path = tmp_path / "profile.json"
-    save(profile_of(), path)
+def test_a_profile_of_another_machine_is_refused_with_what_changed(tmp_path: File) -> None:
+    path = profile_path(tmp_path, CPU)
+    save(profile_of(fingerprint="of another day", driver="550.54"), path)
+    assert kept(tmp_path, CPU) is None
+    found = read(path)
+    assert found is not None
+    assert "driver was 550.54, is absent" in changes(found, CPU)
     bigger = cpu_topology(2, Cpu("Some CPU", cores=2, memory_bytes=1 << 35, free_bytes=1 << 33))
-    assert load(path, fingerprint_of(bigger)) is None
+    assert changes(profile_of(torch_version=version("torch")), bigger) == [
+        "its devices or links are others now"
+    ]
+
+
+@pytest.mark.parametrize("content", ['{"format": 1, "machine":', "[]", '{"format": 1}'])
+def test_a_file_that_is_no_profile_is_measured_again(tmp_path: File, content: str) -> None:
+    path = profile_path(tmp_path, CPU)
+    path.write_text(content)
+    assert kept(tmp_path, CPU) is None
+    assert kept(tmp_path / "absent", CPU) is None
     save(profile_of(format=FORMAT + 1), path)
-    assert load(path, fingerprint_of(CPU)) is None
-    path.write_text('{"format": 1, "machine":')
-    assert load(path, fingerprint_of(CPU)) is None
-    assert load(tmp_path / "absent.json", fingerprint_of(CPU)) is None
+    assert kept(tmp_path, CPU) is None
+
+
+def test_a_profile_is_found_by_the_cards_and_the_links_they_may_use() -> None:
+    names = {
+        profile_path(File("."), topology).name
+        for topology in (
+            discover(binding=dual_h100()),
+            discover(binding=dual_h100(), peer_access=False),
+            discover(1, binding=dual_h100()),
+            discover(binding=dual_4090()),
+            CPU,
+        )
+    }
+    assert len(names) == 5
+    assert fingerprint_of(discover(binding=dual_h100())) != fingerprint_of(
+        replace(discover(binding=dual_h100()), driver="580.65")
+    )
 
 
 def test_free_memory_is_not_another_machine() -> None:
@@ -100,8 +149,8 @@ def test_free_memory_is_not_another_machine() -> None:
     assert fingerprint_of(busier) == fingerprint_of(CPU)
 
 
-def test_a_kept_profile_measures_nothing(tmp_path: Path) -> None:
-    save(profile_of(), tmp_path / f"profile-{fingerprint_of(CPU)}.json")
+def test_a_kept_profile_measures_nothing(tmp_path: File) -> None:
+    save(profile_of(), profile_path(tmp_path, CPU))
     said: list[str] = []
     assert measure(CPU, tmp_path, said.append) == profile_of()
     assert said[0].startswith("using the profile of 2026-01-01")
@@ -115,8 +164,9 @@ def test_apply_prices_a_pool_at_the_most_its_ranks_did() -> None:
     assert first.layer_overhead_s == pytest.approx(1e-4 / 1.5)
     assert first.provenance is Provenance.MEASURED
     link = topology.link(0, 1)
-    assert (link.latency_s, link.bytes_per_s) == (9e-5, 1e9)
-    assert link.all_reduce_latency_s == {2: 2e-4, 4: 5e-4}
+    assert (link.latency_s, link.bytes_per_s) == (pytest.approx(9e-5), pytest.approx(1e9))
+    assert link.all_reduce_latency_s == pytest.approx({2: 2e-4, 4: 5e-4})
+    assert link.curves == CURVES
     assert link.provenance is Provenance.MEASURED
     assert apply(profile_of(), CPU, "bfloat16").devices[0].bandwidth_bytes_per_s == 9e9
 
@@ -132,9 +182,11 @@ def test_apply_leaves_links_of_another_kind_alone() -> None:
     assert measured.link(1, 2) == here.link(1, 2)
 
 
-def test_scatter_is_the_worst_fit() -> None:
-    assert profile_of(all_reduce={2: Fit(1e-4, 1e9, 0.2)}, send_recv=Fit(1e-4, 1e9, 0.7)).scatter == 0.7
-    assert profile_of(all_reduce={}, send_recv=None).scatter == 0.0
+def test_scatter_is_gloos_distance_from_a_line() -> None:
+    assert profile_of().scatter < 1e-3
+    noisy = curve_of(Op.SEND_RECV, Path.GLOO, 2, False, [(4096, 1e-4), (8192, 3e-4), (16384, 1e-4)])
+    assert profile_of(curves=(*CURVES, noisy)).scatter == noisy.fit.residual > 0.3
+    assert profile_of(curves=()).scatter == 0.0
 
 
 def test_groups_are_powers_of_two_and_all() -> None:

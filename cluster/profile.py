@@ -1,0 +1,296 @@
+"""What a machine was measured to do: the profile as data, kept on disk, put in place of the catalogue's priors. Pure.
+
+cluster/measure.py makes it. A profile is found again by its GPUs' uuids and by which links they may use, and is
+refused where the driver, NCCL, torch or the devices are no longer those that were measured.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import os
+import tempfile
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path as File
+
+import msgspec
+
+from cluster.paths import Curve, Fit, Op, Path, envelope, fit, moved_share
+from cluster.topology import Device, Link, Provenance, Topology
+
+FORMAT = 2
+"""Of the file; one of another format is measured again."""
+
+NOISY = 0.5
+"""Scatter above which a profile is called rough: quiet machines showed 0.06 to 0.16, busy ones 0.9 to 1.3."""
+
+LINE_BYTES = 2 << 20
+"""Up to here a gloo message's time is a line of its size; beyond, caches end."""
+
+NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")  # newest first
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """What one device does, or one pool of CPU cores."""
+
+    bandwidth_bytes_per_s: Mapping[str, float]  # dtype -> weights read by a product with one row
+    flops_per_s: Mapping[str, float]  # dtype -> a product with many rows, as in prefill
+    layer_overhead_s: float  # a layer whose sizes are next to nothing
+
+
+@dataclass(frozen=True, slots=True)
+class Detail:
+    """The same more closely, of one GPU or of the CPU's pool."""
+
+    read_bytes_per_s: float  # a sum over memory beyond the caches
+    copy_bytes_per_s: float  # bytes read plus bytes written
+    products: Mapping[
+        str, Mapping[int, float]
+    ]  # dtype -> rows -> FLOP/s with a weight of `product_size` squared
+    product_size: int
+    launch_s: float  # host time to launch a kernel that does nothing
+    graph_kernel_s: float | None = None  # such a kernel's share of a CUDA graph; None on a CPU
+    pcie_generation: int | None = None  # while copies ran
+    pcie_lanes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class HostCopy:
+    """Between host memory and a GPU."""
+
+    device: int
+    to_device: bool
+    pinned: bool
+    together: bool  # both directions on all GPUs at once; else alone on the machine
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class PairCopy:
+    """From one GPU's memory to another's by a copy engine, over whatever path the driver takes."""
+
+    source: int
+    target: int
+    bytes_per_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class DiskRead:
+    path: str
+    bytes_per_s: float
+    direct: bool  # past the page cache; else the file system refused that
+
+
+@dataclass(frozen=True, slots=True)
+class MachineProfile:
+    format: int
+    machine: str  # Topology.name
+    fingerprint: str  # of devices, their links' kinds, driver, NCCL and torch
+    measured_at: str  # ISO 8601, UTC
+    torch_version: str
+    driver: str  # empty without one
+    nccl_version: str  # empty without it
+    devices: tuple[Device, ...]  # as found, with priors
+    links: tuple[tuple[int, int, Link], ...]
+    rates: tuple[Rates, ...]  # one a GPU; of a CPU one for the whole pool, by one process with all cores
+    pool_at_once: Mapping[int, Rates] = field(default_factory=dict)  # CPU: ranks at work -> all together
+    curves: tuple[Curve, ...] = ()
+    absent: Mapping[str, str] = field(default_factory=dict)  # path -> why it was not measured
+    details: tuple[Detail, ...] = ()  # as `rates`; empty in a quick profile
+    host_copies: tuple[HostCopy, ...] = ()
+    pair_copies: tuple[PairCopy, ...] = ()
+    disk: DiskRead | None = None
+    seconds: float = 0.0  # that measuring took
+
+    @property
+    def full(self) -> bool:
+        return bool(self.details)
+
+    @property
+    def all_reduce(self) -> dict[int, Fit]:
+        """By ranks: a line through the best path's time at each size, in a CUDA graph where there are such."""
+        counts = {curve.ranks for curve in self.curves if curve.op is Op.ALL_REDUCE}
+        return {ranks: found for ranks in sorted(counts) if (found := self._best(Op.ALL_REDUCE, ranks))}
+
+    @property
+    def send_recv(self) -> Fit | None:
+        """Between the first two devices; None where there is one."""
+        return self._best(Op.SEND_RECV, 2)
+
+    @property
+    def scatter(self) -> float:
+        """The largest distance of a gloo message from a line, as a share of its time: noise, as one line should do."""
+        lines = [
+            fit([point for point in curve.points if point[0] <= LINE_BYTES])
+            for curve in self.curves
+            if curve.path is Path.GLOO
+        ]
+        return max((line.residual for line in lines), default=0.0)
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.machine, self.devices, {(a, b): link for a, b, link in self.links}, self.driver)
+
+    def _best(self, op: Op, ranks: int) -> Fit | None:
+        for in_graph in (True, False):
+            points = envelope(self.curves, op, ranks, in_graph)
+            if points:
+                share = moved_share(op, ranks)
+                return fit([(int(share * size), seconds) for size, seconds in points])
+        return None
+
+
+# --- kept on disk -------------------------------------------------------------------------------------------
+
+
+def key_of(topology: Topology) -> str:
+    """Of the file's name: the devices, in their order, and the kinds of links that they may use."""
+    return _digest([topology.name, *(d.uuid for d in topology.devices), *_kinds(topology)])
+
+
+def fingerprint_of(topology: Topology) -> str:
+    """Changes with the devices, their order and links, the cores that we may use, driver, NCCL and torch."""
+    devices = [f"{device.name} {device.uuid} {device.memory_bytes}" for device in topology.devices]
+    software = [version("torch"), topology.driver, nccl_version()]
+    return _digest([topology.name, *devices, *_kinds(topology), *software])
+
+
+@functools.cache
+def nccl_version() -> str:
+    """Of NVIDIA's wheel, which torch's needs; empty where there is none."""
+    for name in NCCL_WHEELS:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            continue
+    return ""
+
+
+def profile_path(cache_dir: File, topology: Topology) -> File:
+    return cache_dir / f"profile-{key_of(topology)}.json"
+
+
+def kept(cache_dir: File, topology: Topology) -> MachineProfile | None:
+    """The profile of this very machine, as it is now; None if there is none."""
+    found = read(profile_path(cache_dir, topology))
+    return None if found is None or changes(found, topology) else found
+
+
+def read(path: File) -> MachineProfile | None:
+    """None if there is no file, or it is of another format or half-written."""
+    try:
+        found = msgspec.json.decode(path.read_bytes(), type=MachineProfile)
+    except (OSError, msgspec.DecodeError):
+        return None
+    return found if found.format == FORMAT else None
+
+
+def changes(profile: MachineProfile, topology: Topology) -> list[str]:
+    """What is no longer as it was when the profile was taken, in words; empty: it holds."""
+    if profile.fingerprint == fingerprint_of(topology):
+        return []
+    software = {
+        "torch": (profile.torch_version, version("torch")),
+        "driver": (profile.driver, topology.driver),
+        "NCCL": (profile.nccl_version, nccl_version()),
+        "machine": (profile.machine, topology.name),
+    }
+    words = [
+        f"{name} was {then or 'absent'}, is {now or 'absent'}"
+        for name, (then, now) in software.items()
+        if then != now
+    ]
+    return words or ["its devices or links are others now"]
+
+
+def save(profile: MachineProfile, path: File) -> None:
+    write_whole(msgspec.json.format(msgspec.json.encode(profile)), path)
+
+
+def write_whole(content: bytes, path: File) -> None:
+    """The file is there whole or not at all, also for a second process."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
+        file.write(content)
+    os.replace(file.name, path)
+
+
+def _digest(facts: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(facts).encode()).hexdigest()[:16]
+
+
+def _kinds(topology: Topology) -> list[str]:
+    return [f"{a}-{b} {link.kind}" for (a, b), link in sorted(topology.links.items())]
+
+
+# --- in place of priors -------------------------------------------------------------------------------------
+
+
+def apply(profile: MachineProfile, topology: Topology, dtype: str) -> Topology:
+    """The topology with what was measured in place of priors.
+
+    `dtype` is the weights': it sets how fast they are read.
+    """
+    devices = tuple(_measured_device(profile, device, dtype) for device in topology.devices)
+    if profile.send_recv is None:
+        return replace(topology, devices=devices)
+    tried = topology.link(0, 1).kind
+    links = {
+        pair: _measured_link(profile, link) if link.kind is tried else link
+        for pair, link in topology.links.items()
+    }
+    return replace(topology, devices=devices, links=links)
+
+
+def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Device:
+    index = 0 if device.pool else device.index
+    rates = _pool_rates(profile) if device.pool else profile.rates[index]
+    bandwidth = rates.bandwidth_bytes_per_s
+    detail = profile.details[index] if profile.details else None
+    to_device = [c.bytes_per_s for c in profile.host_copies if _feeds(c, device.index)]
+    return replace(
+        device,
+        bandwidth_bytes_per_s=bandwidth.get(dtype, max(bandwidth.values())),
+        flops_per_s={**device.flops_per_s, **rates.flops_per_s},
+        layer_overhead_s=rates.layer_overhead_s,
+        products=detail.products if detail else {},
+        host_bytes_per_s=min(to_device, default=None),
+        provenance=Provenance.MEASURED,
+    )
+
+
+def _feeds(copy: HostCopy, device: int) -> bool:
+    """Weights that stay in pinned host memory come this way, while the other GPUs' do too."""
+    return copy.device == device and copy.to_device and copy.pinned and copy.together
+
+
+def _pool_rates(profile: MachineProfile) -> Rates:
+    """The best that a pool did, by one process or by several at once: what its ranks share.
+
+    Other programs only ever slow it down, so of two figures for the same cores the better is truer.
+    """
+    seen = [profile.rates[0], *profile.pool_at_once.values()]
+    return Rates(
+        {dtype: max(r.bandwidth_bytes_per_s[dtype] for r in seen) for dtype in seen[0].bandwidth_bytes_per_s},
+        {dtype: max(r.flops_per_s[dtype] for r in seen) for dtype in seen[0].flops_per_s},
+        min(r.layer_overhead_s for r in seen),
+    )
+
+
+def _measured_link(profile: MachineProfile, link: Link) -> Link:
+    """A group of any size is priced at the least all-reduce bandwidth that a measured one had.
+
+    The curves themselves go with it, for whoever prices by message and path.
+    """
+    assert profile.send_recv is not None
+    return replace(
+        link,
+        latency_s=profile.send_recv.latency_s,
+        bytes_per_s=min(found.bytes_per_s for found in profile.all_reduce.values()),
+        all_reduce_latency_s={ranks: found.latency_s for ranks, found in profile.all_reduce.items()},
+        curves=profile.curves,
+        provenance=Provenance.MEASURED,
+    )

@@ -19,6 +19,8 @@ COMMANDS = {
     "compare": "predict, measure and check every layout on this machine",
     "generate": "answer prompts, under any layout",
     "validate": "the cost model beside figures that others measured, and its error",
+    "serve": "serve a model over OpenAI's HTTP API, under any layout",
+    "profile": "prove the links of this machine and time all that plans are made of",
     "doctor": "what is here, what is wrong with it, and the fix",
 }
 

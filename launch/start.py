@@ -13,6 +13,7 @@ from cluster.errors import BadLayout
 from cluster.gang import Call, Gang, Member, results
 from launch.options import EngineOptions
 from launch.progress import Progress
+from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
 from orchestrator.replica import GangReplica
 from orchestrator.scheduler import SchedulerConfig
@@ -27,6 +28,7 @@ LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen l
 CALL_TIMEOUT_S = 120.0
 LOOK_S = 0.25  # between two looks at a load
 LOOPBACK = "127.0.0.1"
+_NO_LIMITS = QueueLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +55,19 @@ class Deployment:
     weight_bytes: tuple[int, ...]  # of each rank, replica by replica
     scored: bytes  # float32 logits after each token of `score`, [T, vocabulary], of the first replica
 
-    def coordinator(self, options: EngineOptions, text: Text | None) -> Coordinator:
+    def coordinator(
+        self, options: EngineOptions, text: Text | None, queue: QueueLimits = _NO_LIMITS
+    ) -> Coordinator:
         """The one that these replicas will ever have: their tokens come to it, and they end when it leaves."""
         spec = options.spec
         return Coordinator(
-            self.replicas, self.limits, vocab=spec.vocab, eos_ids=spec.eos_ids, text=text, seed=options.seed
+            self.replicas,
+            self.limits,
+            vocab=spec.vocab,
+            eos_ids=spec.eos_ids,
+            text=text,
+            seed=options.seed,
+            queue=queue,
         )
 
 

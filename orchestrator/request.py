@@ -32,6 +32,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     seed: int | None = None
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True  # in text
     ignore_eos: bool = False
     logprobs: int | None = None  # top log-probabilities beside each token's own
     n: int = 1
@@ -88,7 +90,6 @@ _RANGES: Sequence[tuple[str, float, float]] = (
 
 
 class GrammarKind(StrEnum):
-    JSON = "json"  # any JSON object; the source is empty
     JSON_SCHEMA = "json_schema"
     REGEX = "regex"
     EBNF = "ebnf"  # xgrammar's, which is llama.cpp's GBNF
@@ -98,7 +99,7 @@ class Grammar(msgspec.Struct, frozen=True):
     """What an answer's text must be, character by character."""
 
     kind: GrammarKind
-    source: str = ""
+    source: str
 
 
 class Request(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,130 @@
+"""The application: what is asked where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import msgspec
+from fastapi import FastAPI, Request
+from starlette.responses import Response
+from starlette.types import ASGIApp
+
+from launch.http import errors
+from launch.http.chat import chat, encode_chat
+from launch.http.completions import completions
+from launch.http.errors import ApiError
+from launch.http.guard import Guard, HttpLimits, Keys
+from launch.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from launch.http.service import Service
+from orchestrator.request import SamplingParams, check_tokens
+
+_NO_SAMPLING = SamplingParams()
+_RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"description": "An error, as OpenAI tells it"}}
+
+
+def create_app(
+    service: Service,
+    *,
+    keys: Sequence[str] = (),
+    limits: HttpLimits = HttpLimits(),  # noqa: B008  frozen
+    loopback_only: bool = False,
+) -> ASGIApp:
+    """`loopback_only`: without keys, requests must name the loopback interface as their host."""
+    app = FastAPI(title="shardwise", version=_version(), docs_url=None, redoc_url=None)
+    errors.install(app)
+    _add_models(app, service)
+    _add_tokens(app, service)
+    _add_probes(app, service)
+    return Guard(app, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
+
+
+def _version() -> str:
+    try:
+        return version("shardwise")
+    except PackageNotFoundError:  # run from its source
+        return "0.0.0"
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _add_models(app: FastAPI, service: Service) -> None:
+    def card(name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": service.created_s,
+            "owned_by": "shardwise",
+            "root": service.name,
+            "parent": None,
+            "max_model_len": service.coordinator.limits.max_model_len,
+        }
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [card(name) for name in service.names]})
+
+    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return _json(card(name))
+
+    @app.post("/v1/chat/completions", responses=_RESPONSES)
+    async def chat_completions(request: Request, asked: ChatRequest) -> Response:
+        return await chat(request, asked, service)
+
+    @app.post("/v1/completions", responses=_RESPONSES)
+    async def text_completions(request: Request, asked: CompletionRequest) -> Response:
+        return await completions(request, asked, service)
+
+
+def _add_tokens(app: FastAPI, service: Service) -> None:
+    @app.post("/tokenize", responses=_RESPONSES)
+    async def tokenize(asked: TokenizeRequest) -> Response:
+        service.check_model(asked.model)
+        if (asked.prompt is None) == (asked.messages is None):
+            raise ApiError(400, "give either prompt or messages", param="prompt")
+        if asked.prompt is not None:
+            tokens = await service.encode(asked.prompt, add_special_tokens=asked.add_special_tokens)
+        else:
+            tokens = await encode_chat(asked, service)
+        told: dict[str, Any] = {
+            "count": len(tokens),
+            "max_model_len": service.coordinator.limits.max_model_len,
+            "tokens": tokens,
+        }
+        if asked.return_token_strs:
+            text = service.text()
+            told["token_strs"] = [text.piece(token).decode(errors="replace") for token in tokens]
+        return _json(told)
+
+    @app.post("/detokenize", responses=_RESPONSES)
+    async def detokenize(asked: DetokenizeRequest) -> Response:
+        service.check_model(asked.model)
+        text = service.text()
+        check_tokens(asked.tokens, _NO_SAMPLING, vocab=service.coordinator.vocab, has_tokenizer=True)
+        return _json({"prompt": text.decode(asked.tokens, skip_special_tokens=False)})
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    @app.get("/livez")
+    async def livez() -> Response:
+        return Response(status_code=200)
+
+    async def ready() -> Response:
+        """Whether a new request would be taken."""
+        coordinator = service.coordinator
+        if coordinator.is_alive and not coordinator.is_draining:
+            return Response(status_code=200)
+        why = "draining" if coordinator.is_draining else "no replica is alive"
+        return _json({"status": why}, 503)
+
+    app.get("/readyz")(ready)
+    app.get("/health")(ready)
+
+    @app.get("/version")
+    async def versions() -> Response:
+        return _json({"version": _version(), "name": "shardwise"})

@@ -1,0 +1,79 @@
+"""From a parsed request to answers on their way: limits, grammar, deadline. The same for chat and completions."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+
+from fastapi import Request
+
+from cluster.errors import BadRequest
+from launch.http.guard import unused
+from launch.http.schemas import Open, Sampling, sampling_params
+from launch.http.service import Service
+from orchestrator import grammar as grammars
+from orchestrator.answer import Answers, Terms
+from orchestrator.request import Grammar, SamplingParams
+
+MOST_SEQUENCES = 1024  # of one HTTP request: prompts × n
+
+
+def context_of(service: Service) -> int:
+    """Tokens that a sequence may have: the context, or what fits the KV cache."""
+    limits = service.coordinator.limits
+    return min(limits.max_model_len, limits.num_blocks * limits.block_size)
+
+
+def truncated(prompt: list[int], asked: Sampling, service: Service) -> list[int]:
+    most = asked.truncate_prompt_tokens
+    if most is None:
+        return prompt
+    if most < -1 or most == 0:
+        raise BadRequest(f"truncate_prompt_tokens is {most}; it must be at least 1, or -1 for the context")
+    return prompt[-(context_of(service) - 1 if most == -1 else most) :]
+
+
+def sampling_of(
+    asked: Sampling, service: Service, prompt_tokens: int, max_tokens: int | None, logprobs: int | None
+) -> SamplingParams:
+    """`max_tokens` None: as many as the context holds. Raises BadRequest."""
+    room = max(1, context_of(service) - prompt_tokens)
+    return sampling_params(asked, room if max_tokens is None else max_tokens, logprobs)
+
+
+async def checked(grammar: Grammar | None, service: Service) -> Grammar | None:
+    """Raises BadRequest where it is no grammar. A thread does it: some take long."""
+    if grammar is not None:
+        service.text()
+        await asyncio.to_thread(grammars.check, grammar)
+    return grammar
+
+
+def ask_all(
+    request: Request,
+    asked: Sampling,
+    service: Service,
+    prompts: Sequence[tuple[Sequence[int], SamplingParams]],
+    grammar: Grammar | None,
+) -> list[Answers]:
+    """All of them, or none. Raises what Coordinator.ask does."""
+    sequences = sum(sampling.n for _, sampling in prompts)
+    if sequences > MOST_SEQUENCES:
+        raise BadRequest(f"{sequences} answers are asked for at once; at most {MOST_SEQUENCES} are given")
+    timeout_s = asked.timeout_s if asked.timeout_s is not None else service.timeout_s
+    terms = Terms(client=request.state.client, timeout_s=timeout_s)
+    answers: list[Answers] = []
+    try:
+        for token_ids, sampling in prompts:
+            answers.append(service.coordinator.ask(token_ids, sampling, terms, grammar=grammar))
+    except BaseException:
+        for one in answers:
+            one.drop()
+        raise
+    return answers
+
+
+def headers_of(asked: Open) -> dict[str, str]:
+    """Names what was sent and means nothing here."""
+    extra = list(asked.model_extra or ())
+    return {"x-ignored-fields": unused(extra)} if extra else {}

@@ -1,0 +1,214 @@
+"""`shardwise serve`: a model behind OpenAI's HTTP API, under any layout, until it is told to stop."""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cluster.errors import BadLayout, NoFeasiblePlan, UserError
+
+if TYPE_CHECKING:
+    from launch.options import EngineOptions
+    from launch.progress import Progress
+    from orchestrator.text import Text
+    from strategies.plan import Candidate, ParallelDims, Plan
+    from strategies.spec import Workload
+
+LEAST_KEY = 16  # characters: shorter ones can be guessed
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from launch.options import add_engine_arguments, add_layout_arguments
+    from launch.plan import add_workload_arguments
+
+    http = parser.add_argument_group("http")
+    http.add_argument("--host", default="127.0.0.1", help="the interface to listen on (127.0.0.1)")
+    http.add_argument("--port", type=int, default=8000, help="0: any that is free (8000)")
+    http.add_argument(
+        "--api-key-file",
+        type=Path,
+        metavar="FILE",
+        help="an API key a line; without one, loopback alone is served",
+    )
+    http.add_argument(
+        "--allow-without-key", action="store_true", help="listen on other interfaces though there is no key"
+    )
+    http.add_argument(
+        "--served-model-name", nargs="+", metavar="NAME", help="what clients call the model; default: MODEL"
+    )
+    http.add_argument(
+        "--tool-call-parser", metavar="FORM", help="hermes, mistral or llama3_json; default: by template"
+    )
+    http.add_argument("--access-log", action="store_true", help="a line a request")
+    bounds = parser.add_argument_group("bounds")
+    bounds.add_argument(
+        "--max-queue", type=int, default=1024, metavar="N", help="requests that may wait for a replica (1024)"
+    )
+    bounds.add_argument(
+        "--max-queue-tokens", type=int, metavar="N", help="prompt tokens that may wait; default: no bound"
+    )
+    bounds.add_argument(
+        "--request-timeout",
+        type=float,
+        metavar="S",
+        help="a request's deadline; default: none, or its own timeout_s",
+    )
+    bounds.add_argument(
+        "--drain-timeout",
+        type=float,
+        default=300.0,
+        metavar="S",
+        help="for what is in flight, at the end (300)",
+    )
+    add_layout_arguments(parser)
+    add_workload_arguments(parser)
+    add_engine_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from launch.http.tools import form_of
+    from launch.options import check_blocks, engine_options, layout
+    from launch.plan import workload_of
+    from launch.progress import Progress
+    from orchestrator.text import text_of
+
+    _check_bounds(args)
+    keys = _keys(args.api_key_file)
+    workload = workload_of(args)
+    dims = layout(args)
+    form_of("", args.tool_call_parser)  # raises where there is none of that name
+    listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
+    with listener:
+        options = engine_options(args)
+        check_blocks(options)
+        text = text_of(options.source)
+        progress = Progress()
+        plan, chosen = _planned(options, workload, dims, progress)
+        return _serve(args, listener, keys, options, text, plan, chosen, workload, progress)
+
+
+def _check_bounds(args: argparse.Namespace) -> None:
+    for flag in ("max_queue", "max_queue_tokens", "request_timeout", "drain_timeout"):
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < 10**9:
+            raise UserError(f"--{flag.replace('_', '-')} is {value:g}; it must be over 0 and under 1e9")
+    if not 0 <= args.port <= 65_535:
+        raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
+
+
+def _keys(path: Path | None) -> list[str]:
+    """The keys of the file. Raises UserError."""
+    if path is None:
+        return []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise UserError(f"--api-key-file {path}: {reason}; give a file with an API key a line") from None
+    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+    if not keys:
+        raise UserError(f"--api-key-file {path} holds no key; give an API key a line")
+    short = next((i for i, key in enumerate(keys, 1) if len(key) < LEAST_KEY), None)
+    if short is not None:
+        raise UserError(
+            f"--api-key-file {path}: key {short} is shorter than {LEAST_KEY} characters; try `openssl rand -hex 32`"
+        )
+    return keys
+
+
+def listen(host: str, port: int, *, is_open: bool) -> socket.socket:
+    """A socket that is bound, before anything slow. Raises UserError where that cannot be, or must not."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except (OSError, UnicodeError) as error:
+        raise UserError(
+            f"--host {host[:100]} is no address of this machine ({error}); try 127.0.0.1"
+        ) from None
+    family, kind, protocol, _, address = found[0]
+    if not is_open and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+        raise UserError(
+            f"--host {host} lets others in and there is no API key: give --api-key-file, "
+            "or --allow-without-key if the network is trusted"
+        )
+    bound = socket.socket(family, kind, protocol)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        bound.close()
+        raise UserError(f"cannot listen on {host}:{port}: {error.strerror}; give another --port") from None
+    return bound
+
+
+def _planned(
+    options: EngineOptions, workload: Workload, dims: ParallelDims | None, progress: Progress
+) -> tuple[Plan | None, Candidate]:
+    """The plan and what is served of it: the layout asked for, or the planner's choice."""
+    from launch.predict import predict, this_machine
+    from strategies.pipeline import shard_replica
+    from strategies.plan import Candidate
+
+    if dims is not None and options.address is not None:  # memory is seen once the machines are joined
+        return None, Candidate(dims, None, None, shard_replica(options.spec, dims))
+    topology = this_machine(options, cpu_ranks=dims.world_size if dims is not None else None)
+    plan = predict(options, topology, workload, None if dims is None else [dims])
+    if plan.chosen is None:
+        if dims is None:
+            raise NoFeasiblePlan(" ".join(plan.explanation))
+        raise BadLayout(
+            f"{dims.name} does not fit: {plan.candidates[0].reason}. {' '.join(plan.explanation)}"
+        )
+    if dims is None:
+        progress.say(f"layout {plan.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
+    return plan, plan.chosen
+
+
+def _serve(
+    args: argparse.Namespace,
+    listener: socket.socket,
+    keys: list[str],
+    options: EngineOptions,
+    text: Text | None,
+    plan: Plan | None,
+    chosen: Candidate,
+    workload: Workload,
+    progress: Progress,
+) -> int:
+    import asyncio
+
+    import uvloop
+
+    from launch.http.server import serve_http
+    from launch.http.service import Service
+    from launch.plan import plan_to_json
+    from launch.start import cluster, deployment
+    from orchestrator.admission import QueueLimits
+
+    names = args.served_model_name or [args.model]
+    told: dict[str, object] = {"layout": chosen.dims.name, "plan": None, "reasons": []}
+    if plan is not None:
+        told |= {"plan": plan_to_json(plan, workload), "reasons": list(plan.explanation)}
+    with (
+        cluster(options, chosen.dims.world_size, progress) as found,
+        deployment(found, chosen.dims, options, progress, shards=chosen.shards) as served,
+    ):
+
+        async def serve() -> None:
+            queue = QueueLimits(args.max_queue, args.max_queue_tokens)
+            async with served.coordinator(options, text, queue) as coordinator:
+                service = Service(coordinator, names, told, args.request_timeout, args.tool_call_parser)
+                await serve_http(
+                    service,
+                    listener,
+                    keys=keys,
+                    progress=progress,
+                    drain_s=args.drain_timeout,
+                    access_log=args.access_log,
+                )
+
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
+            loop.run(serve())
+    return 0

@@ -14,8 +14,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from cluster.collectives.one_shot import Members, OneShot, Unusable, open_one_shot
+from cluster.collectives import one_shot
+from cluster.collectives.one_shot import Members, OneShot, Unusable
 from cluster.collectives.torch_dist import RankGroup
+from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
 from cluster.paths import Curve, Op, Path, Point, curve_of
 from cluster.probes import Target, rates
 from cluster.profile import Rates
@@ -208,13 +210,17 @@ def _by_torch(group: _Group, path: Path) -> list[Curve]:
     return [curve for op, make in makers.items() for curve in group.curves(op, path, make)]
 
 
+def open_transport(members: Members, path: Path) -> OneShot:
+    """Our one-shot all-reduce by this path and no other. Raises Unusable on all ranks."""
+    kind: type[Transport] = PeerMemory if path is Path.PEER else MappedHostMemory
+    opened = one_shot._open(members, kind, one_shot._compiled(members))
+    opened.wait_at_most(PATIENCE_S)
+    return opened
+
+
 def _by_one_shot(group: _Group, path: Path) -> list[Curve]:
-    peer_access = path is Path.PEER
-    one_shot, name = open_one_shot(group.members, PATIENCE_S, peer_access, pipelined=False)
+    sums = open_transport(group.members, path)
     try:
-        if one_shot is None or name != path.value:
-            raise Unusable(name if one_shot is None else f"{name} serves in its place")
-        sums: OneShot = one_shot
 
         def all_reduce(n_bytes: int) -> Run:
             tensor = group.zeros(n_bytes)
@@ -224,8 +230,7 @@ def _by_one_shot(group: _Group, path: Path) -> list[Curve]:
         sums.check()
         return found
     finally:
-        if one_shot is not None:
-            one_shot.close()
+        sums.close()
 
 
 def _by_symmetric_memory(group: _Group, path: Path) -> list[Curve]:

@@ -1,0 +1,238 @@
+"""`shardwise profile`: proves the links, then times all that the planner prices. Under a minute on two GPUs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path as File
+from typing import TYPE_CHECKING
+
+import msgspec
+
+from cluster.discover import discover
+from cluster.errors import UserError
+from cluster.measure import Trusted, measure
+from cluster.paths import Curve, Op, Path, best_path, crossovers
+from cluster.profile import MachineProfile, save
+from cluster.prove import Outcome, Proof, proved
+from launch.predict import cache_directory
+from launch.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+SHOWN_SIZES = tuple(1 << power for power in range(12, 29, 2))  # 4 KB to 256 MB
+WIDTH = 110  # where the output is no terminal
+GB = 1e9
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
+    parser.add_argument("--refresh", action="store_true", help="prove and measure anew what is kept")
+    parser.add_argument(
+        "--out", metavar="FILE", help="write the profile there too: `plan --on FILE` reads it anywhere"
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="default: the GPUs, if there are any",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.out is not None and File(args.out).is_dir():
+        raise UserError(f"--out {args.out} is a directory; name a file, such as {args.out}/machine.json")
+    progress = Progress()
+    topology = discover(
+        device=None if args.device == "auto" else args.device,
+        peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+    )
+    cache = cache_directory()
+    proof = proved(topology, cache, progress.say, refresh=args.refresh) if len(topology.devices) > 1 else None
+    profile = measure(
+        topology, cache, progress.say, refresh=args.refresh, full=True, trusted=_measurable(proof)
+    )
+    if args.out is not None:
+        save(profile, File(args.out))
+    if args.json:
+        print(json.dumps(to_json(profile, proof), indent=1))
+    else:
+        show(profile, proof)
+    return 0
+
+
+def _measurable(proof: Proof | None) -> Trusted:
+    """What was proved; and torch's own kernels over peer memory, for comparison."""
+    if proof is None:
+        return Trusted(())
+    found = proof.trusted
+    return replace(found, paths=(*found.paths, Path.SYMMETRIC)) if Path.PEER in found.paths else found
+
+
+def to_json(profile: MachineProfile, proof: Proof | None) -> dict[str, object]:
+    """The profile as it is kept, and what was proved."""
+    made: dict[str, object] = msgspec.to_builtins(profile, str_keys=True)
+    made["proof"] = None if proof is None else msgspec.to_builtins(proof, str_keys=True)
+    return made
+
+
+# --- for people ---------------------------------------------------------------------------------------------
+
+
+def show(profile: MachineProfile, proof: Proof | None) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    software = f"torch {profile.torch_version}"
+    software += f", driver {profile.driver}" if profile.driver else ""
+    software += f", NCCL {profile.nccl_version}" if profile.nccl_version else ""
+    console.print(
+        f"[bold]{profile.machine}[/], {software}; measured {profile.measured_at} in {profile.seconds:.0f} s\n"
+    )
+    for table in (_devices(profile), _products(profile), _host_copies(profile), _pairs(profile)):
+        if table is not None:
+            console.print(table)
+            console.print()
+    if profile.disk is not None:
+        cached = "" if profile.disk.direct else ", by way of memory"
+        console.print(f"disk of {profile.disk.path}: {profile.disk.bytes_per_s / GB:.1f} GB/s read{cached}\n")
+    _show_collectives(console, profile)
+    for name, reason in profile.absent.items():
+        console.print(f"not measured: {name}: {reason}")
+    if proof is not None:
+        console.print(_proof(proof))
+
+
+def _table(*columns: str) -> Table:
+    from rich.table import Table
+
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for i, name in enumerate(columns):
+        table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def _devices(profile: MachineProfile) -> Table:
+    table = _table("device", "read GB/s", "copy GB/s", "launch µs", "in a graph µs", "PCIe under load")
+    for i, (detail, device) in enumerate(zip(profile.details, profile.devices, strict=False)):
+        graph = "–" if detail.graph_kernel_s is None else f"{detail.graph_kernel_s * 1e6:.2f}"
+        pcie = f"{detail.pcie_generation}×{detail.pcie_lanes}" if detail.pcie_generation else "–"
+        read, copy = (f"{rate / GB:,.0f}" for rate in (detail.read_bytes_per_s, detail.copy_bytes_per_s))
+        table.add_row(f"{i} {device.name}", read, copy, f"{detail.launch_s * 1e6:.2f}", graph, pcie)
+    return table
+
+
+def _products(profile: MachineProfile) -> Table:
+    """TFLOP/s of the first device by rows; the others' are in --json."""
+    detail = profile.details[0]
+    rows = sorted({n for by_rows in detail.products.values() for n in by_rows})
+    size = detail.product_size
+    table = _table(f"TFLOP/s with a {size} × {size} weight, by rows", *map(str, rows))
+    for dtype, by_rows in detail.products.items():
+        table.add_row(dtype, *(f"{by_rows[n] / 1e12:,.2f}" for n in rows))
+    return table
+
+
+def _host_copies(profile: MachineProfile) -> Table | None:
+    if not profile.host_copies:
+        return None
+    table = _table("GB/s", "to GPU", "to host", "to GPU, all at once", "to host, all at once")
+    for pinned in (True, False):
+        for device in range(len(profile.devices)):
+            cells = [
+                f"{copy.bytes_per_s / GB:.1f}"
+                for together in (False, True)
+                for to_device in (True, False)
+                for copy in profile.host_copies
+                if (copy.device, copy.pinned, copy.together, copy.to_device)
+                == (device, pinned, together, to_device)
+            ]
+            table.add_row(f"{'pinned' if pinned else 'pageable'} memory, GPU {device}", *cells)
+    return table
+
+
+def _pairs(profile: MachineProfile) -> Table | None:
+    if not profile.pair_copies:
+        return None
+    count = len(profile.devices)
+    rates = {(pair.source, pair.target): pair.bytes_per_s for pair in profile.pair_copies}
+    table = _table("GB/s, GPU to GPU", *map(str, range(count)))
+    for source in range(count):
+        cells = (rates.get((source, target)) for target in range(count))
+        table.add_row(str(source), *("–" if rate is None else f"{rate / GB:.0f}" for rate in cells))
+    return table
+
+
+def _show_collectives(console: Console, profile: MachineProfile) -> None:
+    for ranks in sorted({curve.ranks for curve in profile.curves}):
+        for op in Op:
+            own = [c for c in profile.curves if (c.op, c.ranks) == (op, ranks)]
+            if own:
+                console.print(_times(op, ranks, own))
+                console.print()
+    if profile.curves:
+        console.print(_fits(profile.curves))
+        console.print()
+        for line in path_lines(profile.curves):
+            console.print(line)
+
+
+def _times(op: Op, ranks: int, curves: Sequence[Curve]) -> Table:
+    names = [f"{c.path}{', in a graph' if c.in_graph else ''}" for c in curves]
+    table = _table(f"{op.replace('_', '-')} of {ranks} ranks, µs", *names)
+    for size in SHOWN_SIZES:
+        cells = (dict(curve.points).get(size) for curve in curves)
+        shown = ["" if seconds is None else f"{seconds * 1e6:,.1f}" for seconds in cells]
+        if any(shown):
+            table.add_row(_size(size), *shown)
+    return table
+
+
+def _fits(curves: Sequence[Curve]) -> Table:
+    table = _table("straight line through all sizes", "ranks", "latency µs", "GB/s", "furthest off")
+    for curve in curves:
+        name = f"{curve.op.replace('_', '-')}, {curve.path}{', in a graph' if curve.in_graph else ''}"
+        line = curve.fit
+        rate = f"{line.bytes_per_s / GB:.1f}"
+        table.add_row(name, str(curve.ranks), f"{line.latency_s * 1e6:.1f}", rate, f"{line.residual:.0%}")
+    return table
+
+
+def path_lines(curves: Sequence[Curve]) -> Iterator[str]:
+    """Which path is the fastest from which size on."""
+    for ranks in sorted({curve.ranks for curve in curves}):
+        for in_graph in (True, False):
+            turns = crossovers(curves, Op.ALL_REDUCE, ranks, in_graph)
+            if turns:
+                first = turns[0][0]
+                words = [f"{path} from {_size(size)}" if size > first else str(path) for size, path in turns]
+                where = "inside graphs" if in_graph else "eager"
+                small = best_path(curves, Op.ALL_REDUCE, ranks, 16 << 10, in_graph)
+                took = f" (16 KB: {small.seconds * 1e6:.1f} µs)" if small else ""
+                yield f"fastest all-reduce of {ranks} ranks, {where}: {', '.join(words)}{took}"
+
+
+def _proof(proof: Proof) -> Table:
+    colours = {Outcome.PASSED: "green", Outcome.SKIPPED: "dim"}
+    table = _table("proved", "", "")
+    table.columns[1].justify = table.columns[2].justify = "left"
+    table.columns[2].no_wrap = False
+    for step in proof.steps:
+        words = ". ".join(part for part in (step.evidence, step.fix) if part)
+        table.add_row(step.rung, f"[{colours.get(step.outcome, 'red')}]{step.outcome}[/]", words)
+    return table
+
+
+def _size(n_bytes: int) -> str:
+    for unit, name in ((1 << 20, "MB"), (1 << 10, "KB")):
+        if n_bytes >= unit:
+            return f"{n_bytes / unit:.3g} {name}"
+    return f"{n_bytes} bytes"

@@ -31,6 +31,9 @@ _RULES: Mapping[Any, str] = {  # what a value of each type must be, in words
     list[int]: "a list of token ids",
     tuple[int, ...]: "a list of token ids",
     tuple[str, ...]: "a string or a list of them",
+    dict[int, float] | None: "an object of token ids and numbers, or null",
+    tuple[int, ...] | None: "a list of token ids, or null",
+    tuple[tuple[int, ...], ...]: "a list of lists of token ids",
     list[dict[str, object]]: 'a list such as [{"role": "user", "content": "Hello"}]',
 }
 _LONGEST_QUOTE = 60  # characters of a bad value that an error repeats
@@ -142,7 +145,7 @@ def _typed(key: str, value: Any, kind: Any) -> Any:
     if key == "stop" and isinstance(value, str):  # as OpenAI's API allows
         value = [value]
     try:
-        return msgspec.convert(value, kind)
+        return msgspec.convert(value, kind, str_keys=True)
     except msgspec.ValidationError:
         raise BadRequest(f"{key} is {_quoted(value)}; it must be {_RULES[kind]}") from None
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from cluster.errors import DeadlineExceeded, Draining, GangDied, Overloaded, ShardwiseError
+from cluster.errors import BadRequest, DeadlineExceeded, Draining, GangDied, Overloaded, ShardwiseError
 from orchestrator.admission import FairQueue, QueueLimits
 from orchestrator.answer import Answers, Ongoing, OnUpdate, Terms, Update
 from orchestrator.lane import Lane
@@ -248,6 +248,10 @@ class Coordinator:
     def _take(self, lane: Lane, token: Token, now_s: float) -> None:
         one = self._open.get(token.request_id)
         if one is None:  # finished by a stop string, or dropped
+            return
+        if token.finish_reason is FinishReason.ABORT:
+            told = "the answer's grammar allows no token here, or cannot be compiled; change it"
+            self._fail(one.answers, BadRequest(told))
             return
         if one.token_ids:
             self.meter.gap_s.observe(now_s - one.last_token_s)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 
 import msgspec
@@ -35,6 +35,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True  # in text
     ignore_eos: bool = False
+    logit_bias: dict[int, float] | None = None  # token id -> what its logit gains
+    allowed_token_ids: tuple[int, ...] | None = None  # no others
+    bad_words_ids: tuple[tuple[int, ...], ...] = ()  # sequences of tokens that never come
     logprobs: int | None = None  # top log-probabilities beside each token's own
     n: int = 1
 
@@ -57,6 +60,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
             raise BadRequest(f"min_tokens is {self.min_tokens}, above max_tokens, {self.max_tokens}")
         if self.temperature == 0 and self.n > 1:
             raise BadRequest(f"n is {self.n} at temperature 0: greedy gives {self.n} equal answers; use n=1")
+        for token_id, bias in (self.logit_bias or {}).items():
+            if not -_MOST_BIAS <= bias <= _MOST_BIAS:  # nan too
+                raise BadRequest(f"logit_bias of {token_id} is {bias}; it must be from -100 to 100")
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise BadRequest("allowed_token_ids is empty, which allows nothing; drop it")
+        if () in self.bad_words_ids:
+            raise BadRequest("bad_words holds an empty one; drop it")
         if "" in self.stop:
             raise BadRequest("stop holds an empty string, which would stop every answer at once; drop it")
 
@@ -68,8 +78,33 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     def has_penalties(self) -> bool:
         return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
+    @property
+    def bends_logits(self) -> bool:
+        """Whether the model's own logits are changed before a token is picked."""
+        return (
+            self.has_penalties
+            or bool(self.logit_bias)
+            or self.allowed_token_ids is not None
+            or bool(self.bad_words_ids)
+        )
+
+    @property
+    def needs_past(self) -> bool:
+        """Whether what it samples depends on which tokens came before, not only on the model."""
+        return self.has_penalties or any(len(word) > 1 for word in self.bad_words_ids)
+
+    @property
+    def named_ids(self) -> Iterator[int]:
+        """All token ids that it speaks of."""
+        yield from self.stop_token_ids
+        yield from self.logit_bias or ()
+        yield from self.allowed_token_ids or ()
+        for word in self.bad_words_ids:
+            yield from word
+
 
 LEAST_TEMPERATURE = 1e-6  # logits over less may pass what float32 holds
+_MOST_BIAS = 100.0  # OpenAI's
 _MOST_TOKENS = 10**9  # of any length that a message between ranks carries
 
 _FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
@@ -118,7 +153,7 @@ def check_tokens(
     prompt_token_ids: Sequence[int], sampling: SamplingParams, *, vocab: int, has_tokenizer: bool
 ) -> None:
     """Raises BadRequest where the model has no such tokens, or no text to find stop strings in."""
-    for named in (prompt_token_ids, sampling.stop_token_ids):
+    for named in (prompt_token_ids, list(sampling.named_ids)):
         if named and not (min(named) >= 0 and max(named) < vocab):
             outside = next(token_id for token_id in named if not 0 <= token_id < vocab)
             raise BadRequest(

@@ -94,7 +94,8 @@ class Scheduler:
         check_length(prompt, request.sampling.max_tokens, self.config)
         self._arrivals += 1
         end = min(prompt + request.sampling.max_tokens, self.config.max_model_len)
-        tokens, needs_past = list(request.prompt_token_ids), request.sampling.has_penalties
+        tokens = list(request.prompt_token_ids)
+        needs_past = request.sampling.needs_past or request.grammar is not None
         sequence = Sequence(request, self._arrivals, tokens, end, needs_past)
         self._sequences[request.id] = sequence
         self.waiting.append(sequence)
@@ -149,6 +150,10 @@ class Scheduler:
             return None
         self._in_flight[self._steps] = sampling
         return Step(self._steps, admits, rows)
+
+    def sampling_ids(self, step: Step) -> list[str]:
+        """Whose the rows of a step under way are that sample, in their order."""
+        return [sequence.request.id for sequence in self._in_flight[step.id]]
 
     def update(self, result: StepResult) -> list[Token]:
         """Take in a step's sampled tokens; what they finish is freed. Tokens of aborted requests are dropped."""

@@ -29,6 +29,7 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     samples: bool  # the last position's logits give a new token
     token_id: int  # at `start`, if the ranks may not have seen it yet; else -1
     new_block: int  # the KV block of `start`, if it was added since the admission; else -1
+    mask: bytes = b""  # of tokens that a grammar allows, a bit each, the lowest id first; empty: all
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):

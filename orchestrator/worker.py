@@ -20,6 +20,8 @@ import torch
 
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.torch_dist import TorchCollectives, free_port, join
+from cluster.errors import BadRequest
+from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from orchestrator.engine.kv_cache import KVCache, block_bytes
 from orchestrator.engine.loader import load
@@ -27,9 +29,11 @@ from orchestrator.engine.memory import free_for_kv, peak_of
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
-from orchestrator.request import Request
+from orchestrator.grammar import Compiler
+from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, whole_prompts
+from orchestrator.text import text_of
 from strategies import tensor
 from strategies.overlap import Overlap
 from strategies.plan import Shard
@@ -81,7 +85,9 @@ class Worker:
     def __init__(self) -> None:
         self._stopping = False
         self._loaded = (0, 0)
-        self._inbox: queue.SimpleQueue[Request | str] = queue.SimpleQueue()  # requests to add, ids to abort
+        # Requests to add, ids to abort, and tokens of what ended by itself.
+        self._inbox: queue.SimpleQueue[Request | str | Token] = queue.SimpleQueue()
+        self._constraints = Constraints(self._compiler, self._inbox.put)
         self._steps: Writer | None = None
         self._tokens: Writer | None = None
         self._results_out: Writer | None = None  # on the last stage, where there are several
@@ -228,11 +234,20 @@ class Worker:
 
     def submit(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            self._inbox.put(request)
+            if request.grammar is None:
+                self._inbox.put(request)
+            else:  # it comes to the inbox once its grammar is compiled
+                self._constraints.submit(request)
 
     def abort(self, request_ids: Sequence[str]) -> None:
         for request_id in request_ids:
             self._inbox.put(request_id)
+
+    def _compiler(self) -> Compiler:
+        spec, text = self.config.spec, text_of(self.config.source)
+        if text is None:
+            raise BadRequest("a grammar needs a tokenizer, and this model has none")
+        return Compiler(text, spec.vocab, spec.eos_ids)
 
     def current_load(self) -> Load:
         return self.scheduler.load
@@ -267,7 +282,10 @@ class Worker:
             item = self._inbox.get(timeout=IDLE_WAIT_S) if wait else self._inbox.get_nowait()
             while True:
                 if isinstance(item, str):
+                    self._constraints.drop(item)
                     self.scheduler.abort(item)
+                elif isinstance(item, Token):
+                    self._tell_tokens([item])
                 else:
                     self.scheduler.add(item)
                 item = self._inbox.get_nowait()
@@ -275,6 +293,7 @@ class Worker:
             return
 
     def _launch(self, step: Step) -> Pending | None:
+        step = self._constraints.mask(step, self.scheduler.sampling_ids(step))
         if self._steps is not None:
             self._broadcast(msgspec.msgpack.encode(step))
         return self.runner.run(step)
@@ -293,7 +312,13 @@ class Worker:
         return None
 
     def _publish(self, result: StepResult) -> None:
-        tokens = self.scheduler.update(result)
+        tokens = self._constraints.take(self.scheduler.update(result))
+        for token in tokens:
+            if token.token_id == NO_TOKEN:
+                self.scheduler.abort(token.request_id)
+        self._tell_tokens(tokens)
+
+    def _tell_tokens(self, tokens: Sequence[Token]) -> None:
         if tokens and self._tokens is not None:
             self._tokens.send(msgspec.msgpack.encode(tokens))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 
+import msgspec
 from fastapi import Request
 
 from cluster.errors import BadRequest
@@ -14,6 +15,7 @@ from launch.http.service import Service
 from orchestrator import grammar as grammars
 from orchestrator.answer import Answers, Terms
 from orchestrator.request import Grammar, SamplingParams
+from orchestrator.text import Text
 
 MOST_SEQUENCES = 1024  # of one HTTP request: prompts × n
 
@@ -38,7 +40,18 @@ def sampling_of(
 ) -> SamplingParams:
     """`max_tokens` None: as many as the context holds. Raises BadRequest."""
     room = max(1, context_of(service) - prompt_tokens)
-    return sampling_params(asked, room if max_tokens is None else max_tokens, logprobs)
+    sampling = sampling_params(asked, room if max_tokens is None else max_tokens, logprobs)
+    if not asked.bad_words:
+        return sampling
+    return msgspec.structs.replace(sampling, bad_words_ids=_bad_words(asked.bad_words, service.text()))
+
+
+def _bad_words(words: Sequence[str], text: Text) -> tuple[tuple[int, ...], ...]:
+    """Each as it stands at the start of a text, and after a space."""
+    spelled = (
+        text.encode(lead + word.lstrip(), add_special_tokens=False) for word in words for lead in ("", " ")
+    )
+    return tuple(dict.fromkeys(tuple(ids) for ids in spelled))
 
 
 async def checked(grammar: Grammar | None, service: Service) -> Grammar | None:

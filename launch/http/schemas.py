@@ -225,9 +225,19 @@ def sampling_params(asked: Sampling, max_tokens: int, logprobs: int | None) -> S
         include_stop_str_in_output=bool(asked.include_stop_str_in_output),
         skip_special_tokens=asked.skip_special_tokens is not False,
         ignore_eos=bool(asked.ignore_eos),
+        logit_bias=_bias(asked.logit_bias),
+        allowed_token_ids=None if asked.allowed_token_ids is None else tuple(asked.allowed_token_ids),
         logprobs=logprobs,
         n=_or(asked.n, 1),
     )
+
+
+def _bias(asked: dict[str, float] | None) -> dict[int, float] | None:
+    """JSON's keys are strings."""
+    try:
+        return None if asked is None else {int(token_id): bias for token_id, bias in asked.items()}
+    except ValueError:
+        raise BadRequest("logit_bias has a key that is no token id; give whole numbers, as strings") from None
 
 
 def _or(value: Any, default: Any) -> Any:

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,7 +35,7 @@ class History:
 
     def __post_init__(self) -> None:
         asked = self.sampling
-        plain = asked.is_greedy and asked.logprobs is None and not asked.has_penalties
+        plain = asked.is_greedy and asked.logprobs is None and not asked.bends_logits
         self.plain_from = self.prompt_tokens + asked.min_tokens if plain else sys.maxsize
 
     @property
@@ -48,20 +49,25 @@ class Draw:
 
     history: History
     length: int
+    mask: bytes = b""  # of allowed tokens, a bit each; empty: all
 
     @property
     def bans_stops(self) -> bool:
-        return self.length - self.history.prompt_tokens < self.history.sampling.min_tokens
+        # A grammar that has come to its end allows nothing else.
+        is_early = self.length - self.history.prompt_tokens < self.history.sampling.min_tokens
+        return is_early and not self.mask
 
 
 def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
     """One token for each row: [R], on the logits' device."""
-    if any(draw.history.sampling.has_penalties or draw.bans_stops for draw in draws):
+    if any(draw.history.sampling.bends_logits or draw.bans_stops for draw in draws):
         logits_RV = logits_RV.float().clone()
         for row_V, draw in zip(logits_RV, draws, strict=True):
             if draw.bans_stops:
                 row_V.index_fill_(0, on_device(row_V, draw.history.stop_ids, torch.int64), -torch.inf)
             _penalise(row_V, draw.history)
+            _bend(row_V, draw.history)
+    logits_RV = _masked(logits_RV, draws)
     tokens_R = ops.argmax(logits_RV)
     drawn = [i for i, draw in enumerate(draws) if not draw.history.sampling.is_greedy]
     if drawn:
@@ -72,6 +78,21 @@ def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
         keys = [_mix(_mix(p.seed or 0) ^ draws[i].length) for p, i in zip(params, drawn, strict=True)]
         tokens_R[rows] = (scaled + _gumbel(keys, scaled)).argmax(dim=-1)
     return tokens_R
+
+
+def _masked(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
+    """-inf where a row's grammar allows no token."""
+    rows = [i for i, draw in enumerate(draws) if draw.mask]
+    if not rows:
+        return logits_RV
+    words = np.frombuffer(b"".join(draws[i].mask for i in rows), dtype=np.int32).reshape(len(rows), -1)
+    host = torch.from_numpy(words.copy())
+    words_RW = (host.pin_memory() if logits_RV.is_cuda else host).to(logits_RV.device, non_blocking=True)
+    bits_RV = (words_RW.unsqueeze(2) >> torch.arange(32, device=logits_RV.device)) & 1
+    banned_RV = bits_RV.flatten(1)[:, : logits_RV.shape[-1]] == 0
+    index = on_device(logits_RV, rows, torch.int64)
+    masked = logits_RV[index].masked_fill(banned_RV, -torch.inf)
+    return logits_RV.index_copy(0, index, masked)
 
 
 def on_device(like: Tensor, values: Sequence[int | float], dtype: torch.dtype) -> Tensor:
@@ -96,6 +117,28 @@ def _penalise(row_V: Tensor, history: History) -> None:
         counts = Counter(history.output_ids)
         losses = [params.presence_penalty + params.frequency_penalty * count for count in counts.values()]
         row_V[on_device(row_V, list(counts), torch.int64)] -= on_device(row_V, losses, row_V.dtype)
+
+
+def _bend(row_V: Tensor, history: History) -> None:
+    """What the request says of single tokens: a bias, a ban, or that no others may come."""
+    params = history.sampling
+    if params.logit_bias:
+        ids = on_device(row_V, list(params.logit_bias), torch.int64)
+        row_V[ids] += on_device(row_V, list(params.logit_bias.values()), row_V.dtype)
+    banned = [word[-1] for word in params.bad_words_ids if _is_next(word, history.token_ids)]
+    if banned:
+        row_V.index_fill_(0, on_device(row_V, banned, torch.int64), -torch.inf)
+    if params.allowed_token_ids is not None:
+        ids = on_device(row_V, params.allowed_token_ids, torch.int64)
+        allowed = row_V[ids]
+        row_V.fill_(-torch.inf)
+        row_V[ids] = allowed
+
+
+def _is_next(word: Sequence[int], token_ids: Sequence[int]) -> bool:
+    """Whether all of the word but its last token has just come."""
+    start = list(word[:-1])
+    return not start or list(token_ids[-len(start) :]) == start
 
 
 def _filter(logits_RV: Tensor, params: Sequence[SamplingParams]) -> Tensor:

@@ -58,13 +58,13 @@ class Slots:
 
     def draws(self, rows: Sequence[Row]) -> list[Draw]:
         """Of the rows that sample."""
-        return [Draw(self.history(row.slot), row.start + row.count) for row in rows if row.samples]
+        return [Draw(self.history(row.slot), row.start + row.count, row.mask) for row in rows if row.samples]
 
     def all_plain(self, rows: Sequence[Row]) -> bool:
         """Whether every row that samples wants the likeliest token and nothing else."""
         histories = self.histories
         return all(
-            row.start + row.count >= history.plain_from
+            row.start + row.count >= history.plain_from and not row.mask
             for row in rows
             if row.samples and (history := histories[row.slot]) is not None
         )

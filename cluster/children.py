@@ -28,6 +28,7 @@ from cluster.gang import last_words
 T = TypeVar("T")
 START_LIMIT_S = 120.0  # a cold import of torch from a slow disk, and a CUDA context on each GPU
 REAP_S = 5.0
+GRACE_S = 0.5  # between a child's error and the sight of another's death that caused it
 MOST_WORDS = 20_000  # bytes of a log that are looked at
 _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h: a child that hangs never sees its pipe closed
 
@@ -70,6 +71,10 @@ class Children:
             child.send(job, own)
         try:
             return self._gather(children, limit_s)
+        except ChildFailed as error:
+            cause = self._crashed(children) if error.failure is Failure.RAISED else None
+            self.close()
+            raise cause or error from None
         except BaseException:
             self.close()
             raise
@@ -83,6 +88,15 @@ class Children:
             child.pipe.close()
             with contextlib.suppress(OSError):
                 os.unlink(child.log)
+
+    def _crashed(self, children: Sequence[_Child]) -> ChildFailed | None:
+        """The child whose death another one's error may only tell of."""
+        ended = {child.process.sentinel: rank for rank, child in enumerate(children)}
+        for sentinel in wait(list(ended), GRACE_S):
+            assert isinstance(sentinel, int)
+            rank = ended[sentinel]
+            return ChildFailed(rank, Failure.CRASHED, children[rank].obituary())
+        return None
 
     def _start(self) -> None:
         if self._children:

@@ -209,16 +209,19 @@ def _room(device: torch.device, wanted: int, parts: int) -> int:
 
 
 def _products(target: Target, device: torch.device, dtype: str) -> dict[int, float]:
-    """FLOP/s by rows. Each run goes through several weights, so that none is in a cache."""
+    """FLOP/s by rows, where such products run. Each run goes through several weights, so that none is in a cache."""
     n = MATRIX[device.type]
     size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
     count = max(2, _room(device, READ_BYTES[device.type] // 2, 1) // (n * n * size))
     weights = [_weight(n, dtype, device) for _ in range(count)]
+    graphs, share_s = device.type == "cuda", target.probe_s / 4
     found = {}
     for rows in PRODUCT_ROWS[device.type]:
         run = _product(rows, n, dtype, device, weights)
-        seconds = _graphed_s(run, device, target.probe_s) if device.type == "cuda" else None
-        seconds = _repeated_s(run, device, target.probe_s / 4) if seconds is None else seconds
+        try:
+            seconds = _graphed_s(run, device, target.probe_s) if graphs else _repeated_s(run, device, share_s)
+        except RuntimeError:  # a shape for which the chip's library has no kernel
+            continue
         found[rows] = count * 2 * rows * n * n / seconds
     return found
 

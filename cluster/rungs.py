@@ -124,14 +124,13 @@ def collectives(target: Target, meeting: str) -> str | None:
             "all-to-all": lambda *drawn: _all_to_all_right(target, device, *drawn),
             "send and receive": lambda *drawn: _ring_right(target, device, *drawn),
         }
+        verdicts = []  # of all, also after one was wrong: the other ranks may have seen nothing of it, and go on
         for name, right in checks.items():
-            wrong = 0
-            for number in range(ROUNDS):
-                dtype, size = _drawn(number, MOST_ELEMENTS)
-                wrong += not right(number, size, dtype)
-            if wrong:
-                return _verdict(wrong, name)
-        return None
+            drawn = [(number, *_drawn(number, MOST_ELEMENTS)) for number in range(ROUNDS)]
+            verdicts.append(
+                _verdict(sum(not right(number, size, dtype) for number, dtype, size in drawn), name)
+            )
+        return "; ".join(filter(None, verdicts)) or None
 
 
 def _all_reduce_right(

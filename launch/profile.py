@@ -137,7 +137,7 @@ def _products(profile: MachineProfile) -> Table:
     size = detail.product_size
     table = _table(f"TFLOP/s with a {size} × {size} weight, by rows", *map(str, rows))
     for dtype, by_rows in detail.products.items():
-        table.add_row(dtype, *(f"{by_rows[n] / 1e12:,.2f}" for n in rows))
+        table.add_row(dtype, *(f"{by_rows[n] / 1e12:,.2f}" if n in by_rows else "–" for n in rows))
     return table
 
 

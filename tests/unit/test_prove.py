@@ -1,0 +1,207 @@
+"""The ladder of proofs, on machines and faults that are put in by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path as File
+from typing import Any
+
+import msgspec
+import pytest
+
+from cluster.children import ChildFailed, Failure
+from cluster.discover import Cpu, cpu_topology, discover
+from cluster.paths import Path
+from cluster.profile import write_whole
+from cluster.prove import NO_PEERS, SOCKETS, Outcome, Proof, Rung, kept, ladder, proof_path, prove, proved
+from cluster.topology import Topology
+from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100
+
+H100S = discover(binding=dual_h100())
+RTX4090S = discover(binding=dual_4090())
+CPUS = cpu_topology(2, Cpu("Some CPU", cores=2, memory_bytes=1 << 34, free_bytes=1 << 33))
+WRITES, PEER, MAPPED = "writes between peers", "sums through peer memory", "sums through mapped host memory"
+FIRST, SECOND, THIRD = "NCCL's collectives", "NCCL's, through host memory", "NCCL's, through sockets"
+Fault = ChildFailed | str
+
+
+class FakeRanks:
+    """Satisfies cluster.children.Ranks: what comes of each rung is said beforehand."""
+
+    def __init__(self, faults: Mapping[str, Fault], environment: Mapping[str, str], tried: list[Any]) -> None:
+        self.faults, self.environment, self.tried = faults, dict(environment), tried
+
+    def each(self, job: Callable[..., Any], args: Sequence[Sequence[object]], limit_s: float) -> list[Any]:
+        name = job()
+        self.tried.append((name, self.environment, len(args)))
+        fault = self.faults.get(name)
+        if isinstance(fault, ChildFailed):
+            raise fault
+        return [None] * (len(args) - 1) + [fault]
+
+    def close(self) -> None:
+        pass
+
+
+def named(rungs: Sequence[Rung]) -> list[Rung]:
+    """Rungs whose jobs say their names, for FakeRanks to tell them by."""
+    return [replace(rung, job=lambda name=rung.name: name) for rung in rungs]
+
+
+def climbed(
+    topology: Topology, faults: Mapping[str, Fault] | None = None, more: Sequence[Rung] = ()
+) -> tuple[Proof, list[Any], list[str]]:
+    tried: list[Any] = []
+    said: list[str] = []
+    rungs = named((*ladder(topology), *more))
+    proof = prove(topology, rungs, lambda env: FakeRanks(faults or {}, env, tried), said.append)
+    return proof, tried, said
+
+
+def hung(rank: int = 0) -> ChildFailed:
+    return ChildFailed(rank, Failure.HUNG, "no answer in 15 s")
+
+
+def test_sound_links_are_all_trusted_and_nothing_is_changed() -> None:
+    proof, tried, _ = climbed(H100S)
+    assert [name for name, _, _ in tried] == [WRITES, PEER, MAPPED, FIRST]
+    assert [count for _, _, count in tried] == [1, 2, 2, 2], "one process writes to all peers"
+    assert proof.trusted.paths == (Path.PEER, Path.MAPPED, Path.NCCL)
+    assert proof.trusted.environment == {}
+    assert proof.failures == ()
+
+
+def test_without_peer_access_no_peer_is_written_to() -> None:
+    for topology in (RTX4090S, discover(binding=dual_h100(), peer_access=False)):
+        proof, tried, _ = climbed(topology)
+        assert [name for name, _, _ in tried] == [MAPPED, FIRST]
+        assert proof.paths == (Path.MAPPED, Path.NCCL)
+
+
+def test_a_cpu_has_gloo() -> None:
+    proof, tried, _ = climbed(CPUS)
+    assert len(tried) == 1
+    assert proof.paths == (Path.GLOO,)
+
+
+FAULTS: dict[str, tuple[dict[str, Fault], Outcome, tuple[Path, ...], Mapping[str, str], str]] = {
+    "peer writes hang": ({WRITES: hung()}, Outcome.HUNG, (Path.MAPPED, Path.NCCL), NO_PEERS, "ACS"),
+    "peer writes corrupt": (
+        {WRITES: "GPU 0 to 1: a kernel's write arrived wrong"},
+        Outcome.WRONG,
+        (Path.MAPPED, Path.NCCL),
+        NO_PEERS,
+        "IOMMU",
+    ),
+    "peer writes crash": (
+        {WRITES: ChildFailed(0, Failure.CRASHED, "killed by SIGSEGV")},
+        Outcome.CRASHED,
+        (Path.MAPPED, Path.NCCL),
+        NO_PEERS,
+        "driver",
+    ),
+    "sums corrupt": (
+        {PEER: "3 of 100 rounds of all-reduce gave wrong bits"},
+        Outcome.WRONG,
+        (Path.MAPPED, Path.NCCL),
+        {},
+        "NCCL_P2P_LEVEL",
+    ),
+    "the transport's own trial finds corruption": (
+        {
+            PEER: ChildFailed(
+                0, Failure.RAISED, "rank 0: 2 of 20 trial sums were wrong: the link corrupts data"
+            )
+        },
+        Outcome.WRONG,
+        (Path.MAPPED, Path.NCCL),
+        {},
+        "NCCL_P2P_DISABLE=1",
+    ),
+    "a container forbids IPC": (
+        {PEER: ChildFailed(1, Failure.RAISED, "cuIpcOpenMemHandle_v2: invalid argument (1)")},
+        Outcome.UNUSABLE,
+        (Path.MAPPED, Path.NCCL),
+        {},
+        "container forbids CUDA IPC",
+    ),
+    "memory cannot be locked": (
+        {MAPPED: ChildFailed(0, Failure.RAISED, "cuMemHostRegister_v2: out of memory (2)")},
+        Outcome.UNUSABLE,
+        (Path.PEER, Path.NCCL),
+        {},
+        "ulimit -l unlimited",
+    ),
+    "NCCL hangs over peer access": (
+        {FIRST: hung(1)},
+        Outcome.HUNG,
+        (Path.PEER, Path.MAPPED, Path.NCCL),
+        NO_PEERS,
+        "ACS",
+    ),
+    "NCCL hangs in shared memory too": (
+        {FIRST: hung(), SECOND: hung()},
+        Outcome.HUNG,
+        (Path.PEER, Path.MAPPED, Path.NCCL),
+        SOCKETS,
+        "--shm-size=8g",
+    ),
+    "NCCL never works": (
+        {FIRST: hung(), SECOND: hung(), THIRD: hung()},
+        Outcome.HUNG,
+        (Path.PEER, Path.MAPPED),
+        {},
+        "a replica a GPU",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_a_fault_costs_its_path_and_the_next_one_down_is_chosen(name: str) -> None:
+    faults, outcome, paths, environment, fix = FAULTS[name]
+    proof, tried, said = climbed(H100S, faults)
+    assert proof.paths == paths
+    assert proof.trusted.environment == environment
+    failed = proof.failures[-1]
+    assert (failed.rung, failed.outcome) == (list(faults)[-1], outcome)
+    assert failed.evidence
+    assert any(fix in step.fix for step in proof.failures)
+    assert any(failed.evidence in line and "\n" not in line for line in said), "the user is told"
+    assert all(environment == {} for name, environment, _ in tried if name not in (SECOND, THIRD))
+
+
+def test_what_stands_on_a_failed_rung_is_not_tried() -> None:
+    proof, tried, _ = climbed(H100S, {WRITES: hung()})
+    assert [name for name, _, _ in tried] == [WRITES, MAPPED, SECOND]
+    skipped = [step for step in proof.steps if step.outcome is Outcome.SKIPPED]
+    assert [step.rung for step in skipped] == [PEER, FIRST]
+    assert all(WRITES in step.evidence for step in skipped)
+
+
+def test_a_rung_of_a_model_runs_over_what_was_proved_and_can_distrust_a_path() -> None:
+    logits = Rung("logits of the first layer", Path.PEER, job=lambda: None, needs=PEER)
+    proof, tried, _ = climbed(H100S, {FIRST: hung(), logits.name: "tp2 differs from tp1 by 0.3"}, [logits])
+    assert tried[-1] == (logits.name, NO_PEERS, 2)
+    assert proof.paths == (Path.MAPPED, Path.NCCL)
+
+
+def test_a_pair_among_others_is_written_to_but_sums_need_all() -> None:
+    """Two bridged cards and a third beside them."""
+    bus = ["00000000:0A:00.0", "00000000:0B:00.0", "00000000:0C:00.0"]
+    lanes: list[tuple[str, ...]] = [(bus[1],) * 4, (bus[0],) * 4, ()]
+    cards = [FakeGpu("NVIDIA GeForce RTX 3090", 24576, b, nvlink=n) for b, n in zip(bus, lanes, strict=True)]
+    proof, tried, _ = climbed(discover(binding=FakeNvml(cards, peer_access=False)))
+    assert [name for name, _, _ in tried] == [WRITES, MAPPED, FIRST]
+    assert proof.paths == (Path.MAPPED, Path.NCCL)
+
+
+def test_a_proof_is_kept_with_its_machine_and_its_driver(tmp_path: File) -> None:
+    proof, _, _ = climbed(H100S, {FIRST: hung()})
+    write_whole(msgspec.json.encode(proof), proof_path(tmp_path, H100S))
+    assert kept(tmp_path, H100S) == proof
+    assert proved(H100S, tmp_path, print) == proof, "a second start tries nothing"
+    assert kept(tmp_path, replace(H100S, driver="581.00")) is None
+    assert kept(tmp_path, discover(binding=dual_h100(), peer_access=False)) is None
+    proof_path(tmp_path, H100S).write_text("{")
+    assert kept(tmp_path, H100S) is None

@@ -147,7 +147,7 @@ def proved(
         return Children(count, environment, progress)
 
     proof = prove(topology, (*ladder(topology), *more), start, progress)
-    if cache_dir is not None:
+    if cache_dir is not None and not any(_passes(step) for step in proof.steps):
         write_whole(msgspec.json.format(msgspec.json.encode(proof)), proof_path(cache_dir, topology))
     return proof
 
@@ -253,6 +253,11 @@ def advice(rung: Rung, outcome: Outcome) -> str:
     if rung.environment == SOCKETS:
         return _FIX["no NCCL"]
     return _FIX["NCCL" if unusable or rung.environment == NO_PEERS else "peers that are wrong"]
+
+
+def _passes(step: Step) -> bool:
+    """A failure that says nothing of the links: somebody else held the GPUs' memory."""
+    return any(words in step.evidence for words in ("CUDA out of memory", "cuMemAlloc"))
 
 
 # --- kept on disk -------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from typing import Protocol
 from cluster.channel import Via
 from cluster.errors import BadLayout
 from cluster.gang import Call, Gang, Member, results
+from launch.links import only_proved, peers_proved
 from launch.options import EngineOptions
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
@@ -90,10 +91,11 @@ def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterato
         with Cluster.connect(options.address) as found:
             yield found
         return
-    progress.say("starting a private Ray")
-    slots, gpus = (devices, 0) if options.device == "cpu" else (0, None)  # None: those that are here
-    with Cluster.embedded(num_cpu_devices=slots, num_gpus=gpus) as started:
-        yield started
+    with only_proved(options, devices, progress):
+        progress.say("starting a private Ray")
+        slots, gpus = (devices, 0) if options.device == "cpu" else (0, None)  # None: those that are here
+        with Cluster.embedded(num_cpu_devices=slots, num_gpus=gpus) as started:
+            yield started
 
 
 @contextmanager
@@ -150,7 +152,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         join_timeout_s=JOIN_TIMEOUT_S,
-        peer_access=options.peer_access,
+        peer_access=peers_proved(options, dims.world_size, Progress(quiet=True)),
     )
 
 

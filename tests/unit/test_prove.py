@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from cluster import prove as prove_module
 from cluster.children import ChildFailed, Failure
 from cluster.discover import Cpu, cpu_topology, discover
 from cluster.paths import Path
@@ -205,3 +206,20 @@ def test_a_proof_is_kept_with_its_machine_and_its_driver(tmp_path: File) -> None
     assert kept(tmp_path, discover(binding=dual_h100(), peer_access=False)) is None
     proof_path(tmp_path, H100S).write_text("{")
     assert kept(tmp_path, H100S) is None
+
+
+def test_somebody_elses_memory_is_no_verdict_on_the_links(
+    tmp_path: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    full = ChildFailed(0, Failure.RAISED, "CUDA out of memory. Tried to allocate 16.00 MiB")
+    faults: dict[str, Fault] = {FIRST: full}
+    monkeypatch.setattr(prove_module, "ladder", lambda topology: named(ladder(topology)))
+    monkeypatch.setattr(prove_module, "Children", lambda count, env, said: FakeRanks(faults, env, []))
+    assert proved(H100S, tmp_path, print).failures
+    assert kept(tmp_path, H100S) is None
+    faults.clear()
+    proof = proved(H100S, tmp_path, print)
+    assert kept(tmp_path, H100S) == proof
+    faults[FIRST] = hung()
+    assert proved(H100S, tmp_path, print) == proof
+    assert proved(H100S, tmp_path, print, refresh=True).failures

@@ -22,6 +22,7 @@ from orchestrator.text import Text
 from orchestrator.worker import EngineConfig, Worker
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
+from strategies.spec import Workload
 
 ACQUIRE_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 120.0
@@ -113,7 +114,8 @@ def deployment(
     `shards` are a plan's, which knows how fast each device is; without them all count as equal. `score` are forced
     tokens whose logits are wanted, to compare layouts by.
     """
-    shards = shards or shard_replica(options.spec, dims)
+    # Where no plan knows better: as many at once as may be.
+    shards = shards or shard_replica(options.spec, dims, workload=Workload(concurrency=options.max_num_seqs))
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
         sizes = [dims.replica_size] * dims.dp

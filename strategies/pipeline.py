@@ -11,7 +11,7 @@ from itertools import pairwise
 
 from cluster.errors import BadLayout
 from strategies.plan import ParallelDims, Shard
-from strategies.spec import ModelSpec
+from strategies.spec import ModelSpec, Workload
 from strategies.tensor import shard_stage
 
 
@@ -46,13 +46,35 @@ def split_layers(
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
-def head_cost_in_layers(spec: ModelSpec) -> float:
-    """What the head costs beside a layer: both are bound by the bytes of their weights, or by FLOPs in proportion."""
-    return spec.embedding_params / spec.layer_params
+FLOPS_PER_BYTE = 230.0  # what an H100 computes in bfloat16 while it reads a byte: 712 TFLOP/s, 3.1 TB/s
 
 
-def shard_replica(spec: ModelSpec, dims: ParallelDims, speeds: Sequence[float] = ()) -> tuple[Shard, ...]:
-    """Every rank's shard, in rank order: tp counts first. Raises BadLayout where the model cannot be split so."""
-    split = split_layers(spec.layers, head_cost_in_layers(spec), speeds=speeds or [1.0] * dims.pp)
+def head_cost_in_layers(spec: ModelSpec, workload: Workload) -> float:
+    """What the head adds to the last stage, as a multiple of a layer, over a workload whose requests run together.
+
+    A decode step reads the weights once for all sequences, and each one's KV; a prompt's tokens cost their FLOPs. Only
+    a prompt's last token goes through the head, and through the last layer's products, which spares that stage some.
+    """
+    size = 2  # bytes of a number, of weights and of KV
+    steps, sequences = workload.output_tokens, workload.concurrency
+    context = workload.prompt_tokens + steps / 2
+    kv_bytes = spec.kv_bytes_per_token("bfloat16") / spec.layers * context * sequences
+    prompts = 2 * spec.layer_params * workload.prompt_tokens * sequences / FLOPS_PER_BYTE
+    layer = steps * (size * spec.layer_params + kv_bytes) + prompts
+    return max(0.0, (steps * size * spec.embedding_params - prompts) / layer)
+
+
+def shard_replica(
+    spec: ModelSpec,
+    dims: ParallelDims,
+    speeds: Sequence[float] = (),
+    workload: Workload = Workload(),  # noqa: B008 (frozen)
+) -> tuple[Shard, ...]:
+    """Every rank's shard, in rank order: tp counts first. Raises BadLayout where the model cannot be split so.
+
+    `workload` is one replica's: it decides what the head weighs.
+    """
+    head = head_cost_in_layers(spec, workload)
+    split = split_layers(spec.layers, head, speeds=speeds or [1.0] * dims.pp)
     stages = (shard_stage(spec, dims.tp, stage, dims.pp, layers) for stage, layers in enumerate(split))
     return tuple(shard for stage in stages for shard in stage)

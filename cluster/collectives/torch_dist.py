@@ -188,6 +188,8 @@ class TorchCollectives:
         self.previous_rank = rank - tp if rank >= tp else None
         self.next_rank = rank + tp if rank + tp < tp * pp else None
         self._device = device
+        pipelined_on_gpu = pp > 1 and device.type == "cuda"
+        self._arrivals = torch.cuda.Stream(device) if pipelined_on_gpu else None  # runs nothing else
         self._sending: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
@@ -205,10 +207,21 @@ class TorchCollectives:
             raise _gang_died(f"send of {list(tensor.shape)} to rank {dst}", self.rank, error) from error
 
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype, src: int) -> torch.Tensor:
-        """The next tensor from `src`, in the order in which it sent them."""
-        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        """The next tensor from `src`, in the order in which it sent them.
+
+        On a GPU it may come while earlier work still computes: behind that, the sender's kernel would spin and hold
+        processors of its GPU until this one has caught up.
+        """
         try:
-            dist.recv(tensor, src)
+            if self._arrivals is None:
+                tensor = torch.empty(shape, dtype=dtype, device=self._device)
+                dist.recv(tensor, src)
+                return tensor
+            with torch.cuda.stream(self._arrivals):
+                tensor = torch.empty(shape, dtype=dtype, device=self._device)
+                coming = Incoming(tensor, dist.irecv(tensor, src))
+            coming.landed()
+            tensor.record_stream(torch.cuda.current_stream())
         except RuntimeError as error:
             raise _gang_died(f"receive of {list(shape)} from rank {src}", self.rank, error) from error
         return tensor

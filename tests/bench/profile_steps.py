@@ -24,6 +24,7 @@ from orchestrator.worker import EngineConfig, Worker
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
 from strategies.source import spec_of
+from strategies.spec import Workload
 
 PREFILL_STEPS, DECODE_STEPS = 3, 8
 SHOWN = 16  # kernels in a table
@@ -69,7 +70,7 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         memory_utilization=0.88,
     )
-    worker.join(config, shard_replica(spec, dims)[rank], f"tcp://127.0.0.1:{port}", rank)
+    worker.join(config, shard_replica(spec, dims, workload=Workload(concurrency=args.requests))[rank], f"tcp://127.0.0.1:{port}", rank)
     worker.load()
     if args.device == "cuda":
         path, why = worker.choose_attention()

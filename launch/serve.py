@@ -5,17 +5,30 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import socket
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import BadLayout, NoFeasiblePlan, UserError
 
 if TYPE_CHECKING:
+    from cluster.topology import Topology
+    from launch.http.metrics import Facts
     from launch.options import EngineOptions
     from launch.progress import Progress
     from orchestrator.text import Text
     from strategies.plan import Candidate, ParallelDims, Plan
     from strategies.spec import Workload
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """What is served, and why: without a plan where the machines are elsewhere."""
+
+    candidate: Candidate
+    plan: Plan | None
+    topology: Topology | None
+
 
 LEAST_KEY = 16  # characters: shorter ones can be guessed
 
@@ -86,8 +99,8 @@ def run(args: argparse.Namespace) -> int:
         check_blocks(options)
         text = text_of(options.source)
         progress = Progress()
-        plan, chosen = _planned(options, workload, dims, progress)
-        return _serve(args, listener, keys, options, text, plan, chosen, workload, progress)
+        chosen = _planned(options, workload, dims, progress)
+        return _serve(args, listener, keys, options, text, chosen, workload, progress)
 
 
 def _check_bounds(args: argparse.Namespace) -> None:
@@ -145,14 +158,14 @@ def listen(host: str, port: int, *, is_open: bool) -> socket.socket:
 
 def _planned(
     options: EngineOptions, workload: Workload, dims: ParallelDims | None, progress: Progress
-) -> tuple[Plan | None, Candidate]:
-    """The plan and what is served of it: the layout asked for, or the planner's choice."""
+) -> Layout:
+    """The layout asked for, or the planner's choice."""
     from launch.predict import predict, this_machine
     from strategies.pipeline import shard_replica
     from strategies.plan import Candidate
 
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
-        return None, Candidate(dims, None, None, shard_replica(options.spec, dims))
+        return Layout(Candidate(dims, None, None, shard_replica(options.spec, dims)), None, None)
     topology = this_machine(options, cpu_ranks=dims.world_size if dims is not None else None)
     plan = predict(options, topology, workload, None if dims is None else [dims])
     if plan.chosen is None:
@@ -163,7 +176,7 @@ def _planned(
         )
     if dims is None:
         progress.say(f"layout {plan.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
-    return plan, plan.chosen
+    return Layout(plan.chosen, plan, topology)
 
 
 def _serve(
@@ -172,8 +185,7 @@ def _serve(
     keys: list[str],
     options: EngineOptions,
     text: Text | None,
-    plan: Plan | None,
-    chosen: Candidate,
+    chosen: Layout,
     workload: Workload,
     progress: Progress,
 ) -> int:
@@ -183,23 +195,23 @@ def _serve(
 
     from launch.http.server import serve_http
     from launch.http.service import Service
-    from launch.plan import plan_to_json
     from launch.start import cluster, deployment
     from orchestrator.admission import QueueLimits
 
     names = args.served_model_name or [args.model]
-    told: dict[str, object] = {"layout": chosen.dims.name, "plan": None, "reasons": []}
-    if plan is not None:
-        told |= {"plan": plan_to_json(plan, workload), "reasons": list(plan.explanation)}
+    facts, told = _facts(names[0], chosen), _told(chosen, workload)
+    candidate = chosen.candidate
     with (
-        cluster(options, chosen.dims.world_size, progress) as found,
-        deployment(found, chosen.dims, options, progress, shards=chosen.shards) as served,
+        cluster(options, candidate.dims.world_size, progress) as found,
+        deployment(found, candidate.dims, options, progress, shards=candidate.shards) as served,
     ):
 
         async def serve() -> None:
             queue = QueueLimits(args.max_queue, args.max_queue_tokens)
             async with served.coordinator(options, text, queue) as coordinator:
-                service = Service(coordinator, names, told, args.request_timeout, args.tool_call_parser)
+                service = Service(
+                    coordinator, names, told, facts, args.request_timeout, args.tool_call_parser
+                )
                 await serve_http(
                     service,
                     listener,
@@ -212,3 +224,35 @@ def _serve(
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
             loop.run(serve())
     return 0
+
+
+def _told(chosen: Layout, workload: Workload) -> dict[str, object]:
+    """The plan, for the page."""
+    from launch.plan import plan_to_json
+
+    told: dict[str, object] = {"layout": chosen.candidate.dims.name, "plan": None, "reasons": []}
+    if chosen.plan is not None:
+        told |= {"plan": plan_to_json(chosen.plan, workload), "reasons": list(chosen.plan.explanation)}
+    return told
+
+
+def _facts(model: str, chosen: Layout) -> Facts:
+    """For the metrics: the layout, what was predicted of it, the links that it uses."""
+    from launch.http.metrics import Facts, LinkFact
+
+    candidate, topology, predicted = chosen.candidate, chosen.topology, {}
+    if (made := candidate.estimate) is not None:
+        predicted = {
+            "time_to_first_token_seconds": made.ttft_s,
+            "time_per_output_token_seconds": made.tpot_s,
+            "output_tokens_per_second": made.output_tokens_per_s,
+        }
+    links = []
+    if topology is not None:
+        used = set(candidate.devices)
+        links = [
+            LinkFact(str(a), str(b), str(link.kind), link.latency_s, link.bytes_per_s)
+            for (a, b), link in topology.links.items()
+            if {a, b} <= used
+        ]
+    return Facts(model, candidate.dims.name, candidate.dims.world_size, predicted, links)

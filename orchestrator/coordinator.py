@@ -140,7 +140,11 @@ class Coordinator:
     @property
     def is_alive(self) -> bool:
         """Whether a replica is left."""
-        return any(lane.error is None for lane in self._lanes)
+        return any(self.replicas_alive)
+
+    @property
+    def replicas_alive(self) -> list[bool]:
+        return [lane.error is None for lane in self._lanes]
 
     @property
     def open_requests(self) -> int:
@@ -151,10 +155,11 @@ class Coordinator:
         """Those that no replica has yet."""
         return len(self._waiting)
 
-    async def loads(self) -> dict[int, Load]:
-        """Of the replicas that live."""
+    async def loads(self, timeout_s: float) -> dict[int, Load]:
+        """Of the replicas that live and answer in time."""
         alive = [lane for lane in self._lanes if lane.error is None]
-        found = await asyncio.gather(*(lane.replica.load() for lane in alive), return_exceptions=True)
+        asked = (asyncio.wait_for(lane.replica.load(), timeout_s) for lane in alive)
+        found = await asyncio.gather(*asked, return_exceptions=True)
         return {lane.number: load for lane, load in zip(alive, found, strict=True) if isinstance(load, Load)}
 
     # -- inside --

@@ -8,6 +8,7 @@ from typing import Any
 
 import msgspec
 from fastapi import FastAPI, Request
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
@@ -16,10 +17,13 @@ from launch.http.chat import chat, encode_chat
 from launch.http.completions import completions
 from launch.http.errors import ApiError
 from launch.http.guard import Guard, HttpLimits, Keys
+from launch.http.metrics import Snapshot
+from launch.http.page import add_page
 from launch.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from launch.http.service import Service
 from orchestrator.request import SamplingParams, check_tokens
 
+LOAD_TIMEOUT_S = 2.0  # for replicas to say what they do, when metrics are read
 _NO_SAMPLING = SamplingParams()
 _RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"description": "An error, as OpenAI tells it"}}
 
@@ -37,6 +41,7 @@ def create_app(
     _add_models(app, service)
     _add_tokens(app, service)
     _add_probes(app, service)
+    add_page(app, service)
     return Guard(app, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
 
 
@@ -124,6 +129,12 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     app.get("/readyz")(ready)
     app.get("/health")(ready)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        coordinator = service.coordinator
+        loads = await coordinator.loads(LOAD_TIMEOUT_S)
+        return Response(Snapshot(service.facts, coordinator, loads).text(), media_type=CONTENT_TYPE_LATEST)
 
     @app.get("/version")
     async def versions() -> Response:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from cluster.errors import BadRequest
 from launch.http.errors import ApiError
+from launch.http.metrics import Facts
 from orchestrator.coordinator import Coordinator
 from orchestrator.text import Text
 
@@ -19,9 +20,8 @@ LONG_TEXT = 16_384  # characters: from here on a thread encodes it, while others
 class Service:
     coordinator: Coordinator
     names: Sequence[str]  # of the model, the first is told
-    plan: Mapping[
-        str, object
-    ]  # as `shardwise plan --json` tells it, and what was measured of this deployment
+    plan: Mapping[str, object]  # the layout, what `shardwise plan --json` tells, the reasons
+    facts: Facts
     timeout_s: float | None = None  # a request's deadline where it brings none
     tool_parser: str | None = None
     created_s: int = field(default_factory=lambda: int(time.time()))

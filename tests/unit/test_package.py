@@ -11,6 +11,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+DATA = ("*.yaml", "*.cu", "*.html", "*.css", "*.js")
 ROOMS = ("cluster", "strategies", "orchestrator", "launch")
 
 
@@ -72,7 +73,7 @@ def test_the_console_script_is_there() -> None:
 def test_data_beside_the_code_is_packaged() -> None:
     globs = PROJECT["tool"]["setuptools"]["package-data"]
     packaged = {path for room, patterns in globs.items() for p in patterns for path in (ROOT / room).glob(p)}
-    data = {path for room in ROOMS for kind in ("*.yaml", "*.cu") for path in (ROOT / room).rglob(kind)}
+    data = {path for room in ROOMS for kind in DATA for path in (ROOT / room).rglob(kind)}
     assert packaged == data
 
 

@@ -13,7 +13,7 @@ from cluster.errors import BadLayout, NoFeasiblePlan, UserError
 
 if TYPE_CHECKING:
     from cluster.topology import Topology
-    from launch.http.metrics import Facts
+    from launch.api.metrics import Facts
     from launch.options import EngineOptions
     from launch.progress import Progress
     from orchestrator.text import Text
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from launch.http.tools import form_of
+    from launch.api.tools import form_of
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
     from launch.progress import Progress
@@ -193,8 +193,8 @@ def _serve(
 
     import uvloop
 
-    from launch.http.server import serve_http
-    from launch.http.service import Service
+    from launch.api.server import serve_http
+    from launch.api.service import Service
     from launch.start import cluster, deployment
     from orchestrator.admission import QueueLimits
 
@@ -238,7 +238,7 @@ def _told(chosen: Layout, workload: Workload) -> dict[str, object]:
 
 def _facts(model: str, chosen: Layout) -> Facts:
     """For the metrics: the layout, what was predicted of it, the links that it uses."""
-    from launch.http.metrics import Facts, LinkFact
+    from launch.api.metrics import Facts, LinkFact
 
     candidate, topology, predicted = chosen.candidate, chosen.topology, {}
     if (made := candidate.estimate) is not None:

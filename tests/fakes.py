@@ -209,3 +209,47 @@ def _host(pipe: Connection, log: str, environment: dict[str, str]) -> None:
             threading.Thread(target=work, args=pipe.recv(), daemon=True).start()
         except EOFError:  # the owner is gone, however it went
             os._exit(0)
+
+
+class TalkingReplica:
+    """orchestrator.replica.Replica that answers by itself: a step gives each of its requests the next token."""
+
+    def __init__(
+        self, reply: Callable[[Request], Sequence[int]], *, step_s: float = 0.0, max_num_seqs: int = 256
+    ) -> None:
+        """`reply` are an answer's tokens; it ends before, where max_tokens says so."""
+        self._reply, self._step_s, self._max_num_seqs = reply, step_s, max_num_seqs
+        self._requests: dict[str, tuple[Request, list[int]]] = {}  # and what is left to say, backwards
+        self._work = asyncio.Event()
+        self.aborted: list[str] = []
+
+    async def submit(self, requests: Sequence[Request]) -> None:
+        for request in requests:
+            said = list(self._reply(request))[: request.sampling.max_tokens]
+            self._requests[request.id] = request, said[::-1]
+        self._work.set()
+
+    async def abort(self, request_ids: Sequence[str]) -> None:
+        for request_id in request_ids:
+            self._requests.pop(request_id, None)
+            self.aborted.append(request_id)
+
+    async def steps(self) -> AsyncIterator[list[Token]]:
+        while True:
+            await self._work.wait()
+            await asyncio.sleep(self._step_s)
+            running = list(self._requests.values())[: self._max_num_seqs]
+            yield [self._next(*one) for one in running]
+            if not self._requests:
+                self._work.clear()
+
+    def _next(self, request: Request, left: list[int]) -> Token:
+        token_id, reason = left.pop(), None
+        if not left:
+            del self._requests[request.id]
+            reason = FinishReason.STOP if token_id in request.stop_ids else FinishReason.LENGTH
+        return Token(request.id, token_id, reason)
+
+    async def load(self) -> Load:
+        running = min(len(self._requests), self._max_num_seqs)
+        return Load(len(self._requests) - running, running, 8, 0, 0)

@@ -12,15 +12,15 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 from starlette.types import ASGIApp
 
-from launch.http import errors
-from launch.http.chat import chat, encode_chat
-from launch.http.completions import completions
-from launch.http.errors import ApiError
-from launch.http.guard import Guard, HttpLimits, Keys
-from launch.http.metrics import Snapshot
-from launch.http.page import add_page
-from launch.http.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from launch.http.service import Service
+from launch.api import errors
+from launch.api.chat import chat, encode_chat
+from launch.api.completions import completions
+from launch.api.errors import ApiError
+from launch.api.guard import Guard, HttpLimits, Keys
+from launch.api.metrics import Snapshot
+from launch.api.page import add_page
+from launch.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from launch.api.service import Service
 from orchestrator.request import SamplingParams, check_tokens
 
 LOAD_TIMEOUT_S = 2.0  # for replicas to say what they do, when metrics are read

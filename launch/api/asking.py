@@ -9,9 +9,9 @@ import msgspec
 from fastapi import Request
 
 from cluster.errors import BadRequest
-from launch.http.guard import unused
-from launch.http.schemas import Open, Sampling, sampling_params
-from launch.http.service import Service
+from launch.api.guard import unused
+from launch.api.schemas import Open, Sampling, sampling_params
+from launch.api.service import Service
 from orchestrator import grammar as grammars
 from orchestrator.answer import Answers, Terms
 from orchestrator.request import Grammar, SamplingParams

@@ -11,7 +11,7 @@ import msgspec
 from fastapi import FastAPI
 from starlette.responses import Response
 
-from launch.http.service import Service
+from launch.api.service import Service
 
 _FILES: Mapping[str, tuple[str, str]] = {
     "/": ("index.html", "text/html"),

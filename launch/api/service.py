@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from cluster.errors import BadRequest
-from launch.http.errors import ApiError
-from launch.http.metrics import Facts
+from launch.api.errors import ApiError
+from launch.api.metrics import Facts
 from orchestrator.coordinator import Coordinator
 from orchestrator.text import Text
 

@@ -13,14 +13,14 @@ from fastapi import Request
 from starlette.responses import Response
 
 from cluster.errors import BadRequest
-from launch.http.asking import ask_all, checked, headers_of, sampling_of, truncated
-from launch.http.messages import conversation, template_options, tools_for_template
-from launch.http.schemas import ChatRequest, NamedTool, TokenizeRequest
-from launch.http.service import LONG_TEXT, Service
-from launch.http.streaming import EventStream, unless_gone
-from launch.http.structure import grammar_of, tool_grammar
-from launch.http.told import chat_logprobs, new_id, usage, usage_of
-from launch.http.tools import Call, CallFinder, Form, calls_in, form_of, new_call
+from launch.api.asking import ask_all, checked, headers_of, sampling_of, truncated
+from launch.api.messages import conversation, template_options, tools_for_template
+from launch.api.schemas import ChatRequest, NamedTool, TokenizeRequest
+from launch.api.service import LONG_TEXT, Service
+from launch.api.streaming import EventStream, unless_gone
+from launch.api.structure import grammar_of, tool_grammar
+from launch.api.told import chat_logprobs, new_id, usage, usage_of
+from launch.api.tools import Call, CallFinder, Form, calls_in, form_of, new_call
 from orchestrator.answer import Update
 from orchestrator.request import Completion, FinishReason, SamplingParams
 from orchestrator.text import Text

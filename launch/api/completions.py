@@ -12,12 +12,12 @@ from fastapi import Request
 from starlette.responses import Response
 
 from cluster.errors import BadRequest
-from launch.http.asking import ask_all, checked, headers_of, sampling_of, truncated
-from launch.http.schemas import CompletionRequest
-from launch.http.service import Service
-from launch.http.streaming import EventStream, unless_gone
-from launch.http.structure import grammar_of
-from launch.http.told import completion_logprobs, new_id, usage, usage_of
+from launch.api.asking import ask_all, checked, headers_of, sampling_of, truncated
+from launch.api.schemas import CompletionRequest
+from launch.api.service import Service
+from launch.api.streaming import EventStream, unless_gone
+from launch.api.structure import grammar_of
+from launch.api.told import completion_logprobs, new_id, usage, usage_of
 from orchestrator.answer import Update
 from orchestrator.request import Completion
 from orchestrator.text import Text

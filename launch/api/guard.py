@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from launch.http.errors import ApiError
+from launch.api.errors import ApiError
 
 _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})

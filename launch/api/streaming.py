@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from cluster.errors import ShardwiseError
-from launch.http.errors import ApiError, api_error
+from launch.api.errors import ApiError, api_error
 from orchestrator.answer import Answers, Update
 
 CLIENT_LEFT = 499  # nginx's; nobody sees it

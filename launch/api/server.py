@@ -11,8 +11,8 @@ from collections.abc import Generator, Iterator, Sequence
 
 import uvicorn
 
-from launch.http.app import create_app
-from launch.http.service import Service
+from launch.api.app import create_app
+from launch.api.service import Service
 from launch.progress import Progress
 
 KEEP_ALIVE_S = 75  # longer than a load balancer's 60: else it sends into a connection that we are closing

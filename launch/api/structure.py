@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pydantic import JsonValue
 
 from cluster.errors import BadRequest
-from launch.http.schemas import ChatRequest, NamedTool, ResponseFormat, Sampling, Tool
+from launch.api.schemas import ChatRequest, NamedTool, ResponseFormat, Sampling, Tool
 from orchestrator.request import Grammar, GrammarKind
 
 MOST_SCHEMA_BYTES = 64 * 2**10

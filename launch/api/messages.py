@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cluster.errors import BadRequest
-from launch.http.schemas import Json, Message, TextPart, Tool, ToolCall
+from launch.api.schemas import Json, Message, TextPart, Tool, ToolCall
 
 _OURS = ("tools", "messages", "tokenize", "chat_template", "return_tensors", "return_dict", "padding")
 

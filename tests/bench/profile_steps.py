@@ -70,7 +70,12 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         memory_utilization=0.88,
     )
-    worker.join(config, shard_replica(spec, dims, workload=Workload(concurrency=args.requests))[rank], f"tcp://127.0.0.1:{port}", rank)
+    worker.join(
+        config,
+        shard_replica(spec, dims, workload=Workload(concurrency=args.requests))[rank],
+        f"tcp://127.0.0.1:{port}",
+        rank,
+    )
     worker.load()
     if args.device == "cuda":
         path, why = worker.choose_attention()
@@ -86,12 +91,15 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
         run_ahead=args.device == "cuda",
     )
     worker.allocate(limits)
-    worker.capture()
+    if not args.prefill_only:
+        worker.capture()
     if not rank:
         print(f"{blocks * 16} KV tokens; sums: {worker.collectives.stage.path}")
     driver = Driver(worker, args)
     driver.step()  # what a first step sets up
     profile(driver, PREFILL_STEPS, rank, "prefill")
+    if args.prefill_only:
+        return worker.collectives.leave()
     while max(row.count for row in driver.step().rows) > 1:
         pass
     for _ in range(3):
@@ -164,6 +172,7 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--prefill-only", action="store_true", help="spares the start its graphs")
     args = parser.parse_args()
     world_size = ParallelDims.parse(args.layout).world_size
     multiprocessing.spawn(run_rank, (args, free_port()), nprocs=world_size)  # type: ignore[no-untyped-call]

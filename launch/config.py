@@ -1,18 +1,24 @@
 """Recipes: a machine, and what to serve on it, as YAML. Parsed strictly, here and nowhere else.
 
+A profile that `shardwise profile --out machine.json` wrote is read in a recipe's place. `--out machine.yaml` writes a
+recipe (launch/recipe.py).
+
 machine:                      # the only section that `--on` reads
   name: dual-4090             # default: the file's name
   nodes: 1                    # so many of the devices below, each
   devices:
-    - device: rtx-4090        # a key or a driver's name of cluster/catalog.yaml
+    - device: rtx-4090        # a key or a driver's name of cluster/catalog.yaml; any name with all of * below
       count: 2                # the rest is optional, and stands in for the data sheet's figure
       pcie_lanes: 8
-      memory_gb: 25.8
+      memory_gb: 25.8         # *
       reserved_gb: 1.5        # held by a desktop, say; default 0.4
-      gb_per_s: 1008          # memory bandwidth
-      tflops: {bfloat16: 165.2}
+      gb_per_s: 1008          # * memory bandwidth
+      tflops: {bfloat16: 165.2}  # *
       usd_per_hour: 0.6
   link: host                  # within a node; or {kind: host, latency_us: 15, gb_per_s: 12}
+  links:                      # pairs of devices, by position, whose link is another
+    - {between: [0, 1], kind: nvlink}
+  network: {gb_per_s: 36}     # between nodes; latency_us too
 model: {name, dtype, max_model_len}
 objective: {prompt_tokens, output_tokens, concurrency, objective}
 serve: {layout, host, port}
@@ -29,8 +35,9 @@ from typing import Any
 
 import yaml
 
-from cluster.catalog import DRIVER_RESERVED_BYTES, Sheet, prior_links, sheet
+from cluster.catalog import DRIVER_RESERVED_BYTES, Sheet, find, prior_link, prior_links, sheet
 from cluster.errors import BadRecipe
+from cluster.profile import apply, read
 from cluster.topology import Device, Link, LinkKind, Topology
 from strategies.spec import BYTES_PER_ELEMENT
 
@@ -38,7 +45,7 @@ RECIPES = Path(__file__).with_name("recipes")
 MAX_DEVICES = 64  # enumeration stays quick; larger clusters are dp of such
 
 _SECTIONS: Mapping[str, Sequence[str]] = {
-    "machine": ("name", "nodes", "devices", "link"),
+    "machine": ("name", "nodes", "devices", "link", "links", "network"),
     "model": ("name", "dtype", "max_model_len"),
     "objective": ("prompt_tokens", "output_tokens", "concurrency", "objective"),
     "serve": ("layout", "host", "port"),
@@ -53,7 +60,12 @@ _DEVICE_KEYS = (
     "tflops",
     "usd_per_hour",
 )
-_LINK_KEYS = ("kind", "latency_us", "gb_per_s")
+_NETWORK_KEYS = ("latency_us", "gb_per_s")
+_LINK_KEYS = ("kind", *_NETWORK_KEYS)
+_RATES = tuple(
+    dict.fromkeys((*BYTES_PER_ELEMENT, "float8", "int8"))
+)  # the dtypes that data sheets have rates of
+_FULL_DESCRIPTION = ("memory_gb", "gb_per_s", "tflops")
 _REQUIRED = object()
 
 
@@ -104,8 +116,10 @@ class Fields:
 
 
 def read_machine(recipe: str) -> Topology:
-    """The machine of a recipe, given by its path or, of those that ship, by its name. Raises BadRecipe."""
+    """The machine of a recipe or a profile, given by path, or of a recipe that ships, by name. Raises BadRecipe."""
     path = _find(recipe)
+    if path.suffix == ".json":
+        return _measured(path)
     sections = Fields.of(str(path), _load(path), tuple(_SECTIONS))
     for name, keys in _SECTIONS.items():
         if sections.values.get(name) is not None:
@@ -115,6 +129,19 @@ def read_machine(recipe: str) -> Topology:
     return _machine(
         Fields.of(f"{path}: machine", sections.values["machine"], _SECTIONS["machine"]), path.stem
     )
+
+
+def _measured(path: Path) -> Topology:
+    """The machine that a profile was taken of, as measured."""
+    found = read(path)
+    if found is None:
+        raise BadRecipe(
+            f"{path} is no profile of this version; write one by `shardwise profile --out {path.name}`"
+        )
+    dtypes = [
+        dtype for dtype in ("bfloat16", "float16", "float32") if dtype in found.rates[0].bandwidth_bytes_per_s
+    ]
+    return apply(found, found.topology, dtypes[0])
 
 
 def _find(recipe: str) -> Path:
@@ -162,10 +189,10 @@ def _machine(machine: Fields, stem: str) -> Topology:
 
 def _sheet(entry: Fields) -> Sheet:
     """The data sheet, with the recipe's figures in place of its own."""
-    base = sheet(entry.text("device"))
+    base = _base_sheet(entry)
     flops_per_s = dict(base.flops_per_s)
     if entry.values.get("tflops") is not None:
-        rates = Fields.of(f"{entry.where}: tflops", entry.values["tflops"], tuple(BYTES_PER_ELEMENT))
+        rates = Fields.of(f"{entry.where}: tflops", entry.values["tflops"], _RATES)
         flops_per_s = {dtype: rates.number(dtype) * 1e12 for dtype in rates.values}
     return replace(
         base,
@@ -173,6 +200,40 @@ def _sheet(entry: Fields) -> Sheet:
         bandwidth_bytes_per_s=entry.number("gb_per_s", base.bandwidth_bytes_per_s / 1e9) * 1e9,
         flops_per_s=flops_per_s,
         pcie_lanes=entry.integer("pcie_lanes", base.pcie_lanes, 1, 16),
+    )
+
+
+def _base_sheet(entry: Fields) -> Sheet:
+    name = entry.text("device")
+    lacks = [key for key in _FULL_DESCRIPTION if entry.values.get(key) is None]
+    if find(name) is None and not lacks:
+        return _unknown(name)
+    try:
+        return sheet(name)
+    except BadRecipe as error:
+        raise BadRecipe(
+            f"{entry.where}: {error}; or describe it in full: it lacks {', '.join(lacks)}"
+        ) from None
+
+
+def _unknown(name: str) -> Sheet:
+    """A card that the catalogue lacks, to be described by the recipe; its links by the commonest slot and bridge."""
+    return Sheet(
+        key=name,
+        names=(name,),
+        kind="cuda",
+        memory_bytes=0,
+        bandwidth_bytes_per_s=0.0,
+        flops_per_s={},
+        nvlink_bytes_per_s=50e9,
+        bridge=True,
+        pcie_generation=4,
+        pcie_lanes=16,
+        peer_access=False,
+        watts=0.0,
+        price_usd=None,
+        rent_usd_per_hour=None,
+        source="the recipe",
     )
 
 
@@ -191,12 +252,46 @@ def _device(index: int, described: Sheet, node: str, entry: Fields) -> Device:
 
 
 def _links(machine: Fields, placed: Sequence[tuple[Sheet, str]]) -> dict[tuple[int, int], Link]:
+    links = _links_within(machine, placed)
+    pairs = [] if machine.values.get("links") is None else machine.values["links"]
+    if not isinstance(pairs, list):
+        raise BadRecipe(
+            f"{machine.where}: links is {pairs!r}; it must be a list such as [{{between: [0, 1], kind: nvlink}}]"
+        )
+    for i, row in enumerate(pairs):
+        link = Fields.of(f"{machine.where}: links[{i}]", row, ("between", *_LINK_KEYS))
+        a, b = _between(link, len(placed))
+        links[a, b] = _given(prior_link(_kind(link), placed[a][0], placed[b][0]), link)
+    if machine.values.get("network") is not None:
+        network = Fields.of(f"{machine.where}: network", machine.values["network"], _NETWORK_KEYS)
+        links |= {pair: _given(x, network) for pair, x in links.items() if x.kind is LinkKind.NETWORK}
+    return links
+
+
+def _between(link: Fields, devices: int) -> tuple[int, int]:
+    pair = link.values.get("between")
+    known = isinstance(pair, list) and all(type(n) is int and 0 <= n < devices for n in pair)
+    if not isinstance(pair, list) or not known or len(set(pair)) != 2:
+        rule = f"two positions from 0 to {devices - 1}, such as [0, 1]"
+        raise BadRecipe(f"{link.where}: between is {pair!r}; it must be {rule}")
+    return min(pair), max(pair)
+
+
+def _links_within(machine: Fields, placed: Sequence[tuple[Sheet, str]]) -> dict[tuple[int, int], Link]:
     given = machine.values.get("link")
     if given is None:
         return prior_links(placed)
     link = Fields.of(
         f"{machine.where}: link", {"kind": given} if isinstance(given, str) else given, _LINK_KEYS
     )
+    kind = _kind(link)
+    return {
+        pair: _given(prior, link) if placed[pair[0]][1] == placed[pair[1]][1] else prior
+        for pair, prior in prior_links(placed, kind).items()
+    }
+
+
+def _kind(link: Fields) -> LinkKind:
     kinds = tuple(kind.value for kind in LinkKind)
     name = link.text("kind")
     if name not in kinds:
@@ -204,11 +299,7 @@ def _links(machine: Fields, placed: Sequence[tuple[Sheet, str]]) -> dict[tuple[i
         raise BadRecipe(
             f"{link.where}: kind is {name!r}; the nearest known is {near} (of {', '.join(kinds)})"
         )
-    kind = LinkKind(name)
-    return {
-        pair: _given(prior, link) if placed[pair[0]][1] == placed[pair[1]][1] else prior
-        for pair, prior in prior_links(placed, kind).items()
-    }
+    return LinkKind(name)
 
 
 def _given(prior: Link, link: Fields) -> Link:

@@ -16,10 +16,11 @@ from cluster.discover import discover
 from cluster.errors import UserError
 from cluster.measure import Trusted, measure
 from cluster.paths import Curve, Op, Path, best_path, crossovers
-from cluster.profile import MachineProfile, save
+from cluster.profile import MachineProfile, apply, save, write_whole
 from cluster.prove import Outcome, Proof, proved
 from launch.predict import cache_directory
 from launch.progress import Progress
+from launch.recipe import to_recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,7 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     parser.add_argument("--refresh", action="store_true", help="prove and measure anew what is kept")
     parser.add_argument(
-        "--out", metavar="FILE", help="write the profile there too: `plan --on FILE` reads it anywhere"
+        "--out",
+        metavar="FILE",
+        help="write it there too, for `plan --on FILE` anywhere: .json has all, .yaml is a recipe to edit",
     )
     parser.add_argument(
         "--device",
@@ -45,8 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out is not None and File(args.out).is_dir():
-        raise UserError(f"--out {args.out} is a directory; name a file, such as {args.out}/machine.json")
+    out = _checked(args.out)
     progress = Progress()
     topology = discover(
         device=None if args.device == "auto" else args.device,
@@ -58,13 +60,33 @@ def run(args: argparse.Namespace) -> int:
     profile = measure(
         topology, cache, progress.say, refresh=args.refresh, full=True, trusted=_measurable(proof)
     )
-    if args.out is not None:
-        save(profile, File(args.out))
+    if out is not None:
+        _write(profile, out)
     if args.json:
         print(json.dumps(to_json(profile, proof), indent=1))
     else:
         show(profile, proof)
     return 0
+
+
+def _checked(out: str | None) -> File | None:
+    """Raises UserError before anything is measured."""
+    if out is None:
+        return None
+    path = File(out)
+    if path.suffix not in (".json", ".yaml") or not path.parent.is_dir():
+        raise UserError(f"--out {out}; it must be a .json or .yaml file in a directory that exists")
+    return path
+
+
+def _write(profile: MachineProfile, path: File) -> None:
+    if path.suffix == ".json":
+        save(profile, path)
+        return
+    dtype = "bfloat16" if profile.devices[0].kind == "cuda" else "float32"
+    comment = f"Measured by shardwise profile, {profile.measured_at[:10]}, torch {profile.torch_version}."
+    text = to_recipe(apply(profile, profile.topology, dtype), comment)
+    write_whole(text.encode(), path)
 
 
 def _measurable(proof: Proof | None) -> Trusted:

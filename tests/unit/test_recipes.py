@@ -1,16 +1,27 @@
 """Recipes: what the shipped ones say, and that every mistake is one clear line."""
 
+import json
+from dataclasses import replace
+
 import pytest
 
+from cluster.discover import discover
 from cluster.errors import BadRecipe
+from cluster.profile import save
 from cluster.topology import LinkKind
+from launch.__main__ import main
 from launch.config import RECIPES, read_machine
+from launch.recipe import to_recipe
+from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100
+from tests.unit.test_measure import profile_of
 
 GOOD = """
 machine:
   devices:
     - {device: rtx-4090, count: 2}
 """
+
+SHIPPED = sorted(path.stem for path in RECIPES.glob("*.yaml"))
 
 
 def read(tmp_path, text: str):
@@ -20,11 +31,45 @@ def read(tmp_path, text: str):
 
 
 def test_every_shipped_recipe_is_read_by_name_and_by_path():
-    names = sorted(path.stem for path in RECIPES.glob("*.yaml"))
-    assert {"dual-4090", "h100-node", "2xh100", "cpu"} <= set(names)
-    for name in names:
+    assert set(SHIPPED) >= {"dual-4090", "h100-node", "2xh100", "cpu"}
+    for name in SHIPPED:
         assert read_machine(name) == read_machine(str(RECIPES / f"{name}.yaml"))
         assert read_machine(name).name == name
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_shipped_recipe_is_planned_for(name, capsys):
+    code = main(["plan", "llama-3.1-8b", "--on", name, "--json"])
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["machine"] == name
+    assert (code, answer["chosen"] is None) == ((3, True) if name == "cpu" else (0, False))
+    assert all(c["feasible"] or c["reason"] for c in answer["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("name", "kinds"),
+    [
+        ("dual-3090", {LinkKind.HOST}),
+        ("dual-3090-nvlink", {LinkKind.NVLINK}),
+        ("dual-5090", {LinkKind.HOST}),
+        ("dual-rtx-pro-6000", {LinkKind.PCIE}),
+        ("4xl40s", {LinkKind.PCIE}),
+        ("8xa100", {LinkKind.NVLINK}),
+        ("mixed-4090-3090", {LinkKind.HOST}),
+        ("two-h100-nodes", {LinkKind.NVLINK, LinkKind.NETWORK}),
+    ],
+)
+def test_what_links_the_shipped_machines_have(name, kinds):
+    assert {link.kind for link in read_machine(name).links.values()} == kinds
+
+
+def test_figures_that_recipes_state_in_words():
+    assert (
+        read_machine("dual-4090-x8").link(0, 1).bytes_per_s
+        == read_machine("dual-4090").link(0, 1).bytes_per_s / 2
+    )
+    between_nodes = read_machine("two-h100-nodes").link(7, 8)
+    assert (between_nodes.latency_s, between_nodes.bytes_per_s) == (pytest.approx(18e-6), 36e9)
 
 
 def test_dual_4090_has_no_peer_access():
@@ -88,7 +133,98 @@ def test_on_reads_only_machine_but_knows_the_other_keys(tmp_path):
         read(tmp_path, GOOD + "serve: {prot: 8000}\n")
 
 
+def test_pairs_and_the_network_may_differ_from_the_rest(tmp_path):
+    machine = read(
+        tmp_path,
+        """
+        machine:
+          nodes: 2
+          devices: [{device: rtx-3090, count: 2}]
+          link: host
+          links: [{between: [1, 0], kind: nvlink, latency_us: 8}]
+          network: {gb_per_s: 1.25}
+        """,
+    )
+    assert [machine.link(a, b).kind for a, b in ((0, 1), (2, 3), (1, 2))] == [
+        LinkKind.NVLINK,
+        LinkKind.HOST,
+        LinkKind.NETWORK,
+    ]
+    assert machine.link(0, 1).latency_s == pytest.approx(8e-6)
+    assert machine.link(0, 3).bytes_per_s == 1.25e9
+
+
+def test_a_card_that_the_catalogue_lacks_is_described_in_full(tmp_path):
+    device = "{device: Imaginary 1, memory_gb: 20, gb_per_s: 500, tflops: {bfloat16: 50}}"
+    [card] = read(tmp_path, f"machine: {{devices: [{device}]}}").devices
+    assert (card.name, card.memory_bytes, card.flops_per_s) == ("Imaginary 1", 20e9, {"bfloat16": 50e12})
+    with pytest.raises(BadRecipe, match="or describe it in full: it lacks tflops"):
+        read(tmp_path, "machine: {devices: [{device: Imaginary 1, memory_gb: 20, gb_per_s: 500}]}")
+
+
+def machines():
+    bus = [f"00000000:0{n}:00.0" for n in range(1, 4)]
+    bridged = [
+        FakeGpu("NVIDIA GeForce RTX 3090", 24576, bus[0], nvlink=(bus[1],) * 4),
+        FakeGpu("NVIDIA GeForce RTX 3090", 24576, bus[1], nvlink=(bus[0],) * 4),
+        FakeGpu("NVIDIA Imaginary 1", 24564, bus[2], pcie=(4, 4, 8, 16)),
+    ]
+    return {
+        "dual 4090": discover(binding=dual_4090()),
+        "dual H100": discover(binding=dual_h100()),
+        "two bridged and a card that nobody knows": discover(binding=FakeNvml(bridged, peer_access=False)),
+        "two nodes": read_machine("two-h100-nodes"),
+        "cpu": read_machine("cpu"),
+        "mixed": read_machine("mixed-4090-3090"),
+    }
+
+
+@pytest.mark.parametrize("name", machines())
+def test_a_machine_written_as_a_recipe_is_read_back(name, tmp_path):
+    machine = machines()[name]
+    back = read(tmp_path, to_recipe(machine, "from a test\nof two lines"))
+    assert back.name == machine.name
+    for one, other in zip(machine.devices, back.devices, strict=True):
+        assert (one.kind, one.memory_bytes) == (other.kind, other.memory_bytes)
+        assert one.free_bytes == pytest.approx(other.free_bytes, abs=2)
+        assert one.bandwidth_bytes_per_s == pytest.approx(other.bandwidth_bytes_per_s, rel=1e-3)
+        assert one.flops_per_s == pytest.approx(other.flops_per_s, rel=1e-3)
+        assert one.usd_per_hour == other.usd_per_hour
+    assert machine.links.keys() == back.links.keys()
+    for pair, link in machine.links.items():
+        again = back.links[pair]
+        assert link.kind is again.kind
+        assert (link.latency_s, link.bytes_per_s) == pytest.approx(
+            (again.latency_s, again.bytes_per_s), rel=1e-3
+        )
+
+
+def test_nodes_that_differ_cannot_be_written():
+    machine = read_machine("two-h100-nodes")
+    smaller = replace(machine.devices[0], free_bytes=1)
+    with pytest.raises(BadRecipe, match="nodes that differ"):
+        to_recipe(replace(machine, devices=(smaller, *machine.devices[1:])), "")
+
+
+def test_a_profile_stands_for_the_machine_that_was_measured(tmp_path, capsys):
+    path = tmp_path / "box.json"
+    save(profile_of(), path)
+    machine = read_machine(str(path))
+    assert machine.name == "Some CPU, 2 cores"
+    assert machine.link(0, 1).bytes_per_s == pytest.approx(1e9), "the least of its curves"
+    assert main(["plan", "smollm2", "--on", str(path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["machine"] == machine.name
+    path.write_text("{}")
+    with pytest.raises(BadRecipe, match="is no profile of this version"):
+        read_machine(str(path))
+
+
 MISTAKES = {
+    "machine: {devices: [{device: h100, count: 2}], links: {}}": r"links is \{\}; it must be a list",
+    "machine: {devices: [{device: h100, count: 2}], links: [{between: [0, 2], kind: host}]}": "positions from 0 to 1",
+    "machine: {devices: [{device: h100, count: 2}], links: [{between: [1, 1], kind: host}]}": r"between is \[1, 1\]",
+    "machine: {devices: [{device: h100, count: 2}], links: [{between: [0, 1]}]}": r"links\[0\] lacks kind",
+    "machine: {devices: [{device: h100}], nodes: 2, network: {gbps: 1}}": "nearest known is gb_per_s",
     "machines: {}": "unknown key 'machines'; the nearest known is machine",
     "machine: {devcies: []}": "unknown key 'devcies'; the nearest known is devices",
     "machine: {devices: [{devise: rtx-4090}]}": r"devices\[0\] has an unknown key 'devise'; .* device",

@@ -57,10 +57,24 @@ class Driver:
 
 
 def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
-    source = resolve(args.model)
-    spec = spec_of(source)
-    dims = ParallelDims.parse(args.layout)
     worker = Worker()
+    join_ranks(worker, rank, args, port)
+    driver = Driver(worker, args)
+    driver.step()  # what a first step sets up
+    profile(driver, PREFILL_STEPS, rank, "prefill")
+    if not args.prefill_only:
+        while max(row.count for row in driver.step().rows) > 1:
+            pass
+        for _ in range(3):
+            driver.step()
+        profile(driver, DECODE_STEPS, rank, "decode")
+    worker.collectives.leave()
+
+
+def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -> None:
+    """As launch/start.py gets a rank ready."""
+    source, dims = resolve(args.model), ParallelDims.parse(args.layout)
+    spec, on_gpu = spec_of(source), args.device == "cuda"
     config = EngineConfig(
         source,
         spec,
@@ -70,17 +84,10 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         memory_utilization=0.88,
     )
-    worker.join(
-        config,
-        shard_replica(spec, dims, workload=Workload(concurrency=args.requests))[rank],
-        f"tcp://127.0.0.1:{port}",
-        rank,
-    )
+    shards = shard_replica(spec, dims, workload=Workload(concurrency=args.requests))
+    worker.join(config, shards[rank], f"tcp://127.0.0.1:{port}", rank)
     worker.load()
-    if args.device == "cuda":
-        path, why = worker.choose_attention()
-        if not rank:
-            print(f"prompts' attention: {path}: {why}")
+    attention = worker.choose_attention() if on_gpu else ("torch's SDPA", "no GPU")
     blocks = worker.fit_blocks()
     limits = SchedulerConfig(
         min(blocks, args.requests * (args.prompt_tokens + 256) // 16),
@@ -88,24 +95,14 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
         max_num_batched_tokens=args.max_num_batched_tokens,
         groups=dims.pp,
         prefix_caching=False,
-        run_ahead=args.device == "cuda",
+        run_ahead=on_gpu,
     )
     worker.allocate(limits)
     if not args.prefill_only:
         worker.capture()
     if not rank:
-        print(f"{blocks * 16} KV tokens; sums: {worker.collectives.stage.path}")
-    driver = Driver(worker, args)
-    driver.step()  # what a first step sets up
-    profile(driver, PREFILL_STEPS, rank, "prefill")
-    if args.prefill_only:
-        return worker.collectives.leave()
-    while max(row.count for row in driver.step().rows) > 1:
-        pass
-    for _ in range(3):
-        driver.step()
-    profile(driver, DECODE_STEPS, rank, "decode")
-    worker.collectives.leave()
+        print(f"attention of prompts by {': '.join(attention)}")
+        print(f"{blocks * 16} KV tokens; small sums through {worker.collectives.stage.path}")
 
 
 def profile(driver: Driver, steps: int, rank: int, name: str) -> None:

@@ -152,7 +152,8 @@ def _link(report: GpuReport, gpus: tuple[Gpu, Gpu], sheets: tuple[Sheet, Sheet],
 
 def _nvlink_bytes_per_s(own: Gpu, other: Gpu, sheet: Sheet) -> float:
     """One direction from `own` to `other`: all lanes through a switch, else the lanes between the two."""
-    whole = sheet.nvlink_bytes_per_s or own.nvlink_lanes * NVLINK_LANE_BYTES_PER_S
+    lane = own.nvlink_lane_bytes_per_s or NVLINK_LANE_BYTES_PER_S
+    whole = sheet.nvlink_bytes_per_s or (own.nvlink_lanes + own.nvlink_lanes_down) * lane
     lanes = own.nvlink_lanes + own.nvlink_lanes_down
     if not lanes:
         return whole or NVLINK_LANE_BYTES_PER_S  # the driver knows of a link but not of its lanes

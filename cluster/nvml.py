@@ -16,10 +16,30 @@ Binding: TypeAlias = Any
 """The pynvml module, which has no types, or its fake."""
 
 _MOST_LANES = 18
+"""NVLink lanes to ask about: an H100 or B200 has 18, the most of any card so far."""
+
 # nvml.h. The binding has the first one as a tuple, by a comma too many, and its own call then refuses it.
 _P2P_READ = 0
 _P2P_NVLINK = 2
-"""NVLink lanes to ask about: an H100 or B200 has 18, the most of any card so far."""
+
+_P2P_REFUSALS = {
+    1: "chipset not supported",
+    2: "GPU not supported",
+    3: "topology not supported",
+    4: "disabled by a registry key",
+    5: "not supported",
+}
+"""nvmlGpuP2PStatus_t (nvml.h)."""
+
+_ANCESTORS = {
+    0: "same board",
+    10: "one PCIe switch",
+    20: "several PCIe switches",
+    30: "host bridge",
+    40: "same NUMA node",
+    50: "across sockets",
+}
+"""nvmlGpuTopologyLevel_t (nvml.h): nvidia-smi's PIX, PXB, PHB, NODE and SYS after the first."""
 
 _THROTTLE = {
     0x004: "power cap",
@@ -52,6 +72,15 @@ class Gpu:
     nvlink_lanes_down: int = 0
     nvlink_lanes_to: Mapping[str, int] = field(default_factory=dict)  # PCI address -> lanes, without a switch
     nvlink_switched: bool = False
+    nvlink_lane_bytes_per_s: float | None = None  # one lane, one direction, before encoding
+    sm_clock_mhz: int | None = None
+    sm_clock_mhz_max: int | None = None
+    memory_clock_mhz_max: int | None = None
+    temperature_c: int | None = None
+    watts_limit: float | None = None
+    watts_limit_default: float | None = None
+    throttled_by: tuple[str, ...] = ()
+    ecc: bool | None = None
     mig: bool | None = None
     persistent: bool | None = None
     uncorrected_ecc_errors: int | None = None
@@ -65,6 +94,8 @@ class GpuReport:
     driver: str = ""  # "550.54.14"; empty without one
     cuda: tuple[int, int] = (0, 0)  # the newest CUDA that the driver runs
     peer_access: Mapping[tuple[int, int], bool] = field(default_factory=dict)  # (low, high), where known
+    refusals: Mapping[tuple[int, int], str] = field(default_factory=dict)  # pairs without peer access -> why
+    ancestors: Mapping[tuple[int, int], str] = field(default_factory=dict)  # what their PCIe paths meet at
     nvlink: frozenset[tuple[int, int]] = frozenset()  # pairs joined by NVLink, directly or through a switch
     problem: str = ""  # why NVML did not start
 
@@ -92,12 +123,15 @@ def read_gpus(binding: Binding = None) -> GpuReport:
         with _session(nvml):
             handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in range(nvml.nvmlDeviceGetCount())]
             cuda = _ask(nvml, "nvmlSystemGetCudaDriverVersion") or 0
+            peers = dict(_pairs(nvml, handles, _P2P_READ))
             return GpuReport(
                 gpus=tuple(_gpu(nvml, i, handle) for i, handle in enumerate(handles)),
                 driver=_text(_ask(nvml, "nvmlSystemGetDriverVersion") or ""),
                 cuda=(cuda // 1000, cuda % 1000 // 10),
-                peer_access=dict(_pairs(nvml, handles, _P2P_READ)),
-                nvlink=frozenset(pair for pair, ok in _pairs(nvml, handles, _P2P_NVLINK) if ok),
+                peer_access={pair: reason is None for pair, reason in peers.items()},
+                refusals={pair: reason for pair, reason in peers.items() if reason is not None},
+                ancestors=dict(_ancestors(nvml, handles)),
+                nvlink=frozenset(p for p, reason in _pairs(nvml, handles, _P2P_NVLINK) if reason is None),
             )
     except nvml.NVMLError as error:
         return GpuReport(problem=str(error))
@@ -156,8 +190,9 @@ def _text(value: str | bytes) -> str:
 
 def _gpu(nvml: Binding, index: int, handle: Any) -> Gpu:
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    processes = _ask(nvml, "nvmlDeviceGetComputeRunningProcesses", handle) or []
+    processes = _processes(nvml, handle)
     mig = _ask(nvml, "nvmlDeviceGetMigMode", handle)
+    ecc = _ask(nvml, "nvmlDeviceGetEccMode", handle)
     persistent = _ask(nvml, "nvmlDeviceGetPersistenceMode", handle)
     active, down, lanes_to, switched = _nvlink(nvml, handle)
     return Gpu(
@@ -167,7 +202,7 @@ def _gpu(nvml: Binding, index: int, handle: Any) -> Gpu:
         pci=_pci(nvml.nvmlDeviceGetPciInfo(handle)),
         memory_bytes=int(memory.total),
         free_bytes=int(memory.free),
-        holders=tuple((p.pid, p.usedGpuMemory or 0) for p in processes),
+        holders=processes,
         pcie_generation=_ask(nvml, "nvmlDeviceGetCurrPcieLinkGeneration", handle),
         pcie_generation_max=_ask(nvml, "nvmlDeviceGetMaxPcieLinkGeneration", handle),
         pcie_lanes=_ask(nvml, "nvmlDeviceGetCurrPcieLinkWidth", handle),
@@ -185,6 +220,15 @@ def _gpu(nvml: Binding, index: int, handle: Any) -> Gpu:
             nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
             nvml.NVML_VOLATILE_ECC,
         ),
+        nvlink_lane_bytes_per_s=_lane_bytes_per_s(nvml, handle) if active else None,
+        sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
+        sm_clock_mhz_max=_ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
+        memory_clock_mhz_max=_ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_MEM),
+        temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
+        watts_limit=_watts(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
+        watts_limit_default=_watts(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle),
+        throttled_by=_throttled_by(nvml, handle),
+        ecc=None if ecc is None else ecc[0] == nvml.NVML_FEATURE_ENABLED,
         memory_bytes_per_s=_memory_bytes_per_s(nvml, handle),
         float32_flops_per_s=_float32_flops_per_s(nvml, handle),
     )
@@ -231,24 +275,58 @@ def _float32_flops_per_s(nvml: Binding, handle: Any) -> float | None:
     return 2 * cores * clock_mhz * 1e6 if clock_mhz and cores else None
 
 
-def _pairs(nvml: Binding, handles: Sequence[Any], capability: int) -> Iterator[tuple[tuple[int, int], bool]]:
-    """For each pair of GPUs that the driver answers for, whether it has `capability`."""
+def _processes(nvml: Binding, handle: Any) -> tuple[tuple[int, int], ...]:
+    """(pid, bytes) of those that compute or draw on it; one that does both counts once, with the more bytes."""
+    found: dict[int, int] = {}
+    for kind in ("Compute", "Graphics"):
+        for process in _ask(nvml, f"nvmlDeviceGet{kind}RunningProcesses", handle) or []:
+            found[process.pid] = max(found.get(process.pid, 0), process.usedGpuMemory or 0)
+    return tuple(found.items())
+
+
+def _lane_bytes_per_s(nvml: Binding, handle: Any) -> float | None:
+    """As nvidia-smi nvlink -s prints it: 26.562 GB/s of an H100, 14.062 of an RTX 3090."""
+    values = _ask(nvml, "nvmlDeviceGetFieldValues", handle, [nvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON])
+    if not values or values[0].nvmlReturn != nvml.NVML_SUCCESS or not values[0].value.uiVal:
+        return None
+    return float(values[0].value.uiVal) * 1e6
+
+
+def _watts(nvml: Binding, name: str, handle: Any) -> float | None:
+    milliwatts = _ask(nvml, name, handle)
+    return None if milliwatts is None else milliwatts / 1000
+
+
+def _throttled_by(nvml: Binding, handle: Any) -> tuple[str, ...]:
+    reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
+    return tuple(name for bit, name in _THROTTLE.items() if reasons & bit)
+
+
+def _pairs(
+    nvml: Binding, handles: Sequence[Any], capability: int
+) -> Iterator[tuple[tuple[int, int], str | None]]:
+    """For each pair of GPUs that the driver answers for, why it lacks `capability`; None: it has it."""
     for (i, a), (j, b) in itertools.combinations(enumerate(handles), 2):
         status = _ask(nvml, "nvmlDeviceGetP2PStatus", a, b, capability)
         if status is not None:
-            yield (i, j), status == nvml.NVML_P2P_STATUS_OK
+            granted = status == nvml.NVML_P2P_STATUS_OK
+            yield (i, j), None if granted else _P2P_REFUSALS.get(status, "for a reason it does not tell")
+
+
+def _ancestors(nvml: Binding, handles: Sequence[Any]) -> Iterator[tuple[tuple[int, int], str]]:
+    for (i, a), (j, b) in itertools.combinations(enumerate(handles), 2):
+        level = _ask(nvml, "nvmlDeviceGetTopologyCommonAncestor", a, b)
+        if level in _ANCESTORS:
+            yield (i, j), _ANCESTORS[level]
 
 
 def _vitals(nvml: Binding, uuid: str, handle: Any) -> Vitals:
-    milliwatts = _ask(nvml, "nvmlDeviceGetPowerUsage", handle)
-    limit = _ask(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle)
-    reasons = _ask(nvml, "nvmlDeviceGetCurrentClocksThrottleReasons", handle) or 0
     return Vitals(
         uuid=uuid,
         sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
         memory_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
         temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-        watts=None if milliwatts is None else milliwatts / 1000,
-        watts_limit=None if limit is None else limit / 1000,
-        throttled_by=tuple(name for bit, name in _THROTTLE.items() if reasons & bit),
+        watts=_watts(nvml, "nvmlDeviceGetPowerUsage", handle),
+        watts_limit=_watts(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
+        throttled_by=_throttled_by(nvml, handle),
     )

@@ -27,6 +27,11 @@ class FakeGpu:
     sm_clock_mhz: int = 2520
     cores: int = 16384
     throttle: int = 0
+    drawers: Mapping[int, int] = field(default_factory=dict)  # pid -> MiB of a desktop's processes
+    watts_limit: int = 450
+    watts_default: int = 450
+    lane_mb_per_s: int = 26562
+    socket: int = 0
 
     @property
     def uuid(self) -> str:
@@ -46,10 +51,18 @@ class FakeNvml:
     NVML_TEMPERATURE_GPU = pynvml.NVML_TEMPERATURE_GPU
     NVML_MEMORY_ERROR_TYPE_UNCORRECTED = pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED
     NVML_VOLATILE_ECC = pynvml.NVML_VOLATILE_ECC
+    NVML_SUCCESS = pynvml.NVML_SUCCESS
+    NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON = pynvml.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON
 
-    def __init__(self, gpus: list[FakeGpu], peer_access: bool = True, problem: int | None = None) -> None:
-        """`problem` is the NVML error code with which nvmlInit fails."""
-        self.gpus, self.peer_access, self.problem = gpus, peer_access, problem
+    def __init__(
+        self,
+        gpus: list[FakeGpu],
+        peer_access: bool = True,
+        problem: int | None = None,
+        refusal: int = pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED,
+    ) -> None:
+        """`problem` is the NVML error code with which nvmlInit fails; `refusal` why there is no peer access."""
+        self.gpus, self.peer_access, self.problem, self.refusal = gpus, peer_access, problem, refusal
         self.sessions = 0
 
     def nvmlInit(self) -> None:  # noqa: N802 - NVML's names
@@ -79,7 +92,18 @@ class FakeNvml:
         joined = ("switch" in a.nvlink and "switch" in b.nvlink) or b.pci in a.nvlink
         assert isinstance(capability, int), "ctypes takes no tuple"
         answer = joined if capability == pynvml.NVML_P2P_CAPS_INDEX_NVLINK else self.peer_access or joined
-        return pynvml.NVML_P2P_STATUS_OK if answer else pynvml.NVML_P2P_STATUS_CHIPSET_NOT_SUPPORTED
+        return pynvml.NVML_P2P_STATUS_OK if answer else self.refusal
+
+    def nvmlDeviceGetTopologyCommonAncestor(self, a: FakeGpu, b: FakeGpu) -> int:  # noqa: N802
+        return pynvml.NVML_TOPOLOGY_NODE if a.socket == b.socket else pynvml.NVML_TOPOLOGY_SYSTEM
+
+    def nvmlDeviceGetFieldValues(self, gpu: FakeGpu, fields: list[int]) -> list[Any]:  # noqa: N802
+        assert fields == [self.NVML_FI_DEV_NVLINK_SPEED_MBPS_COMMON]
+        return [SimpleNamespace(nvmlReturn=0, value=SimpleNamespace(uiVal=gpu.lane_mb_per_s))]
+
+    def nvmlDeviceGetEccMode(self, gpu: FakeGpu) -> list[int]:  # noqa: N802
+        self._supported(gpu.ecc_errors)
+        return [1, 1]
 
     def nvmlDeviceGetTotalEccErrors(self, gpu: FakeGpu, error: int, counter: int) -> int:  # noqa: N802
         return self._supported(gpu.ecc_errors)
@@ -113,6 +137,10 @@ class FakeNvml:
             "nvmlDeviceGetComputeRunningProcesses": lambda gpu: [
                 SimpleNamespace(pid=pid, usedGpuMemory=mib * 2**20) for pid, mib in gpu.holders.items()
             ],
+            "nvmlDeviceGetGraphicsRunningProcesses": lambda gpu: [
+                SimpleNamespace(pid=pid, usedGpuMemory=mib * 2**20) for pid, mib in gpu.drawers.items()
+            ],
+            "nvmlDeviceGetPowerManagementDefaultLimit": lambda gpu: gpu.watts_default * 1000,
             "nvmlDeviceGetCurrPcieLinkGeneration": lambda gpu: gpu.pcie[0],
             "nvmlDeviceGetMaxPcieLinkGeneration": lambda gpu: gpu.pcie[1],
             "nvmlDeviceGetCurrPcieLinkWidth": lambda gpu: gpu.pcie[2],
@@ -122,7 +150,7 @@ class FakeNvml:
             "nvmlDeviceGetNumGpuCores": lambda gpu: gpu.cores,
             "nvmlDeviceGetTemperature": lambda gpu, sensor: 41,
             "nvmlDeviceGetPowerUsage": lambda gpu: 71_500,
-            "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 450_000,
+            "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: gpu.watts_limit * 1000,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: gpu.throttle,
         }
         if name not in simple:

@@ -10,7 +10,7 @@ import pytest
 from cluster.catalog import sheet
 from cluster.discover import Cpu, cpu_topology, device_vitals, discover, numa_node, read_cpu
 from cluster.errors import PlacementFailed
-from cluster.nvml import read_gpus
+from cluster.nvml import read_gpus, read_pcie
 from cluster.topology import LinkKind, Provenance
 from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100, no_driver
 
@@ -187,3 +187,43 @@ def test_a_broken_driver_says_so() -> None:
     broken = FakeNvml([], problem=pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
     assert read_gpus(broken).problem == "RM has detected an NVML/RM version mismatch."
     assert read_gpus(broken).gpus == ()
+
+
+def test_what_the_driver_says_of_a_card() -> None:
+    fake = dual_h100()
+    fake.gpus[0].holders, fake.gpus[0].drawers = {7: 100, 8: 5}, {8: 20, 9: 30}
+    fake.gpus[0].watts_limit, fake.gpus[0].watts_default = 500, 700
+    fake.gpus[0].throttle = pynvml.nvmlClocksThrottleReasonSwPowerCap
+    gpu = read_gpus(fake).gpus[0]
+    assert dict(gpu.holders) == {7: 100 * MIB, 8: 20 * MIB, 9: 30 * MIB}
+    assert (gpu.watts_limit, gpu.watts_limit_default, gpu.throttled_by) == (500, 700, ("power cap",))
+    assert (gpu.nvlink_lanes, gpu.nvlink_lane_bytes_per_s, gpu.ecc) == (18, 26.562e9, True)
+    assert (gpu.sm_clock_mhz, gpu.sm_clock_mhz_max, gpu.temperature_c) == (2520, 2520, 41)
+    assert read_gpus(dual_4090()).gpus[0].nvlink_lane_bytes_per_s is None
+
+
+def test_where_paths_meet_and_why_a_pair_has_no_peer_access() -> None:
+    fake = dual_4090()
+    fake.gpus[1].socket = 1
+    report = read_gpus(fake)
+    assert report.ancestors == {(0, 1): "across sockets"}
+    assert report.refusals == {(0, 1): "chipset not supported"}
+    assert report.peer_access == {(0, 1): False}
+    assert read_gpus(dual_h100()).refusals == {}
+
+
+def test_the_link_under_load_is_asked_of_one_card() -> None:
+    fake = dual_4090()
+    fake.gpus[1].pcie = (3, 4, 8, 16)
+    assert read_pcie(fake.gpus[1].uuid, fake) == (3, 8)
+    assert read_pcie("GPU-0", no_driver()) == (None, None)
+
+
+def test_a_bridge_between_cards_that_nobody_knows_has_the_drivers_speed() -> None:
+    bus = ["00000000:01:00.0", "00000000:02:00.0"]
+    cards = [
+        FakeGpu("NVIDIA Imaginary 1", 24564, own, nvlink=(other,) * 4, lane_mb_per_s=14062)
+        for own, other in (bus, bus[::-1])
+    ]
+    link = discover(binding=FakeNvml(cards)).link(0, 1)
+    assert link.bytes_per_s == pytest.approx(0.62 * 4 * 14.062e9)

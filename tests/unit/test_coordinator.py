@@ -9,7 +9,9 @@ from functools import wraps
 
 import pytest
 
-from cluster.errors import BadRequest, GangDied
+from cluster.errors import BadRequest, DeadlineExceeded, Draining, GangDied, Overloaded
+from orchestrator.admission import QueueLimits
+from orchestrator.answer import Terms, Update
 from orchestrator.coordinator import Coordinator
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams
 from orchestrator.scheduler import SchedulerConfig
@@ -33,9 +35,22 @@ def in_loop(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
     return run
 
 
-def coordinator(*replicas: FakeReplica, with_text: bool = False, seed: int | None = 0) -> Coordinator:
-    text = BYTES if with_text else None
-    return Coordinator(replicas, LIMITS, vocab=VOCAB, eos_ids=(EOS,), text=text, seed=seed)
+def coordinator(
+    *replicas: FakeReplica,
+    with_text: bool = False,
+    seed: int | None = 0,
+    limits: SchedulerConfig = LIMITS,
+    queue: QueueLimits | None = None,
+) -> Coordinator:
+    return Coordinator(
+        replicas,
+        limits,
+        vocab=VOCAB,
+        eos_ids=(EOS,),
+        text=BYTES if with_text else None,
+        seed=seed,
+        queue=queue or QueueLimits(),
+    )
 
 
 def ask(
@@ -288,3 +303,131 @@ async def test_a_request_cancelled_before_it_left_is_not_sent() -> None:
         await kept
         assert dropped.cancelled()
     assert replica.calls == [1]
+
+
+NARROW = SchedulerConfig(num_blocks=8, block_size=16, max_model_len=128, max_num_seqs=1)  # room for two
+LIVE, BATCH = Terms("live"), Terms("batch", is_batch=True)
+
+
+@in_loop
+async def test_what_a_replica_has_no_room_for_waits_for_its_turn() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica, limits=NARROW) as serving:
+        asked = [
+            asyncio.create_task(serving.complete([i + 1], SamplingParams(max_tokens=1), terms=terms))
+            for i, terms in enumerate([BATCH, BATCH, BATCH, LIVE])
+        ]
+        order = []
+        for taken in range(4):
+            request = await replica.submitted.get()
+            order.append(request.prompt_token_ids[0])
+            if taken == 1:
+                assert replica.submitted.empty()
+                assert serving.waiting_requests == 2
+            if taken >= 1:
+                replica.say(request, 7, end=FinishReason.LENGTH)
+        assert order == [1, 2, 4, 3]  # the live one before the batch's third
+        asked[0].cancel()
+        await asyncio.gather(*asked[1:])
+        assert (serving.open_requests, serving.waiting_requests) == (0, 0)
+
+
+@in_loop
+async def test_the_queue_is_bounded_by_requests_and_by_tokens() -> None:
+    for limits, says in (
+        (QueueLimits(requests=2), "2 requests wait"),
+        (QueueLimits(tokens=8), "8 prompt tokens"),
+    ):
+        replica = FakeReplica()
+        async with coordinator(replica, limits=NARROW, queue=limits) as serving:
+            taken = [serving.ask([1] * 4, SamplingParams(max_tokens=1)) for _ in range(4)]
+            with pytest.raises(Overloaded, match=says) as refused:
+                serving.ask([1] * 4, SamplingParams(max_tokens=1))
+            assert refused.value.retry_after_s >= 1
+            assert serving.meter.refused == {"Overloaded": 1}
+            serving.ask([1] * 4, SamplingParams(max_tokens=1), BATCH).drop()  # a batch bounds itself
+            taken[-1].drop()  # one that waits leaves: there is room for another
+            serving.ask([1] * 4, SamplingParams(max_tokens=1))
+
+
+@in_loop
+async def test_draining_takes_nothing_new_and_ends_with_the_last() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica) as serving:
+        asked = ask(serving, [1], max_tokens=1)
+        request = await replica.submitted.get()
+        serving.drain()
+        with pytest.raises(Draining, match="shutting down"):
+            serving.ask([1], SamplingParams())
+        replica.say(request, 7, end=FinishReason.LENGTH)
+        await serving.idle()
+        assert [done.token_ids for done in await asked] == [[7]]
+
+
+@in_loop
+async def test_a_deadline_drops_the_request_wherever_it_is() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica, limits=NARROW) as serving:
+        hurried = Terms(timeout_s=0.02)
+        asked = [serving.ask([i], SamplingParams(max_tokens=1), hurried) for i in range(3)]
+        for one in asked:
+            with pytest.raises(DeadlineExceeded, match=r"deadline of 0\.02 s"):
+                await one.all()
+        assert [await replica.aborted.get() for _ in range(2)] == ["0", "1"]  # the third was never there
+        assert (serving.open_requests, serving.waiting_requests) == (0, 0)
+
+
+@in_loop
+async def test_updates_come_as_a_stream() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica, with_text=True) as serving:
+        updates = serving.ask([1], SamplingParams(max_tokens=3)).stream()
+        request = await replica.submitted.get()
+        replica.say(request, *BYTES.encode("aé"), end=FinishReason.LENGTH)
+        said: list[Update] = [update async for some in updates for update in some]
+    assert [update.text for update in said] == ["a", "", "é"]
+    assert [update.token_id for update in said] == BYTES.encode("aé")
+    assert [update.finish_reason for update in said] == [None, None, FinishReason.LENGTH]
+
+
+@in_loop
+async def test_leaving_a_stream_drops_the_request() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica) as serving:
+        answers = serving.ask([1], SamplingParams(n=2, temperature=1.0))
+        requests = [await replica.submitted.get() for _ in range(2)]
+        replica.say(requests[0], 5)
+        async for _ in answers.stream():
+            break
+        answers.drop()
+        assert {await replica.aborted.get() for _ in requests} == {r.id for r in requests}
+        assert serving.meter.finished == {FinishReason.ABORT: 2}
+        assert serving.open_requests == 0
+
+
+@in_loop
+async def test_a_replica_that_ends_a_request_by_itself_says_that_its_grammar_is_no_good() -> None:
+    replica = FakeReplica()
+    async with coordinator(replica) as serving:
+        asked = ask(serving, [1])
+        replica.say(await replica.submitted.get(), -1, end=FinishReason.ABORT)
+        with pytest.raises(BadRequest, match="grammar allows no token"):
+            await asked
+
+
+@in_loop
+async def test_accounts_end_at_nothing() -> None:
+    """Whatever way requests end, no replica keeps work in the books."""
+    a, b = FakeReplica(), FakeReplica()
+    async with coordinator(a, b, with_text=True) as serving:
+        stopped = ask(serving, [1] * 5, stop=("x",))
+        ended = ask(serving, [2] * 5, max_tokens=2)
+        dropped = ask(serving, [3] * 5)
+        first, second, third = await a.submitted.get(), await b.submitted.get(), await b.submitted.get()
+        a.say(first, *BYTES.encode("ax"))
+        b.say(second, 1, end=FinishReason.STOP)
+        await asyncio.gather(stopped, ended)
+        dropped.cancel()
+        assert await b.aborted.get() == third.id
+        for lane in serving._lanes:
+            assert (lane.requests, lane.tokens, lane.unstarted_tokens) == (0, 0, 0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
 import torch
 
@@ -125,3 +126,42 @@ def test_logprobs_are_the_models_own() -> None:
     assert two.top_ids == [0, 1]
     assert two.top_logprobs == pytest.approx([math.log(0.4), math.log(0.3)], abs=1e-5)
     assert one.top_ids == [0]
+
+
+def masked(logits: torch.Tensor, allowed: Sequence[int], row: History) -> int:
+    bits = np.zeros(32 * -(-len(logits) // 32), dtype=np.uint8)
+    bits[list(allowed)] = 1
+    mask = np.packbits(bits, bitorder="little").tobytes()
+    found: list[int] = sample(logits.unsqueeze(0), [Draw(row, len(row.token_ids), mask)]).tolist()
+    return found[0]
+
+
+@pytest.mark.parametrize("params", [{}, {"temperature": 1.0, "seed": 3, "top_k": 2}])
+def test_a_mask_leaves_what_a_grammar_allows(params: dict[str, object]) -> None:
+    for allowed in ([4], [3, 4], [0, 33]):
+        logits = torch.linspace(5, 0, 40)
+        assert masked(logits, allowed, history([0], **params)) in allowed
+    assert masked(LOGITS, [3, 4], history([0])) == 3
+
+
+def test_a_masked_row_leaves_the_others_alone() -> None:
+    rows = [history([0]), history([0])]
+    mask = np.packbits(np.array([0] * 4 + [1] + [0] * 27, dtype=np.uint8), bitorder="little").tobytes()
+    draws = [Draw(rows[0], 1), Draw(rows[1], 1, mask)]
+    assert sample(LOGITS.expand(2, -1).contiguous(), draws).tolist() == [0, 4]
+
+
+def test_a_grammars_end_comes_before_min_tokens() -> None:
+    assert masked(LOGITS, [2], history([0], stop_ids=(2,), min_tokens=5)) == 2
+
+
+def test_biases_bans_and_allowed_tokens() -> None:
+    assert draw(LOGITS, history([0], logit_bias={4: 10.0})) == [4]
+    assert draw(LOGITS, history([0], logit_bias={0: -10.0})) == [1]
+    assert draw(LOGITS, history([0], allowed_token_ids=(3, 2))) == [2]
+    assert draw(LOGITS, history([0], bad_words_ids=((0,), (1,)))) == [2]
+    after_three = ((3, 0),)  # never 0 after 3
+    assert draw(LOGITS, history([3], bad_words_ids=after_three), history([2], bad_words_ids=after_three)) == [
+        1,
+        0,
+    ]

@@ -23,6 +23,7 @@ _FILE = Path(__file__).with_name("catalog.yaml")
 _LANE_BYTES_PER_S = {3: 0.985e9, 4: 1.969e9, 5: 3.938e9, 6: 7.563e9}  # PCIe, one direction, after encoding
 _OWNED_HOURS = 3 * 365 * 24  # an owned card is paid off in three years
 _USD_PER_KWH = 0.15
+HOST_COPY = 0.78  # of the slot's raw rate, from pinned host memory: 24 to 26 of 31.5 GB/s on PCIe 4.0 x16
 DRIVER_RESERVED_BYTES = (
     400_000_000  # firmware and page tables: a bare 4090 shows 25.3 to 25.4 of 25.8 GB free
 )
@@ -47,6 +48,7 @@ class Sheet:
     price_usd: float | None
     rent_usd_per_hour: float | None
     source: str
+    one_shot_s: float | None = None  # of a small sum in one kernel through peer memory; None: the links' own
 
     @property
     def pcie_bytes_per_s(self) -> float:
@@ -81,6 +83,7 @@ class Sheet:
             layer_overhead_s=layer_s,
             pool=pool,
             usd_per_hour=self.usd_per_hour,
+            host_bytes_per_s=None if self.kind == "cpu" else HOST_COPY * self.pcie_bytes_per_s,
         )
 
 
@@ -124,11 +127,15 @@ def prior_link(kind: LinkKind, a: Sheet, b: Sheet) -> Link:
         name = (a, b)[rates.index(min(rates))].key
         raise BadRecipe(f"link nvlink, but the {name} has no NVLink; use pcie or host")
     latency_s = {int(n): us * 1e-6 for n, us in row["all_reduce_us"].items()}
+    one_shot_s = row["one_shot_us"] * 1e-6 if "one_shot_us" in row else None
+    if kind is LinkKind.NVLINK:
+        one_shot_s = max((s.one_shot_s for s in (a, b) if s.one_shot_s is not None), default=one_shot_s)
     return Link(
         kind=kind,
         latency_s=latency_s[2],
         bytes_per_s=row["gb_per_s"] * 1e9 if "gb_per_s" in row else min(rates) * row["of_raw"],
         all_reduce_latency_s=latency_s,
+        one_shot_s=one_shot_s,
         provenance=Provenance.TABLE,
     )
 
@@ -190,4 +197,5 @@ def _sheet(key: str, row: Mapping[str, Any]) -> Sheet:
         price_usd=row.get("price_usd"),
         rent_usd_per_hour=row.get("rent_usd_per_hour"),
         source=_catalog()["sources"][row["source"]],
+        one_shot_s=row["one_shot_us"] * 1e-6 if "one_shot_us" in row else None,
     )

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster import catalog
-from cluster.errors import ShardwiseError
-from cluster.topology import Topology
+from cluster.errors import BadRequest, UserError
+from cluster.topology import LinkKind, Topology
 from strategies.cost import estimate
-from strategies.place import place, rejection
-from strategies.plan import Estimate, ParallelDims
+from strategies.cost_memory import memories
+from strategies.engines import Engine, engine
+from strategies.formats import FORMATS, PLAIN, Format
+from strategies.place import gb, place
+from strategies.plan import Estimate, Layout, ParallelDims, Placement
 from strategies.read_spec import builtin
 from strategies.spec import ModelSpec, Workload
 
@@ -20,8 +26,31 @@ SERVING_COLUMNS = (
 )  # fmt: skip
 LAYOUT_COLUMNS = (
     "group", "gpu", "gpus", "link", "model_path", "weights", "engine", "tp", "pp", "dp", "isl", "osl",
-    "concurrency", "metric", "value",
+    "concurrency", "load", "metric", "value",
 )  # fmt: skip
+
+Row = Mapping[str, str]
+
+# What a published checkpoint's name may end in, beyond the model's own: its format, its tuning, its date.
+_ENDINGS = re.compile(
+    r"[-_](nvfp4|mxfp4|fp4|fp8|fp8-dynamic|int8|int4|w4a16|w4a8|w8a8|w8a16|awq|gptq|gguf|bf16|fp16|dynamic|quantized"
+    r"|instruct|chat|base|it|hf|2507|0528|0324|\d{4})$",
+    re.IGNORECASE,
+)
+_PLAIN = frozenset({"", "bf16", "bfloat16", "fp16", "float16", "f16", "none"})
+_KEPT: Mapping[str, Format] = {  # in order: the first that a name starts with, or holds
+    "q4_k_m": replace(FORMATS["int4"], weight_bytes=4.85 / 8),  # a mixture of 4 and 6 bits
+    "int4-g32": replace(FORMATS["int4"], weight_bytes=0.5 + 2.5 / 32),
+    "int4": FORMATS["int4"],
+    "awq": FORMATS["int4"],
+    "gptq": FORMATS["int4"],
+    "w4a16": FORMATS["int4"],
+    "q4": FORMATS["int4"],
+    "fp4": FORMATS["fp4"],
+    "int8": FORMATS["int8"],
+    "w8a8": FORMATS["int8"],
+    "fp8": FORMATS["fp8"],
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +71,7 @@ class Prediction:
         told = {key: "" if figure is None else f"{figure:.6g}" for key, figure in made.items()}
         return {key: ({**told, "reason": self.reason})[key] for key in columns}
 
-    def figures(self, row: Mapping[str, str]) -> Iterator[tuple[str, str, float | None]]:
+    def figures(self, row: Row) -> Iterator[tuple[str, str, float | None]]:
         """(metric, column of the measured figure, predicted)."""
         if "tpot_ms" in row:
             yield "ttft", "ttft_ms", self.ttft_ms
@@ -51,45 +80,170 @@ class Prediction:
             yield row["metric"], "value", self.value
 
 
-def spec_at(model_path: str) -> ModelSpec | None:
-    return builtin(model_path)
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A row, understood."""
+
+    placement: Placement
+    workload: Workload
+    metric: str = ""
 
 
-def predict_serving(row: Mapping[str, str]) -> Prediction:
+def predict_serving(row: Row) -> Prediction:
     try:
-        dims = ParallelDims(int(row["tp_size"]), int(row["pp_size"]), int(row["attention_dp_size"]))
-        made = _estimate(row, row["system"].removesuffix("_sxm"), dims)
-    except ShardwiseError as error:
+        made = predict(serving_case(row))
+    except UserError as error:
         return Prediction(reason=str(error))
     return Prediction(ttft_ms=made.ttft_s * 1e3, tpot_ms=made.tpot_s * 1e3)
 
 
-def predict_layout(row: Mapping[str, str]) -> Prediction:
+def predict_layout(row: Row) -> Prediction:
     try:
-        dims = ParallelDims(int(row["tp"]), int(row["pp"]), int(row["dp"]))
-        made = _estimate(row, row["gpu"].split("(")[0].removesuffix(" SXM"), dims)
-    except ShardwiseError as error:
+        case = layout_case(row)
+        made = predict(case)
+    except UserError as error:
         return Prediction(reason=str(error))
     value = {
         "output_throughput": made.output_tokens_per_s,
         "tpot": made.tpot_s * 1e3,
+        "ttft": made.ttft_s * 1e3,
         "decode_speed": 1 / made.tpot_s,
-    }[row["metric"]]
-    return Prediction(value=value)
+    }.get(case.metric)
+    return Prediction(value=value, reason="" if value else f"unknown metric {case.metric!r}")
 
 
-def _estimate(row: Mapping[str, str], gpu: str, dims: ParallelDims) -> Estimate:
-    spec = spec_at(row["model_path"])
+def predict(case: Case) -> Estimate:
+    """Raises BadRequest for what cannot have run: weights that exceed the memory."""
+    need = max(memories(case.placement, case.workload), key=lambda n: n.weights - n.free)
+    if need.weights > need.free:
+        raise BadRequest(
+            f"{gb(need.weights)} of weights a GPU exceed the {gb(need.free)} that its engine takes"
+        )
+    return estimate(case.placement, case.workload)
+
+
+# --- serving rows -------------------------------------------------------------------------------------------
+
+
+def serving_case(row: Row) -> Case:
+    """Raises UserError for what is not known or makes no sense."""
+    spec, kept, with_engine = _known(row["model_path"], row["precision"], row["backend"])
+    if with_engine.eight_bit_kv and kept is not PLAIN:
+        kept = replace(kept, kv_bytes=1.0)
+    dims = serving_dims(row, spec)
+    return Case(_placement(spec, dims, kept, with_engine, row["system"], None), _workload(row, steady=True))
+
+
+def serving_dims(row: Row, spec: ModelSpec) -> ParallelDims:
+    """The layout of a row: some name one set of GPUs twice, as tp and as dp, or experts' tp in place of attention's."""
+    tp, pp, dp = (_whole(row, key) for key in ("tp_size", "pp_size", "attention_dp_size"))
+    if spec.experts is None:
+        return ParallelDims(tp, pp, dp)
+    expert_tp, ep = _whole(row, "moe_tp_size"), _whole(row, "moe_ep_size")
+    if tp == dp:
+        tp = 1
+    if ep == 1 and dp == 1:
+        tp = max(tp, expert_tp)
+    return ParallelDims(tp, pp, dp, min(ep, tp * dp))
+
+
+# --- published layouts --------------------------------------------------------------------------------------
+
+
+def layout_case(row: Row) -> Case:
+    """Raises UserError."""
+    spec, kept, with_engine = _known(row["model_path"], row["weights"], _engine_name(row["engine"]))
+    if kept.name == "fp4":  # as its published checkpoints are served
+        kept = replace(kept, kv_bytes=1.0)
+    dims = ParallelDims(*(_whole(row, key) for key in ("tp", "pp", "dp")))
+    put = _placement(spec, dims, kept, with_engine, row["gpu"].split("(")[0], _link_kind(row["link"]))
+    at_once = row["concurrency"].strip()
+    steady = not at_once or re.match(r"c\d", row["load"].strip().lower()) is not None
+    if at_once:
+        return Case(put, _workload(row, steady=steady), row["metric"])
+    # As many as fit: those of the fullest device's cache.
+    workload = _workload({**row, "concurrency": "1"}, steady=True)
+    length = workload.prompt_tokens + workload.output_tokens / 2
+    room = min(need.kv_tokens for need in memories(put, workload)) / length
+    at_most = min(max(1, math.floor(room)), with_engine.max_sequences) * dims.dp
+    return Case(put, replace(workload, concurrency=at_most), row["metric"])
+
+
+def _engine_name(told: str) -> str:
+    """`vLLM 0.7.3` → vllm, `llama.cpp layer split` → llama.cpp."""
+    name = told.strip().lower().split(" ")[0]
+    return "trtllm" if name.startswith("tensorrt") else name
+
+
+def _link_kind(told: str) -> LinkKind | None:
+    """`nvlink3`, `pcie4 no P2P`, `pcie5 P2P`; None: as the cards' sheets have it."""
+    link = told.lower()
+    if link.startswith("nvlink"):
+        return LinkKind.NVLINK
+    if "no p2p" in link:
+        return LinkKind.HOST
+    return LinkKind.PCIE if "p2p" in link and "unrecorded" not in link else None
+
+
+# --- names --------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def spec_at(model_path: str) -> ModelSpec | None:
+    """The built-in spec of a model that a table names by owner, format or date."""
+    name = model_path.strip()
+    for _ in range(6):
+        found = builtin(name) or builtin(name.split("/")[-1])
+        shorter = _ENDINGS.sub("", name)
+        if found is not None or shorter == name:
+            return found
+        name = shorter
+    return None
+
+
+def _known(model_path: str, weights: str, engine_name: str) -> tuple[ModelSpec, Format, Engine]:
+    spec = spec_at(model_path)
     if spec is None:
-        raise ShardwiseError(f"no built-in spec for {row['model_path']}")
+        raise BadRequest(f"no built-in spec for {model_path}")
+    return spec, _format(weights), engine(engine_name.strip().lower())
+
+
+def _format(told: str) -> Format:
+    name = told.strip().lower()
+    if name in _PLAIN:
+        return PLAIN
+    for part, kept in _KEPT.items():
+        if part in name:
+            return kept
+    raise BadRequest(f"unknown format {told!r}")
+
+
+def _whole(row: Row, key: str) -> int:
+    try:
+        value = float(row[key] or 1)
+    except ValueError:
+        raise BadRequest(f"{key} is {row[key]!r}; it must be a whole number") from None
+    if not math.isfinite(value) or value < 1 or value != int(value):
+        raise BadRequest(f"{key} is {row[key]!r}; it must be a whole number, at least 1")
+    return int(value)
+
+
+def _workload(row: Row, *, steady: bool) -> Workload:
+    isl, osl, at_once = (_whole(row, key) for key in ("isl", "osl", "concurrency"))
+    return Workload(isl, osl, at_once, steady=steady)
+
+
+def _placement(
+    spec: ModelSpec, dims: ParallelDims, kept: Format, with_engine: Engine, gpu: str, kind: LinkKind | None
+) -> Placement:
+    machine = _machine(gpu.strip(), dims.world_size, kind, with_engine.memory_share)
+    dtype = "bfloat16" if "bfloat16" in machine.devices[0].flops_per_s else "float16"
+    return place(spec, Layout(dims, kept), dtype, machine, with_engine)
+
+
+@functools.cache
+def _machine(gpu: str, n: int, kind: LinkKind | None, memory_share: float) -> Topology:
     sheet = catalog.sheet(gpu)
-    n = dims.world_size
-    machine = Topology(
-        gpu, tuple(sheet.device(i) for i in range(n)), catalog.prior_links([(sheet, "node0")] * n)
-    )
-    put = place(spec, dims, "bfloat16", machine)
-    workload = Workload(int(row["isl"]), int(row["osl"]), int(row["concurrency"] or 256))
-    reason = rejection(put, workload, None)
-    if reason is not None:
-        raise ShardwiseError(reason)
-    return estimate(put, workload)
+    free = int(sheet.memory_bytes * memory_share)
+    devices = tuple(sheet.device(i, free_bytes=free) for i in range(n))
+    return Topology(gpu, devices, catalog.prior_links([(sheet, "node0")] * n, kind))

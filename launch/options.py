@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from cluster.errors import BadLayout, UserError
 from launch.models import resolve
 from strategies.plan import ParallelDims
+from strategies.runnable import check_runs
 from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
@@ -148,6 +149,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     address = _address(args.address)
     source = resolve(args.model)
     spec = spec_of(source)
+    check_runs(spec)
     if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
             f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory "

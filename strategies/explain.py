@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from strategies.cost import Placement, estimate, score
+from strategies.cost import estimate, score
 from strategies.place import count
-from strategies.plan import Candidate, Estimate
+from strategies.plan import Candidate, Estimate, Placement
 from strategies.spec import Objective, Workload
 
 _CAUSES = {

@@ -7,9 +7,11 @@ from collections.abc import Sequence
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
-from strategies.cost import Memory, Placement, memories
+from strategies.cost_memory import Memory, memories
+from strategies.engines import CPU, OURS, Engine
+from strategies.engines import engine as engine_named
 from strategies.pipeline import shard_replica
-from strategies.plan import ParallelDims, Shard
+from strategies.plan import Layout, ParallelDims, Placement, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -19,8 +21,22 @@ EQUAL_SPEED = 0.9
 """Stages whose speeds differ by less get equal layers: two measurements of one card may differ by as much."""
 
 
-def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -> Placement:
-    """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split."""
+def place(
+    spec: ModelSpec,
+    layout: Layout | ParallelDims,
+    dtype: str,
+    topology: Topology,
+    engine: Engine | None = None,
+) -> Placement:
+    """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split.
+
+    `engine`: ours by default.
+    """
+    layout = Layout(layout) if isinstance(layout, ParallelDims) else layout
+    dims = layout.dims
+    if dims.ep > 1 and (spec.experts is None or dims.ep > spec.experts.count):
+        experts = "no experts" if spec.experts is None else f"{spec.experts.count} experts a layer"
+        raise BadLayout(f"ep={dims.ep} splits experts; {spec.name} has {experts}")
     have = len(topology.devices)
     if dims.world_size > have:
         raise BadLayout(f"{dims.name} needs {count(dims.world_size, 'device')}; {topology.name} has {have}")
@@ -32,7 +48,10 @@ def place(spec: ModelSpec, dims: ParallelDims, dtype: str, topology: Topology) -
     stages = [devices[s * dims.tp : (s + 1) * dims.tp] for s in range(dims.pp)]
     rates = [min(topology.devices[i].bandwidth_bytes_per_s for i in stage) for stage in stages]
     speeds = tuple(max(rates) if rate > EQUAL_SPEED * max(rates) else rate for rate in rates)
-    return Placement(spec, dims, dtype, shards(spec, dims.tp, dims.pp, speeds), topology, devices)
+    parts = shards(spec, dims.tp, dims.pp, speeds)
+    if engine is None:
+        engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
+    return Placement(spec, dims, dtype, parts, topology, devices, engine, layout.format, layout.offload)
 
 
 @functools.lru_cache(maxsize=256)
@@ -46,15 +65,40 @@ def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:
 
     Greedy: right where links come in islands (NVLink pairs, nodes), which is how machines are built.
     """
+    return _groups(Chosen(topology), dims.tp)[: dims.world_size]
+
+
+class Chosen:
+    """A topology as a key, by identity: comparing hundreds of devices and links takes longer than choosing."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Chosen) and other.topology is self.topology
+
+    def __hash__(self) -> int:
+        return id(self.topology)
+
+
+@functools.lru_cache(maxsize=64)
+def _groups(chosen: Chosen, tp: int) -> tuple[int, ...]:
+    """All devices in groups of tp, as far as they go; a group stays on one node where there are enough left."""
+    topology = chosen.topology
     left = sorted(range(len(topology.devices)), key=lambda i: (-topology.devices[i].bandwidth_bytes_per_s, i))
-    chosen: list[int] = []
-    while len(chosen) < dims.world_size:
+    ordered: list[int] = []
+    while len(left) >= tp:
         group = [left.pop(0)]
-        while len(group) < dims.tp:
-            group.append(max(left, key=lambda i: min(topology.link(i, g).bytes_per_s for g in group)))
-            left.remove(group[-1])
-        chosen += sorted(group)
-    return tuple(chosen)
+        home = topology.devices[group[0]].node
+        near = [i for i in left if topology.devices[i].node == home]
+        among = near if len(near) >= tp - 1 else left
+        while len(group) < tp:
+            group.append(max(among, key=lambda i: min(topology.link(i, g).bytes_per_s for g in group)))
+            among.remove(group[-1])
+            if among is not left:
+                left.remove(group[-1])
+        ordered += sorted(group)
+    return tuple(ordered)
 
 
 def rejection(placement: Placement, workload: Workload, max_model_len: int | None) -> str | None:
@@ -88,7 +132,7 @@ def gb(n_bytes: float) -> str:
 def _weights(placement: Placement, needs: Sequence[Memory]) -> str:
     """Of the model once: replicated KV heads are the ranks' own affair."""
     size = sum(need.weights for need in needs[: placement.dims.replica_size])
-    return f"{gb(size)} of {placement.dtype} weights"
+    return f"{gb(size)} of {placement.format.name.removesuffix('kv8') or placement.dtype} weights"
 
 
 def _noun(placement: Placement) -> str:

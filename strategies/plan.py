@@ -4,20 +4,30 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import BadLayout
+from cluster.topology import Device, Topology
+from strategies.engines import Engine
+from strategies.formats import PLAIN, Format, format_named
+from strategies.spec import ModelSpec
 
-_NAME = re.compile(r"(tp|pp|dp)(\d+)")
+_NAME = re.compile(r"(tp|pp|dp|ep)(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
 class ParallelDims:
-    """How many ways each dimension splits. A replica is tp × pp ranks; there are dp replicas."""
+    """How many ways each dimension splits. A replica is tp × pp ranks; there are dp replicas.
+
+    ep is how many ways a stage's experts are split whole: over the ranks of one replica (ep ≤ tp, each part then
+    split tp/ep ways within its experts), or over those of all replicas (ep = tp × dp), whose tokens then meet at
+    every mixture.
+    """
 
     tp: int = 1
     pp: int = 1
     dp: int = 1
+    ep: int = 1
 
     @property
     def replica_size(self) -> int:
@@ -29,22 +39,64 @@ class ParallelDims:
 
     @property
     def name(self) -> str:
-        parts = [f"{key}{n}" for key, n in (("tp", self.tp), ("pp", self.pp), ("dp", self.dp)) if n > 1]
-        return "".join(parts) or "tp1"
+        sizes = (("tp", self.tp), ("pp", self.pp), ("dp", self.dp))
+        plain = "".join(f"{key}{n}" for key, n in sizes if n > 1) or "tp1"
+        return f"{plain}ep{self.ep}" if self.ep > 1 else plain
+
+    @property
+    def expert_ranks(self) -> int:
+        """That hold a stage's experts between them."""
+        return self.tp if self.ep <= self.tp else self.tp * self.dp
 
     @classmethod
     def parse(cls, name: str) -> ParallelDims:
-        """`tp2pp2dp2` → ParallelDims(2, 2, 2). Raises BadLayout."""
-        base, _, suffix = name.strip().lower().partition("+")
+        """`tp2pp2dp2` → ParallelDims(2, 2, 2): a layout that this version runs. Raises BadLayout."""
+        layout = Layout.parse(name)
+        if layout.name != layout.dims.name or layout.dims.ep > 1:
+            raise BadLayout(
+                f"layout {name!r} can be planned, not run, by this version; run a plain one such as "
+                f"{replace(layout.dims, ep=1).name}"
+            )
+        return layout.dims
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a model is split, in what it is kept, and whether what does not fit stays in host memory."""
+
+    dims: ParallelDims
+    format: Format = PLAIN
+    offload: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.dims.name}{self.format.suffix}{'+offload' if self.offload else ''}"
+
+    @property
+    def is_plain(self) -> bool:
+        """In the model's own dtype, all of it on the devices, experts where their layer's tp group is."""
+        return self.format is PLAIN and not self.offload and self.dims.ep == 1
+
+    @classmethod
+    def parse(cls, name: str) -> Layout:
+        """`tp8ep8+fp8`, `tp2+int4+offload`. Raises BadLayout."""
+        base, *suffixes = name.strip().lower().split("+")
         found = _NAME.findall(base)
         sizes = {key: int(n) for key, n in found}
         if not found or "".join(k + n for k, n in found) != base or len(sizes) != len(found):
             raise BadLayout(f"layout {name!r} is not a name such as tp2, pp2, dp2 or tp2pp2dp2")
         if min(sizes.values()) < 1:
             raise BadLayout(f"layout {name!r}: every size must be at least 1")
-        if suffix:
-            raise BadLayout(f"layout {name!r}: +{suffix} is not supported; plain layouts such as {base} are")
-        return cls(**sizes)
+        dims = ParallelDims(**sizes)
+        if dims.ep > 1 and (dims.tp % dims.ep if dims.ep <= dims.tp else dims.ep != dims.tp * dims.dp):
+            raise BadLayout(
+                f"layout {name!r}: ep must divide tp or equal tp × dp, {dims.tp * dims.dp}; it is {dims.ep}"
+            )
+        offload = bool(suffixes) and suffixes[-1] == "offload"
+        formats = suffixes[:-1] if offload else suffixes
+        if len(formats) > 1:
+            raise BadLayout(f"layout {name!r} names {len(formats)} formats; it may have one, such as +fp8")
+        return cls(dims, format_named(formats[0], name) if formats else PLAIN, offload)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +127,35 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
+class Placement:
+    """A layout put on devices. `devices` holds indices by replica × replica_size + rank."""
+
+    spec: ModelSpec
+    dims: ParallelDims
+    dtype: str
+    shards: tuple[Shard, ...]
+    topology: Topology
+    devices: tuple[int, ...]
+    engine: Engine
+    format: Format = PLAIN
+    offload: bool = False
+
+    def device(self, replica: int, rank: int) -> Device:
+        return self.topology.devices[self.devices[replica * self.dims.replica_size + rank]]
+
+    def stage(self, replica: int, stage: int) -> tuple[int, ...]:
+        """Device indices of a stage's tp group."""
+        first = replica * self.dims.replica_size + stage * self.dims.tp
+        return self.devices[first : first + self.dims.tp]
+
+    def pool_ranks(self, device: Device) -> int:
+        """Ranks of the layout that share a device's bandwidth, FLOP/s and memory, itself among them."""
+        if not device.pool:
+            return 1
+        return sum(self.topology.devices[i].pool == device.pool for i in self.devices)
+
+
+@dataclass(frozen=True, slots=True)
 class Estimate:
     """What a layout will do, predicted. Seconds and bytes."""
 
@@ -98,6 +179,13 @@ class Candidate:
     shards: tuple[Shard, ...] = ()  # one a rank of a replica, by rank
     marked: tuple[str, ...] = ()  # notes on the estimate, such as replicated KV heads
     devices: tuple[int, ...] = ()  # indices in Topology.devices, by replica × replica_size + rank
+    format: Format = PLAIN
+    offload: bool = False
+    not_runnable: str | None = None  # why this version can plan it but not run it
+
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dims, self.format, self.offload)
 
     @property
     def feasible(self) -> bool:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 from cluster.errors import BadLayout
 from cluster.topology import Topology
-from strategies.cost import MAX_NUM_SEQS, Placement, estimate, score
+from strategies.cost import estimate, score
 from strategies.explain import explain
 from strategies.place import place, rejection
-from strategies.plan import Candidate, Estimate, ParallelDims, Plan
+from strategies.plan import Candidate, Estimate, ParallelDims, Placement, Plan
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
 
@@ -109,7 +109,7 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> tuple[st
         most = max(len(shard.kv_heads) for shard in placement.shards)
         notes.append(f"{spec.kv_heads} KV heads over {dims.tp} ranks: the fullest holds {most}")
     length = workload.prompt_tokens + workload.output_tokens
-    at_once = min(made.kv_tokens // length, MAX_NUM_SEQS) * dims.dp
+    at_once = min(made.kv_tokens // length, placement.engine.max_sequences) * dims.dp
     if at_once < workload.concurrency:
         notes.append(f"room for {at_once} of {workload.concurrency} requests at once; the rest wait")
     return tuple(notes)

@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadModel
-from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, RopeSpec
+from strategies.spec import BYTES_PER_ELEMENT, Experts, Latent, ModelSpec, RopeSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +30,9 @@ class _Family:
     qk_norm: bool = False
     window_everywhere: int | None = None  # default of sliding_window, where it bounds every layer
     window_by_layer: bool = False  # use_sliding_window with max_window_layers or layer_types
+    window_types: bool = False  # layer_types alone says which layers slide
+    experts: bool = False  # a mixture of experts
+    latent: bool = False  # multi-head latent attention
 
 
 _ARCHITECTURES = {
@@ -39,8 +42,18 @@ _ARCHITECTURES = {
     "Qwen3ForCausalLM": _Family(
         "qwen3", kv_heads=32, head_dim=128, qkv_bias=None, qk_norm=True, window_by_layer=True
     ),
+    # To plan for; strategies/runnable.py says which the engine runs.
+    "Qwen3MoeForCausalLM": _Family(
+        "qwen3_moe", kv_heads=4, head_dim=128, qkv_bias=None, qk_norm=True, experts=True
+    ),
+    "MixtralForCausalLM": _Family("mixtral", kv_heads=8, experts=True),
+    "Glm4MoeForCausalLM": _Family("glm4_moe", qkv_bias=None, qk_norm=True, experts=True),
+    "GptOssForCausalLM": _Family("gpt_oss", kv_heads=8, qkv_bias=None, window_types=True, experts=True),
+    "MiniMaxM2ForCausalLM": _Family("minimax_m2", kv_heads=8, qk_norm=True, experts=True),
+    "DeepseekV3ForCausalLM": _Family("deepseek_v3", experts=True, latent=True),
 }
 _MODEL_TYPES = {family.name: family for family in _ARCHITECTURES.values()}
+_MODEL_TYPES["kimi_k2"] = _ARCHITECTURES["DeepseekV3ForCausalLM"]
 _ROPE_KINDS = ("default", "linear", "llama3", "yarn")
 
 
@@ -96,6 +109,9 @@ class _Fields:
 
 def from_hf_config(config: Mapping[str, object], name: str) -> ModelSpec:
     """The spec that a config.json describes, with old or new keys. Raises BadModel."""
+    inner = config.get("text_config")
+    if isinstance(inner, Mapping):  # a model that also sees; its language part is what is planned
+        config = inner
     family = _family(config, name)
     fields = _Fields(config, name)
     if config.get("quantization_config") is not None:
@@ -132,8 +148,39 @@ def from_hf_config(config: Mapping[str, object], name: str) -> ModelSpec:
         dtype=_dtype(config, name),
         eos_ids=fields.token_ids("eos_token_id"),
         bos_id=next(iter(fields.token_ids("bos_token_id")), None),
+        experts=_experts(fields) if family.experts else None,
+        latent=_latent(fields) if family.latent else None,
     )
     return checked(spec)
+
+
+def _experts(fields: _Fields) -> Experts:
+    """Families name the same sizes differently; the first name that a config has counts."""
+
+    def first(*keys: str) -> int:
+        return fields.size(next((key for key in keys if fields.values.get(key) is not None), keys[0]))
+
+    intermediate = first("moe_intermediate_size", "intermediate_size")
+    shared = fields.number("n_shared_experts", 0)
+    if not shared:
+        shared = fields.number("shared_expert_intermediate_size", 0) / intermediate
+    return Experts(
+        count=first("num_experts", "n_routed_experts", "num_local_experts"),
+        per_token=first("num_experts_per_tok", "experts_per_token"),
+        intermediate=intermediate,
+        shared=int(shared),
+        dense_layers=int(fields.number("first_k_dense_replace", 0)),
+    )
+
+
+def _latent(fields: _Fields) -> Latent:
+    return Latent(
+        q_rank=fields.optional_size("q_lora_rank") or 0,
+        kv_rank=fields.size("kv_lora_rank"),
+        nope_dim=fields.size("qk_nope_head_dim"),
+        rope_dim=fields.size("qk_rope_head_dim"),
+        v_dim=fields.size("v_head_dim"),
+    )
 
 
 def checked(spec: ModelSpec) -> ModelSpec:
@@ -221,10 +268,12 @@ def _windows(family: _Family, fields: _Fields) -> tuple[int | None, ...]:
         given = "sliding_window" in fields.values
         window = fields.optional_size("sliding_window") if given else family.window_everywhere
         return (window,) * layers if window else ()
-    if not family.window_by_layer or not fields.flag("use_sliding_window"):
+    types = fields.values.get("layer_types")
+    if not family.window_types and not (family.window_by_layer and fields.flag("use_sliding_window")):
         return ()
     window = fields.size("sliding_window", 4096)
-    types = fields.values.get("layer_types")
+    if types is None and family.window_types:
+        return ()
     if types is None:
         first = int(fields.number("max_window_layers", 28))
         return tuple(window if layer >= first else None for layer in range(layers))

@@ -7,9 +7,10 @@ from dataclasses import replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
-from strategies.cost import Memory, Placement, memories
+from strategies.cost_memory import Memory, memories
+from strategies.engines import OURS, engine
 from strategies.place import count, gb, shards
-from strategies.plan import ParallelDims
+from strategies.plan import ParallelDims, Placement
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
 _MOST_CARDS = 64
@@ -47,7 +48,7 @@ def _replica(spec: ModelSpec, tp: int, pp: int, dtype: str, device: Device) -> P
     except BadLayout:
         return None
     machine = Topology("", tuple(replace(device, index=i) for i in range(n)))
-    return Placement(spec, ParallelDims(tp, pp), dtype, parts, machine, tuple(range(n)))
+    return Placement(spec, ParallelDims(tp, pp), dtype, parts, machine, tuple(range(n)), engine(OURS))
 
 
 def _needs(placement: Placement) -> list[Memory]:

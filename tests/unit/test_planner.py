@@ -95,12 +95,12 @@ def test_latency_picks_tp_and_throughput_picks_dp():
     assert chosen(plan(LLAMA_8B, machine, replace(many, objective=Objective.COST), "bfloat16")) == "tp1"
 
 
-def test_the_measured_ranking_of_vllm_on_two_h100s_holds():
-    # 256 requests at once, measured: dp2 9,954, tp2 9,418, pp2 9,241 tokens/s; staged through the host pp2
-    # gave 9,018 and tp2 5,083.
+def test_the_measured_ranking_on_two_h100s_holds():
+    # 256 requests at once, ours measured: dp2 10,086, tp2 9,556 tokens/s; staged through the host tp2 gave 5,183,
+    # and vLLM's pp2 9,018 where its tp2 gave 5,083.
     many = Workload(concurrency=256, objective=Objective.THROUGHPUT)
     near = names(plan(LLAMA_8B, box("h100", 2), many, "bfloat16"))
-    assert near[:3] == ["dp2", "tp2", "pp2"]
+    assert near.index("dp2") < near.index("tp2") < near.index("tp1")
     far = names(plan(LLAMA_8B, box("h100", 2, LinkKind.HOST), many, "bfloat16"))
     assert far.index("pp2") < far.index("tp2")
 

@@ -1,0 +1,152 @@
+"""What one rank holds: weights, KV cache, activations, and what the process itself takes."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from strategies.plan import ParallelDims, Placement, Shard
+from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
+
+# What a process holds besides its shard. CUDA: context, workspaces and graphs (0.6 to 3.5 GB among engines),
+# and NCCL's buffers (0.35 GB). CPU: a Python process with torch loaded.
+CUDA_RUNTIME_BYTES = 1_000_000_000
+NCCL_BYTES = 350_000_000
+CPU_RUNTIME_BYTES = 400_000_000
+
+STREAM_BUFFERS = 2
+"""Offloaded layers that are on the device at once: one at work, one on its way."""
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """What one rank holds, in bytes."""
+
+    free: int  # before anything is loaded
+    weights: int  # on the device
+    activations: int  # at the token budget, with the logits
+    runtime: int
+    kv_per_token: int
+    streamed: int = 0  # weights that stay in host memory and travel to the device at every step
+
+    @property
+    def fixed(self) -> int:
+        return self.weights + self.activations + self.runtime
+
+    @property
+    def kv_tokens(self) -> int:
+        return max(0, (self.free - self.fixed) // self.kv_per_token)
+
+
+def linear_params(spec: ModelSpec, shard: Shard, dims: ParallelDims) -> tuple[int, int]:
+    """Of a rank: (attention, dense MLP, shared experts, norms, biases and router; routed experts)."""
+    layers = len(shard.layers)
+    dense = sum(layer < spec.dense_layers for layer in shard.layers)
+    if spec.latent is None:
+        head = spec.hidden * spec.head_dim
+        attention = 2 * head * (len(shard.heads) + len(shard.kv_heads))
+        if spec.qkv_bias:
+            attention += spec.head_dim * (len(shard.heads) + 2 * len(shard.kv_heads))
+    else:
+        a, heads = spec.latent, len(shard.heads)
+        query = heads * (a.nope_dim + a.rope_dim)
+        attention = a.q_rank * (spec.hidden + query) if a.q_rank else spec.hidden * query
+        attention += spec.hidden * a.cached + heads * a.kv_rank * (a.nope_dim + a.v_dim)
+        attention += heads * a.v_dim * spec.hidden
+    common = layers * (attention + 2 * spec.hidden) + dense * 3 * spec.hidden * len(shard.mlp)
+    if spec.experts is None:
+        return common, 0
+    e = spec.experts
+    one = 3 * spec.hidden * e.intermediate
+    mixtures = layers - dense
+    common += mixtures * (math.ceil(e.shared * one / dims.tp) + e.count * spec.hidden)
+    return common, mixtures * math.ceil(e.count * one / dims.expert_ranks)
+
+
+def table_params(spec: ModelSpec, shard: Shard) -> int:
+    """Embedding, head and last norm: a rank's part of what its stage keeps."""
+    rows = len(shard.vocab) * spec.hidden
+    tables = rows if shard.is_first else 0
+    if shard.is_last and not (shard.is_first and spec.tied):
+        tables += rows
+    return tables + (spec.hidden if shard.is_last else 0)
+
+
+def weight_bytes(place: Placement, rank: int) -> int:
+    """Bytes of a rank's parameters: its part of the layers, and the tables that its stage keeps."""
+    spec, shard, kept = place.spec, place.shards[rank], place.format
+    size, small = BYTES_PER_ELEMENT[place.dtype], kept.bytes_per_weight(place.dtype)
+    common, experts = linear_params(spec, shard, place.dims)
+    of_common = size if kept.experts_only and spec.experts is not None else small
+    return math.ceil(common * of_common + experts * small) + table_params(spec, shard) * size
+
+
+def kv_bytes_per_token(place: Placement, rank: int) -> int:
+    """A latent row is whole on every rank of a tp group; KV heads are split, or replicated beyond their number."""
+    shard, size = place.shards[rank], place.format.bytes_per_kv(place.dtype)
+    if place.spec.latent is not None:
+        return math.ceil(len(shard.layers) * place.spec.latent.cached * size)
+    return math.ceil(2 * len(shard.layers) * len(shard.kv_heads) * place.spec.head_dim * size)
+
+
+def memory(place: Placement, replica: int, rank: int, sequences: int) -> Memory:
+    """What a rank needs to serve `sequences` at once, and what its device has free for it."""
+    spec, shard, device = place.spec, place.shards[rank], place.device(replica, rank)
+    size = BYTES_PER_ELEMENT[place.dtype]
+    # The widest point of a layer: the residual, the normed input, gate and up, and their product.
+    wide = len(shard.mlp)
+    if spec.experts is not None:
+        wide = max(wide, spec.experts.per_token * spec.experts.intermediate // place.dims.expert_ranks)
+    hidden_bytes = place.engine.chunk_tokens * (2 * spec.hidden + 3 * wide) * size
+    # Logits as gathered, and in float32 to sample from.
+    rows = min(sequences, place.engine.max_sequences)
+    logits_bytes = rows * spec.vocab * (size + 4) if shard.is_last else 0
+    runtime = CPU_RUNTIME_BYTES
+    if device.kind != "cpu":
+        ranks = place.dims.replica_size * (place.dims.dp if place.dims.expert_ranks > place.dims.tp else 1)
+        runtime = CUDA_RUNTIME_BYTES + (NCCL_BYTES if ranks > 1 else 0)
+    free = device.free_bytes // place.pool_ranks(device)
+    weights = weight_bytes(place, rank)
+    made = Memory(
+        free=free,
+        weights=weights,
+        activations=hidden_bytes + logits_bytes,
+        runtime=runtime,
+        kv_per_token=kv_bytes_per_token(place, rank),
+    )
+    return _streaming(place, shard, made, sequences) if place.offload else made
+
+
+def _streaming(place: Placement, shard: Shard, whole: Memory, sequences: int) -> Memory:
+    """The same with as many layers in host memory as room for the cache wants, whole layers at a time."""
+    tables = table_params(place.spec, shard) * BYTES_PER_ELEMENT[place.dtype]
+    layer = (whole.weights - tables) / len(shard.layers)
+    cache = sequences * CACHED_TOKENS * whole.kv_per_token
+    over = whole.fixed + cache - whole.free
+    if over <= 0:
+        return whole
+    moved = min(len(shard.layers), math.ceil(over / layer) + STREAM_BUFFERS)
+    kept = whole.weights - math.ceil((moved - min(moved, STREAM_BUFFERS)) * layer)
+    return Memory(
+        whole.free, kept, whole.activations, whole.runtime, whole.kv_per_token, math.ceil(moved * layer)
+    )
+
+
+CACHED_TOKENS = 2048
+"""Of context for each sequence, that offloading leaves room for."""
+
+
+def memories(place: Placement, workload: Workload) -> list[Memory]:
+    """Of every rank of every replica; replicas on like devices are worked out once."""
+    sequences = math.ceil(workload.concurrency / place.dims.dp)
+    ranks = range(place.dims.replica_size)
+    known: dict[tuple[int, int, int], Memory] = {}
+    found = []
+    for replica in range(place.dims.dp):
+        for rank in ranks:
+            device = place.device(replica, rank)
+            key = (rank, device.free_bytes, place.pool_ranks(device) if device.pool else 1)
+            if key not in known:
+                known[key] = memory(place, replica, rank, sequences)
+            found.append(known[key])
+    return found

@@ -1,0 +1,238 @@
+"""What one rank's part of a pass takes, by operation: products by shape, attention, experts, and gaps between.
+
+A product takes the time of its bytes or of its FLOPs, whichever is longer, a little more where they are close, and a
+constant however small it is.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from cluster.topology import Device, Provenance
+from strategies.engines import Engine, Kernels
+from strategies.formats import Format, Width
+from strategies.plan import ParallelDims, Placement, Shard
+from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
+
+# Measured rates are what probes reach, data sheets are what could be: probes reach 0.925 of an H100's bandwidth and
+# 0.80 of its FLOP/s (3.10 of 3.35 TB/s, 787 of 989 TFLOP/s), so shares of measured rates are larger by as much.
+PROBED_BANDWIDTH = 0.925
+PROBED_COMPUTE = 0.80
+MOST = 0.98  # of any rate that a kernel is taken to reach
+ROUNDING = 3.0  # exponent of the mean that joins bytes' and FLOPs' times
+LEAST_ROWS = 8  # of a tensor core's tile
+LATENT_COMPUTE = 0.5  # of FLOP/s that decode attention over a latent cache reaches: all heads share one row
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """The work of one pass through the model on one replica."""
+
+    decodes: float  # sequences that take one token
+    context: float  # tokens that each of them sees
+    prompt_tokens: float = 0.0
+    seen: float = 0.0  # tokens that a prompt's token sees, on average
+    prompt_rows: float = 0.0  # prompts that end in this pass
+
+    @property
+    def tokens(self) -> float:
+        return self.decodes + self.prompt_tokens
+
+    @property
+    def rows(self) -> float:
+        """Of logits."""
+        return self.decodes + self.prompt_rows
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """[tokens, k] times [k, n], so many times in the shard."""
+
+    n: float
+    k: float
+    times: int
+    weight_bytes: float  # of one weight
+    width: Width
+    compute: str
+
+
+@dataclass(frozen=True, slots=True)
+class Rates:
+    """Of a device, for one rank of a layout."""
+
+    bandwidth: float  # bytes/s, shared with whoever works at the same time
+    flops: dict[str, float]
+    of_bandwidth: float  # shares of these rates per share of the data sheet's
+    of_compute: float
+
+    def reading(self, share: float) -> float:
+        return self.bandwidth * min(MOST, share * self.of_bandwidth)
+
+    def computing(self, dtype: str, share: float) -> float:
+        return self.flops[dtype] * min(MOST, share * self.of_compute)
+
+
+def rates(place: Placement, device: Device, at_work: float) -> Rates:
+    """Threads of a pool are given out at the start, one share a rank; bandwidth goes to whoever works."""
+    sharers = place.pool_ranks(device)
+    measured = device.provenance is Provenance.MEASURED
+    return Rates(
+        device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
+        {dtype: rate / sharers for dtype, rate in device.flops_per_s.items()},
+        1 / PROBED_BANDWIDTH if measured else 1.0,
+        1 / PROBED_COMPUTE if measured else 1.0,
+    )
+
+
+def compute_dtype(kept: Format, dtype: str, device: Device) -> str:
+    """What a format's products run in on a device: weights alone are small where it cannot multiply them so."""
+    return kept.compute if kept.compute is not None and kept.compute in device.flops_per_s else dtype
+
+
+@functools.lru_cache(maxsize=4096)
+def products(
+    spec: ModelSpec, shard: Shard, dims: ParallelDims, kept: Format, dtype: str, compute: str
+) -> tuple[Product, ...]:
+    """Of a rank, its routed experts and the head left out."""
+    size, hidden, layers = float(BYTES_PER_ELEMENT[dtype]), spec.hidden, len(shard.layers)
+    dense = sum(layer < spec.dense_layers for layer in shard.layers)
+    small = (kept.bytes_per_weight(dtype), kept.width, compute)
+    plain = (size, Width.FULL, dtype)
+    attention = plain if kept.experts_only and spec.experts is not None else small
+    heads = len(shard.heads)
+    found: list[tuple[float, float, int, tuple[float, Width, str]]] = []
+    if spec.latent is None:
+        out = (heads + 2 * len(shard.kv_heads)) * spec.head_dim
+        found += [(out, hidden, layers, attention), (hidden, heads * spec.head_dim, layers, attention)]
+    else:
+        a, query = spec.latent, heads * (spec.latent.nope_dim + spec.latent.rope_dim)
+        found += [(a.q_rank + a.cached, hidden, layers, attention)]
+        found += [(query, a.q_rank or hidden, layers, attention)]
+        # What the heads' keys and values are made of is multiplied into queries and outputs instead.
+        found += [(heads * a.kv_rank, a.nope_dim, layers, attention)]
+        found += [(heads * a.v_dim, a.kv_rank, layers, attention)]
+        found += [(hidden, heads * a.v_dim, layers, attention)]
+    if dense:
+        mlp = len(shard.mlp)
+        found += [(2 * mlp, hidden, dense, small), (hidden, mlp, dense, small)]
+    if spec.experts is not None and layers > dense:
+        e, mixtures = spec.experts, layers - dense
+        found += [(e.count, hidden, mixtures, plain)]
+        if e.shared:
+            shared = e.shared * e.intermediate / dims.tp
+            found += [(2 * shared, hidden, mixtures, small), (hidden, shared, mixtures, small)]
+    return tuple(Product(n, k, times, *how) for n, k, times, how in found)
+
+
+def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: float) -> tuple[float, float]:
+    """(bytes' time, what FLOPs add to it) of one product. `prompt_share`: of the rows, that are prompts'."""
+    k = engine.kernels
+    n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
+    read = n_bytes / r.reading(k.weights[p.width] * engine.reads)
+    slower = 1 + (engine.prompts - 1) * prompt_share
+    computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, k.compute[p.width] / slower)
+    return joined(read, computed)
+
+
+def joined(read: float, computed: float) -> tuple[float, float]:
+    """(the first, what the second adds to it)."""
+    most = max(read, computed)
+    if most <= 0:
+        return 0.0, 0.0
+    ratio = min(read, computed) / most
+    return read, most * (1.0 + ratio**ROUNDING) ** (1 / ROUNDING) - read
+
+
+def experts_s(place: Placement, shard: Shard, tokens: float, r: Rates, compute: str) -> tuple[float, float]:
+    """(bytes' time, what FLOPs add) of a rank's routed experts in all mixtures of its layers.
+
+    Of E experts, tokens that each take k at random hit E(1 − (1 − k/E)^tokens).
+    """
+    e = place.spec.experts
+    assert e is not None
+    dims, kept, engine = place.dims, place.format, place.engine
+    k: Kernels = engine.kernels
+    mixtures = sum(layer >= e.dense_layers for layer in shard.layers)
+    if not mixtures:
+        return 0.0, 0.0
+    everyone = tokens * (dims.dp if dims.expert_ranks > dims.tp else 1)
+    hit = e.count * (1 - (1 - e.per_token / e.count) ** everyone)
+    each = everyone * e.per_token / max(hit, 1e-9)
+    own = hit / dims.expert_ranks  # whole experts' worth on this rank
+    params = 3 * place.spec.hidden * e.intermediate
+    read = own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width])
+    flops = own * 2 * params * max(each, k.expert_tile)
+    computed = flops / r.computing(compute, k.expert_compute[kept.width])
+    read, extra = joined(read * engine.experts, computed * engine.experts)
+    moved = 3 * everyone * e.per_token / dims.ep * place.spec.hidden * BYTES_PER_ELEMENT[place.dtype]
+    return mixtures * (read + moved / r.bandwidth), mixtures * extra
+
+
+def rank_s(place: Placement, replica: int, rank: int, work: Pass, at_work: float) -> dict[str, float]:
+    """Seconds of a rank's part of a pass, by cause; what its group shares is not in it."""
+    spec, shard, device, engine = place.spec, place.shards[rank], place.device(replica, rank), place.engine
+    k, dtype = engine.kernels, place.dtype
+    r = rates(place, device, at_work)
+    compute = compute_dtype(place.format, dtype, device)
+    prompt_share = work.prompt_tokens / work.tokens
+    weights = extra = 0.0
+    gaps = 0.0
+    for p in products(spec, shard, place.dims, place.format, dtype, compute):
+        read, more = product_s(p, work.tokens, r, engine, prompt_share)
+        weights, extra, gaps = weights + p.times * read, extra + p.times * more, gaps + p.times
+    if shard.is_last and work.rows:
+        size = float(BYTES_PER_ELEMENT[dtype])
+        head = Product(len(shard.vocab), spec.hidden, 1, size, Width.FULL, dtype)
+        read, more = product_s(head, work.rows, r, engine, 0.0)
+        weights, extra, gaps = weights + read, extra + more, gaps + 1
+    host = gaps * k.product_gap_s * engine.launches
+    if spec.experts is not None:
+        read, more = experts_s(place, shard, work.tokens, r, compute)
+        weights, extra = weights + read, extra + more
+        mixtures = sum(layer >= spec.dense_layers for layer in shard.layers)
+        host += mixtures * k.experts_gap_s * engine.launches
+    layers = len(shard.layers)
+    gap = k.attention_gap_s * engine.launches + (k.latent_gap_s if spec.latent is not None else 0.0)
+    host += layers * gap
+    if device.kind == "cpu":
+        host += layers * device.layer_overhead_s
+    # Norms, rotation and residual sums read and write the hidden states; sampling reads the logits.
+    other = layers * k.residual_passes * 2 * work.tokens * spec.hidden * BYTES_PER_ELEMENT[dtype]
+    if shard.is_last:
+        other += k.sampling_passes * work.rows * spec.vocab * 4
+    host += other / r.bandwidth
+    return {
+        "weights": weights,
+        "compute": extra,
+        "kv": attention_s(place, shard, work, r),
+        "host": host,
+    }
+
+
+def attention_s(place: Placement, shard: Shard, work: Pass, r: Rates) -> float:
+    """Of decodes, the bytes of the cache (or, where it is latent, all heads' FLOPs on it); of prompts, the FLOPs."""
+    spec, k, dtype = place.spec, place.engine.kernels, place.dtype
+    layers, heads, kv_size = len(shard.layers), len(shard.heads), place.format.bytes_per_kv(place.dtype)
+    seen = mean_window(spec, shard.layers, work.context) * work.decodes * layers
+    if spec.latent is None:
+        per_token = 2 * len(shard.kv_heads) * spec.head_dim * kv_size
+        decode = seen * per_token / r.reading(k.kv)
+        per_pair = 4 * heads * spec.head_dim
+    else:
+        a = spec.latent
+        read = seen * a.cached * kv_size / r.reading(k.kv)
+        computed = 2 * seen * heads * (2 * a.kv_rank + a.rope_dim) / r.computing(dtype, LATENT_COMPUTE)
+        decode = max(read, computed) * k.latent
+        per_pair = 2 * heads * (a.nope_dim + a.rope_dim + a.v_dim)
+    if not work.prompt_tokens:
+        return decode
+    pairs = mean_window(spec, shard.layers, work.seen) * work.prompt_tokens * layers
+    return decode + pairs * per_pair * place.engine.prompts / r.computing(dtype, k.prompt_attention)
+
+
+def mean_window(spec: ModelSpec, layers: range, context: float) -> float:
+    """Tokens that a query sees, averaged over layers: less than the context where windows slide."""
+    if not spec.windows:
+        return context
+    return sum(min(context, spec.windows[i] or context) for i in layers) / len(layers)

@@ -1,0 +1,196 @@
+"""Passes and steps: what a stage takes with its collectives, a decode step through all stages, a prefill in chunks.
+
+Decode is a pass of one token a sequence; prefill is passes of up to the engine's tokens a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from cluster.topology import Device, Link
+from strategies.cost_links import all_gather_s, all_reduce_s, send_recv_s
+from strategies.cost_memory import Memory
+from strategies.cost_ops import Pass, rank_s
+from strategies.plan import Placement
+from strategies.spec import BYTES_PER_ELEMENT
+
+HOST_MEMORY_BYTES_PER_S = 50e9
+"""What host memory gives all cards of a node together that pull offloaded weights: two channels, as desktops have."""
+HOST_LINK_BYTES_PER_S = 12e9  # of one card, where nothing is known of its slot: eight lanes of PCIe 4.0
+
+# --- one pass -----------------------------------------------------------------------------------------------
+
+Seconds = Mapping[str, float]
+"""By cause: weights, compute, kv, host, all_reduce, all_gather, all_to_all, offload, send_recv."""
+
+
+def decode_pass(sequences: float, context: float) -> Pass:
+    return Pass(decodes=sequences, context=context)
+
+
+def stage_s(place: Placement, replica: int, stage: int, work: Pass, at_work: float) -> Seconds:
+    """Seconds of one stage's part of a pass, by cause; its slowest rank bounds it.
+
+    `at_work` is the share of the layout's ranks that work at the same moment: those of one pool share its
+    bandwidth.
+    """
+    tp, spec = place.dims.tp, place.spec
+    found = _slowest_rank(place, replica, stage, work, at_work)
+    shard = place.shards[stage * tp]
+    size, k = BYTES_PER_ELEMENT[place.dtype], place.engine.kernels
+    hidden_bytes = work.tokens * spec.hidden * size
+    if place.dims.expert_ranks > tp and spec.experts is not None:
+        # Every replica's tokens reach every mixture, and their sums come back.
+        group = _expert_group(place, stage)
+        mixtures = sum(layer >= spec.dense_layers for layer in shard.layers)
+        once = _sum_s(place, group, hidden_bytes * place.dims.dp)
+        found["all_to_all"] = 2 * mixtures * k.exchange * k.all_reduce * once
+    group = place.stage(replica, stage)
+    if len(group) == 1:
+        return found
+    sums = 2 * len(shard.layers) + shard.is_first  # the embedding's rows are summed once
+    if "all_to_all" in found:
+        sums -= sum(layer >= spec.dense_layers for layer in shard.layers)
+    found["all_reduce"] = sums * k.all_reduce * _sum_s(place, group, hidden_bytes)
+    link = place.topology.slowest(group)
+    if shard.is_last and link is not None:
+        found["all_gather"] = all_gather_s(link, tp, work.rows * GATHERED_BYTES * tp)
+    return found
+
+
+GATHERED_BYTES = 8
+"""A rank's best token and its logit travel, not the logits."""
+
+
+def _sum_s(place: Placement, group: Sequence[int], n_bytes: float) -> float:
+    link = place.topology.slowest(group)
+    return 0.0 if link is None else all_reduce_s(link, len(group), n_bytes, mapped=place.engine.mapped_sums)
+
+
+def _expert_group(place: Placement, stage: int) -> tuple[int, ...]:
+    """The devices of one stage in all replicas."""
+    return tuple(i for replica in range(place.dims.dp) for i in place.stage(replica, stage))
+
+
+def _slowest_rank(place: Placement, replica: int, stage: int, work: Pass, at_work: float) -> dict[str, float]:
+    """Of a stage. Ranks that hold as much on like devices are priced once."""
+    tp = place.dims.tp
+    unlike: dict[tuple[object, ...], int] = {}
+    for rank in range(stage * tp, (stage + 1) * tp):
+        shard, device = place.shards[rank], place.device(replica, rank)
+        widths = (len(shard.heads), len(shard.kv_heads), len(shard.mlp), len(shard.vocab))
+        unlike.setdefault((*widths, *signature(device)), rank)
+    parts = (rank_s(place, replica, rank, work, at_work) for rank in unlike.values())
+    return max(parts, key=lambda s: sum(s.values()))
+
+
+def signature(device: Device) -> tuple[object, ...]:
+    """What a device's speed and room depend on; like devices have equal ones."""
+    return (device.name, device.bandwidth_bytes_per_s, device.free_bytes, device.pool, device.provenance)
+
+
+def hops_s(place: Placement, replica: int, work: Pass) -> float:
+    """Sends of the hidden states from stage to stage, and of the picked tokens back to the first."""
+    if place.dims.pp == 1:
+        return 0.0
+    links = stage_links(place, replica)
+    n_bytes = work.tokens * place.spec.hidden * BYTES_PER_ELEMENT[place.dtype]
+    return sum(send_recv_s(link, n_bytes) for link in links[:-1]) + send_recv_s(links[-1], 4 * work.rows)
+
+
+def stage_links(place: Placement, replica: int) -> list[Link]:
+    """From each stage to the next, and from the last back to the first."""
+    firsts = [place.stage(replica, stage)[0] for stage in range(place.dims.pp)]
+    return [place.topology.link(a, b) for a, b in zip(firsts, [*firsts[1:], firsts[0]], strict=True)]
+
+
+def step_host_s(place: Placement, replica: int, work: Pass, chunks: float = 0.0) -> float:
+    """Host time of a step that the devices wait for; `chunks`: of prompts, in it."""
+    engine, device = place.engine, place.device(replica, 0)
+    held = engine.step_s + engine.sequence_s * work.decodes + engine.prompt_s * min(1.0, chunks)
+    return device.step_overhead_s + held
+
+
+def offload_s(place: Placement, replica: int, needs: Sequence[Memory]) -> float:
+    """Of one pass: what stays in host memory, over the slowest card's link or all cards' share of host memory."""
+    first = replica * place.dims.replica_size
+    own = needs[first : first + place.dims.replica_size]
+    if not any(need.streamed for need in own):
+        return 0.0
+    nodes: dict[str, float] = {}
+    for index, need in zip(place.devices, needs, strict=True):
+        node = place.topology.devices[index].node
+        nodes[node] = nodes.get(node, 0.0) + need.streamed
+    alone = max(
+        need.streamed / (place.device(replica, rank).host_bytes_per_s or HOST_LINK_BYTES_PER_S)
+        for rank, need in enumerate(own)
+    )
+    return max(alone, max(nodes.values()) / HOST_MEMORY_BYTES_PER_S)
+
+
+# --- decode and prefill -------------------------------------------------------------------------------------
+
+
+def decode_step_s(
+    place: Placement, replica: int, sequences: float, context: float, busy: float, offload: float = 0.0
+) -> Seconds:
+    """From one token to the next of every sequence of a replica, by cause; `busy`: share of replicas at work.
+
+    A pipeline keeps up to pp groups of sequences in flight: the cycle is the slowest stage's time for every
+    group, or one group's way through all stages, whichever is longer. One sequence leaves all stages but one
+    idle. `offload`: seconds in which a pass's streamed weights arrive, while the devices work.
+    """
+    pp = place.dims.pp
+    groups = min(pp, max(1, math.floor(sequences))) if place.engine.pipelines else 1
+    work = decode_pass(math.ceil(sequences / groups) if pp > 1 else sequences, context)
+    stages = []
+    for stage in range(pp):
+        part = dict(stage_s(place, replica, stage, work, busy * groups / pp))
+        part["host"] += step_host_s(place, replica, work)
+        stages.append(part)
+    through = _sum(stages)
+    if pp > 1:
+        through["send_recv"] = hops_s(place, replica, work)
+    slowest = max(stages, key=lambda s: sum(s.values()))
+    packed = {cause: groups * seconds for cause, seconds in slowest.items()}
+    step = max(through, packed, key=lambda s: sum(s.values()))
+    waits = offload * groups - sum(step.values())
+    return {**step, "offload": waits} if waits > 0 else step
+
+
+def prefill_s(
+    place: Placement, replica: int, prompts: int, length: int, busy: float, offload: float = 0.0
+) -> tuple[float, float]:
+    """Seconds until the last of some prompts is done, and until one is on average.
+
+    Chunks of the token budget follow one another through the stages; the first fills the pipeline.
+    """
+    total = prompts * length
+    tokens = min(total, place.engine.chunk_tokens)
+    chunks = total / tokens
+    # A causal token sees half of its prompt on average; only a prompt's last token needs logits.
+    work = Pass(0, 0, prompt_tokens=tokens, seen=length / 2, prompt_rows=tokens / length)
+    pp = place.dims.pp
+    host = step_host_s(place, replica, work, chunks=1.0)
+    stages = [stage_s(place, replica, s, work, busy * min(1.0, chunks / pp)) for s in range(pp)]
+    times = [max(sum(s.values()) + host, offload / pp) for s in stages]
+    fill = sum(times) + hops_s(place, replica, work)
+    last = fill + (chunks - 1) * max(times)
+    return last, (fill + last) / 2
+
+
+def _sum(parts: Sequence[Seconds]) -> dict[str, float]:
+    causes = {cause: None for part in parts for cause in part}  # a dict, to keep their order
+    return {cause: sum(part.get(cause, 0.0) for part in parts) for cause in causes}
+
+
+@dataclass(frozen=True, slots=True)
+class Served:
+    """What a replica does with its share of a workload."""
+
+    first_s: float  # mean time to the first token
+    token_s: float  # mean time to each next one
+    tokens_per_s: float  # of output
+    step: Seconds

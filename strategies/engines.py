@@ -1,0 +1,103 @@
+"""What is known of serving engines: shares of a device's rates that their kernels reach, and time that the host takes.
+
+The figures and where they come from are in engines.yaml. `kernels` are common to all engines; an engine differs by what
+its host does, and by few factors. An engine that is not listed gets the middle of those that are.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+OURS = "shardwise"
+CPU = "cpu"  # ours, where devices are a CPU's cores
+_FILE = Path(__file__).with_name("engines.yaml")
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """Shares of the data sheet's rates, by bits of a weight where that matters, and times that sizes do not change."""
+
+    weights: Mapping[int, float]  # of bandwidth, reading a product's weights
+    compute: Mapping[int, float]  # of FLOP/s, in a product
+    expert_weights: Mapping[int, float]
+    expert_compute: Mapping[int, float]
+    kv: float  # of bandwidth, reading the cache in decode
+    latent: float  # times as long, where the cache is latent
+    prompt_attention: float  # of FLOP/s in the dtype
+    expert_tile: float  # rows that an expert's product is padded to
+    residual_passes: float  # a layer's readings and writings of the hidden states beside products
+    sampling_passes: float  # readings of the float32 logits
+    product_gap_s: float  # that a product takes however small it is
+    attention_gap_s: float  # the same, of a layer's attention with norms and rotation
+    latent_gap_s: float  # more, where the cache is latent
+    experts_gap_s: float  # of routing, permuting and gathering
+    all_reduce: float  # times the bare collective's time, within a step
+    exchange: float  # times the all-reduce that stands for experts' exchange between replicas
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    name: str
+    kernels: Kernels
+    reads: float  # times the shared share of bandwidth
+    launches: float  # times the shared gaps
+    prompts: float  # times as long for a prompt's products
+    experts: float  # times as long for experts' products
+    step_s: float  # host time of a step that the GPU waits for
+    sequence_s: float  # the same for each sequence
+    prompt_s: float  # the same for each step with prompts in it
+    first_s: float  # before a request's first token: HTTP, tokenizer, the load generator's own
+    burst: float  # share of the other requests in flight whose prompts are ahead of one's own
+    chunk_tokens: int  # of prompts, in a step
+    max_sequences: int
+    memory_share: float  # of a device's memory that it takes
+    eight_bit_kv: bool  # keeps the cache in 8 bits where weights are quantized
+    pipelines: bool  # stages work at the same time, on groups of sequences
+    mapped_sums: bool  # small sums through mapped host memory, where cards have no peer access
+
+
+@functools.cache
+def engine(name: str) -> Engine:
+    """By its name in tables of measurements, in any case; the default's figures for one that is not listed."""
+    rows = _rows()["engines"]
+    row = rows.get(name.lower())
+    return engine_from({**rows["default"], **(row or {})}, _rows()["kernels"], name)
+
+
+def is_known(name: str) -> bool:
+    return name.lower() in _rows()["engines"]
+
+
+def engine_from(row: Mapping[str, Any], kernels: Mapping[str, Any], name: str) -> Engine:
+    """An engine of the rows of engines.yaml: times there are in µs and ms. `row` may set kernels of its own."""
+    own = {**kernels, **row.get("kernels", {})}
+    scale = {"us": 1e-6, "ms": 1e-3}
+
+    def values(source: Mapping[str, Any]) -> dict[str, Any]:
+        found = {}
+        for key, value in source.items():
+            stem, _, unit = key.rpartition("_")
+            found[f"{stem}_s" if unit in scale else key] = value * scale[unit] if unit in scale else value
+        return found
+
+    known = {field.name for field in fields(Engine)} - {"name", "kernels"}
+    made = {key: value for key, value in values(row).items() if key in known}
+    return Engine(name=name, kernels=Kernels(**values(own)), **made)
+
+
+def with_limits(base: Engine, *, chunk_tokens: int, max_sequences: int) -> Engine:
+    """The engine told to take so many tokens a step and sequences at once."""
+    return replace(base, chunk_tokens=chunk_tokens, max_sequences=max_sequences)
+
+
+@functools.cache
+def _rows() -> Mapping[str, Any]:
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    rows: Mapping[str, Any] = yaml.load(_FILE.read_text(encoding="utf-8"), Loader=loader)
+    return rows

@@ -1,0 +1,72 @@
+"""In what weights, products and KV cache are kept: bytes with their scales, and the rate that products run at.
+
+A format's name is what stands after `+` in a layout's name. Plain is the model's own dtype and has no name. `kv8`
+beside a format, or alone, keeps the KV cache in 8 bits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import IntEnum
+
+from cluster.errors import BadLayout
+from strategies.spec import BYTES_PER_ELEMENT
+
+
+class Width(IntEnum):
+    """Bits of a weight, by which kernels' efficiencies are known."""
+
+    FULL = 16
+    EIGHT = 8
+    FOUR = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How linear layers are kept. Embedding, head, norms and router stay in the model's dtype."""
+
+    name: str = ""
+    weight_bytes: float | None = None  # of one weight with its scales; None: the dtype's
+    width: Width = Width.FULL
+    compute: str | None = None  # what products run in on devices that can; None, or elsewhere: the dtype
+    kv_bytes: float | None = None  # of one element of the cache; None: the dtype's
+    experts_only: bool = (
+        False  # in a mixture of experts attention stays in the dtype, as published checkpoints have it
+    )
+
+    def bytes_per_weight(self, dtype: str) -> float:
+        return BYTES_PER_ELEMENT[dtype] if self.weight_bytes is None else self.weight_bytes
+
+    def bytes_per_kv(self, dtype: str) -> float:
+        return BYTES_PER_ELEMENT[dtype] if self.kv_bytes is None else self.kv_bytes
+
+    @property
+    def suffix(self) -> str:
+        return f"+{self.name}" if self.name else ""
+
+
+PLAIN = Format()
+
+# Scales: fp8 and int8 one float a block of 128 × 128 or a channel (nothing to speak of); int4 a half float and a zero
+# point each 128 weights (GPTQ, AWQ); fp4 a byte each 16 (NVFP4). int4 is kept in 4 bits and multiplied in the dtype.
+_WEIGHTS = (
+    Format("fp8", 1.0, Width.EIGHT, "float8"),
+    Format("int8", 1.0, Width.EIGHT, "int8"),
+    Format("int4", 0.5 + 2.5 / 128, Width.FOUR),
+    Format("fp4", 0.5 + 1 / 16, Width.FOUR, "float4", experts_only=True),
+)
+FORMATS = {
+    kept.name: kept
+    for weights in (PLAIN, *_WEIGHTS)
+    for kept in (weights, replace(weights, name=f"{weights.name}kv8", kv_bytes=1.0))
+}
+
+
+def format_named(name: str, layout: str) -> Format:
+    """Raises BadLayout, which names `layout`."""
+    if name in FORMATS and name:
+        return FORMATS[name]
+    known = ", ".join(f"+{known}" for known in FORMATS if known)
+    raise BadLayout(
+        f"layout {layout!r}: +{name} is not a format; formats are {known}, and +offload comes last"
+    )

@@ -1,0 +1,67 @@
+"""A load that never ends: so many requests in flight, each that ends replaced at once, as a load generator keeps them.
+
+In the time from one request's arrival to its end every other slot has seen one prompt, so a request's life is its own
+decode steps and everybody's prompts. Prompts join decode steps, which read the weights anyway.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from strategies.cost_memory import Memory
+from strategies.cost_ops import Pass
+from strategies.cost_steps import Served, decode_step_s, offload_s, stage_s
+from strategies.plan import Placement
+from strategies.spec import Workload
+
+_ROUNDS = 2  # of sequences in decode, which depend on the time that prompts take, which depends on them
+_MOST_FIRST = 0.7  # of a request's life that can be before its first token, waiting for room left out
+
+
+def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Workload) -> Served:
+    """What one replica's requests see, and its own rate."""
+    engine, dims = place.engine, place.dims
+    prompt, output = workload.prompt_tokens, workload.output_tokens
+    offered = workload.concurrency / dims.dp
+    # Sequences grow: on average one holds its prompt and half of its output.
+    room = min(need.kv_tokens for need in needs) / (prompt + output / 2)
+    live = max(1.0, min(offered, room, engine.max_sequences))
+    busy = min(1.0, offered)
+    offload = offload_s(place, replica, needs)
+    context = prompt + output / 2
+    # Of prompts, in a step: one, or as many as have to go in each where answers are short.
+    tokens = min(max(min(prompt, engine.chunk_tokens), live * prompt / output), engine.chunk_tokens)
+    chunks = prompt / tokens
+    decoding = live
+    for _ in range(_ROUNDS):
+        step = decode_step_s(place, replica, decoding, context, busy, offload)
+        step_s = sum(step.values())
+        prompt_s = chunks * _joining_s(place, replica, decoding, context, tokens, prompt, busy)
+        prompt_s += engine.prompt_s * min(1.0, chunks)
+        life_s = live * prompt_s + output * step_s
+        own_s = prompt_s + step_s + engine.burst * (live - 1) * prompt_s
+        first_s = min(own_s, _MOST_FIRST * life_s)
+        decoding = max(1.0, live * (1 - first_s / life_s))
+    waiting_s = max(0.0, offered / live - 1) * life_s
+    token_s = (life_s - first_s) / (output - 1) if output > 1 else step_s
+    return Served(first_s + waiting_s, token_s, live * output / life_s, step)
+
+
+def _joining_s(
+    place: Placement, replica: int, decoding: float, context: float, tokens: float, prompt: int, busy: float
+) -> float:
+    """What so many tokens of prompts add to a decode step; in a pipeline, to the stage that all wait for."""
+    pp = place.dims.pp
+    groups = min(pp, max(1, math.floor(decoding))) if place.engine.pipelines else 1
+    alone = Pass(decoding / groups, context)
+    joined = Pass(
+        decoding / groups, context, prompt_tokens=tokens, seen=prompt / 2, prompt_rows=tokens / prompt
+    )
+
+    def slowest(work: Pass) -> float:
+        parts = [stage_s(place, replica, stage, work, busy * groups / pp) for stage in range(pp)]
+        times = [sum(part.values()) for part in parts]
+        return max(times) if place.engine.pipelines else sum(times)
+
+    return slowest(joined) - slowest(alone)

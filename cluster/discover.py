@@ -6,6 +6,7 @@ what it says (CUDA_VISIBLE_DEVICES, NCCL_P2P_DISABLE) is handed in.
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import os
 import platform
@@ -14,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster import catalog
+from cluster import catalog, rocm
 from cluster.catalog import Sheet
 from cluster.errors import PlacementFailed
 from cluster.nvml import Binding, Gpu, GpuReport, Vitals, read_gpus, read_vitals
@@ -54,7 +55,7 @@ def discover(
     """
     if device == "cpu":
         return cpu_topology(world_size)
-    report = read_gpus(binding)
+    report, visible = report_here(visible, binding)
     gpus = visible_gpus(report.gpus, visible)
     if device is None and not gpus:
         return cpu_topology(world_size)
@@ -63,6 +64,15 @@ def discover(
     if world_size is not None and world_size > len(gpus):
         raise PlacementFailed(f"{world_size} GPUs asked for, {len(gpus)} here; ask for {len(gpus)} or fewer")
     return gpu_topology(report, gpus[:world_size], peer_access=peer_access)
+
+
+def report_here(visible: str | None, binding: Binding = None) -> tuple[GpuReport, str | None]:
+    """What the driver says, and which of its GPUs may be used: of AMD's, those that torch sees at all."""
+    report = read_gpus(binding)
+    if report.gpus or binding is not None or rocm.torch_build()[1] is None:
+        return report, visible
+    # By name: who imports this module to decide something must stay free of torch where there is no ROCm.
+    return rocm.read_gpus(importlib.import_module("torch")), None
 
 
 def device_vitals(devices: Sequence[Device], binding: Binding = None) -> tuple[Vitals, ...]:

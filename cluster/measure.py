@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
@@ -34,6 +34,7 @@ from cluster.profile import (
     profile_path,
     save,
 )
+from cluster.proof import Trusted
 from cluster.topology import LinkKind, Topology
 
 if TYPE_CHECKING:
@@ -58,14 +59,6 @@ FULL_SIZES = {
     "cuda": tuple(1 << power for power in range(12, 29)),
 }
 SLOW_S = {"cpu": 0.1, "cuda": 1.0}
-
-
-@dataclass(frozen=True, slots=True)
-class Trusted:
-    """What ranks may use, and the environment that keeps NCCL to it (cluster/prove.py finds out)."""
-
-    paths: tuple[Path, ...]
-    environment: Mapping[str, str] = field(default_factory=dict)
 
 
 def by_driver(topology: Topology) -> Trusted:

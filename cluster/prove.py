@@ -12,36 +12,24 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from enum import StrEnum
 from pathlib import Path as File
 from typing import TYPE_CHECKING
 
-import msgspec
-
 from cluster.children import ChildFailed, Children, Failure, Ranks
-from cluster.measure import Progress, Trusted, meeting_place, targets
+from cluster.measure import Progress, meeting_place, targets
 from cluster.paths import Path
-from cluster.profile import fingerprint_of, key_of, write_whole
+from cluster.profile import fingerprint_of
+from cluster.proof import FORMAT, Outcome, Proof, Step, keep, kept
 from cluster.topology import LinkKind, Topology
 
 if TYPE_CHECKING:
     from cluster.probes import Target
 
-FORMAT = 1
 HANG_LIMIT_S = 15.0
 """Of a rung. With the killing of what hangs, a hang costs no more than 20 s; a rung that works takes 1 to 5 s."""
 
 NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
-
-
-class Outcome(StrEnum):
-    PASSED = "passed"
-    WRONG = "wrong data"
-    HUNG = "hung"
-    CRASHED = "crashed"
-    UNUSABLE = "unusable"
-    SKIPPED = "skipped"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +46,12 @@ class Rung:
     limit_s: float = HANG_LIMIT_S
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """What came of a rung."""
-
-    rung: str
-    path: Path | None
-    outcome: Outcome
-    evidence: str = ""
-    fix: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Proof:
-    format: int
-    machine: str
-    fingerprint: str
-    proved_at: str  # ISO 8601, UTC
-    ranks: int
-    steps: tuple[Step, ...]
-    environment: Mapping[str, str]  # that NCCL must be told so as to keep to what was proved
-
-    @property
-    def paths(self) -> tuple[Path, ...]:
-        """Those that may be trusted: every rung that was tried for them passed, or one in their stead."""
-        return tuple(path for path in Path if self._trusts(path))
-
-    @property
-    def trusted(self) -> Trusted:
-        return Trusted(self.paths, self.environment)
-
-    @property
-    def failures(self) -> tuple[Step, ...]:
-        return tuple(s for s in self.steps if s.outcome not in (Outcome.PASSED, Outcome.SKIPPED))
-
-    def _trusts(self, path: Path) -> bool:
-        outcomes = [step.outcome for step in self.steps if step.path is path]
-        if path in (Path.NCCL, Path.GLOO):  # rungs that stand in for each other
-            return Outcome.PASSED in outcomes
-        return bool(outcomes) and set(outcomes) == {Outcome.PASSED}
-
-
 def ladder(topology: Topology) -> tuple[Rung, ...]:
     """For the devices of one host. More rungs, such as a model's own, may follow: see `prove`."""
     from cluster import rungs
 
     if topology.devices[0].kind == "cpu":
-        return (
-            Rung(
-                "gloo's collectives",
-                Path.GLOO,
-                rungs.collectives,
-            ),
-        )
+        return (Rung("gloo's collectives", Path.GLOO, rungs.collectives),)
     granted = [link.kind in (LinkKind.NVLINK, LinkKind.PCIE) for link in topology.links.values()]
     writes = "writes between peers"
     first, second, third = "NCCL's collectives", "NCCL's, through host memory", "NCCL's, through sockets"
@@ -148,7 +89,7 @@ def proved(
 
     proof = prove(topology, (*ladder(topology), *more), start, progress)
     if cache_dir is not None and not any(_passes(step) for step in proof.steps):
-        write_whole(msgspec.json.format(msgspec.json.encode(proof)), proof_path(cache_dir, topology))
+        keep(proof, cache_dir, topology)
     return proof
 
 
@@ -258,20 +199,3 @@ def advice(rung: Rung, outcome: Outcome) -> str:
 def _passes(step: Step) -> bool:
     """A failure that says nothing of the links: somebody else held the GPUs' memory."""
     return any(words in step.evidence for words in ("CUDA out of memory", "cuMemAlloc"))
-
-
-# --- kept on disk -------------------------------------------------------------------------------------------
-
-
-def proof_path(cache_dir: File, topology: Topology) -> File:
-    return cache_dir / f"proof-{key_of(topology)}.json"
-
-
-def kept(cache_dir: File, topology: Topology) -> Proof | None:
-    """None if there is none, or the devices, their links, driver, NCCL or torch are others now."""
-    try:
-        found = msgspec.json.decode(proof_path(cache_dir, topology).read_bytes(), type=Proof)
-    except (OSError, msgspec.DecodeError):
-        return None
-    same = (found.format, found.fingerprint) == (FORMAT, fingerprint_of(topology))
-    return found if same else None

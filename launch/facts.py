@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -12,8 +11,9 @@ from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from cluster.discover import read_cpu
-from cluster.nvml import GpuReport, read_gpus
+from cluster.discover import read_cpu, report_here
+from cluster.nvml import GpuReport
+from cluster.rocm import torch_build
 from launch.findings import Leftover, MachineFacts
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "safetensors", "flashinfer-python", "triton")
@@ -26,7 +26,9 @@ NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")  # ne
 
 def gather(report: GpuReport | None = None) -> MachineFacts:
     """Of this machine, as this process sees it. `report`: what NVML said, if it was asked before."""
-    report = read_gpus() if report is None else report
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if report is None:
+        report, visible = report_here(visible)
     disk = shutil.disk_usage(tempfile.gettempdir())
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
     return MachineFacts(
@@ -34,9 +36,9 @@ def gather(report: GpuReport | None = None) -> MachineFacts:
         report=report,
         driver_loaded=Path("/proc/driver/nvidia/version").exists(),
         versions={**{name: _version(name) for name in PACKAGES}, "nccl": _nccl()},
-        torch_cuda=_torch_cuda(),
+        torch_cuda=torch_build()[0],
         processes={pid: _process_name(pid) for gpu in report.gpus for pid, _ in gpu.holders},
-        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        visible=visible,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         disk_path=tempfile.gettempdir(),
@@ -94,16 +96,6 @@ def _version(name: str) -> str | None:
 
 def _nccl() -> str | None:
     return next((found for name in NCCL_WHEELS if (found := _version(name))), None)
-
-
-def _torch_cuda() -> str | None:
-    """The CUDA that torch was built for, from its version.py: importing torch takes seconds."""
-    spec = importlib.util.find_spec("torch")
-    if spec is None or spec.origin is None:
-        return None
-    text = Path(spec.origin).with_name("version.py").read_text(encoding="utf-8")
-    found = re.search(r"^cuda(?:: [^=]+)? = ['\"]([\d.]+)['\"]", text, re.MULTILINE)
-    return found[1] if found else None
 
 
 def _process_name(pid: int) -> str:

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 
 from cluster.discover import discover
 from cluster.paths import Path
-from cluster.prove import Proof, proved
+from cluster.proof import Proof
+from cluster.prove import proved
 from launch.options import EngineOptions
 from launch.predict import cache_directory
 from launch.progress import Progress

@@ -14,10 +14,11 @@ import msgspec
 
 from cluster.discover import discover
 from cluster.errors import UserError
-from cluster.measure import Trusted, measure
+from cluster.measure import measure
 from cluster.paths import Curve, Op, Path, best_path, crossovers
 from cluster.profile import MachineProfile, apply, save, write_whole
-from cluster.prove import Outcome, Proof, proved
+from cluster.proof import Outcome, Proof, Trusted
+from cluster.prove import proved
 from launch.predict import cache_directory
 from launch.progress import Progress
 from launch.recipe import to_recipe

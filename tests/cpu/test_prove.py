@@ -17,7 +17,8 @@ from cluster.children import Children
 from cluster.discover import discover
 from cluster.paths import Path
 from cluster.probes import Target
-from cluster.prove import Outcome, Proof, Rung, prove
+from cluster.proof import Outcome, Proof
+from cluster.prove import Rung, prove
 
 HERE = discover(2, "cpu")
 GLOO = Rung("gloo's collectives", Path.GLOO, rungs.collectives, limit_s=60)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
+from types import SimpleNamespace
 
 import pynvml
 import pytest
 
+from cluster import rocm
 from cluster.catalog import sheet
-from cluster.discover import Cpu, cpu_topology, device_vitals, discover, numa_node, read_cpu
+from cluster.discover import Cpu, cpu_topology, device_vitals, discover, gpu_topology, numa_node, read_cpu
 from cluster.errors import PlacementFailed
 from cluster.nvml import read_gpus, read_pcie
 from cluster.topology import LinkKind, Provenance
@@ -227,3 +230,59 @@ def test_a_bridge_between_cards_that_nobody_knows_has_the_drivers_speed() -> Non
     ]
     link = discover(binding=FakeNvml(cards)).link(0, 1)
     assert link.bytes_per_s == pytest.approx(0.62 * 4 * 14.062e9)
+
+
+class FakeRocm:
+    """What cluster.rocm asks of a ROCm build of torch, which names AMD's cards as CUDA ones."""
+
+    version = SimpleNamespace(hip="6.4.43482")
+
+    def __init__(self, name: str, count: int) -> None:
+        self.name, self.count = name, count
+
+    @property
+    def cuda(self) -> FakeRocm:
+        return self
+
+    def device_count(self) -> int:
+        return self.count
+
+    def can_device_access_peer(self, a: int, b: int) -> bool:
+        return self.name.startswith("AMD Instinct")
+
+    def mem_get_info(self, index: int) -> tuple[int, int]:
+        return 190 << 30, 191 << 30
+
+    def get_device_properties(self, index: int) -> SimpleNamespace:
+        return SimpleNamespace(
+            name=self.name, uuid=f"ab{index}", pci_domain_id=0, pci_bus_id=0xC1 + index, pci_device_id=0
+        )
+
+
+def test_amds_cards_are_found_through_torch() -> None:
+    report = rocm.read_gpus(FakeRocm("AMD Instinct MI300X", 2))
+    topology = gpu_topology(report, report.gpus)
+    assert topology.name == "2 × AMD Instinct MI300X"
+    first, second = topology.devices
+    assert (first.uuid, second.pci) == ("GPU-ab0", "0000:c2:00.0")
+    assert (first.memory_bytes, first.free_bytes) == (191 << 30, 190 << 30)
+    assert first.bandwidth_bytes_per_s == 5300e9
+    assert topology.link(0, 1).kind is LinkKind.NVLINK, "its Infinity Fabric"
+    desktop = rocm.read_gpus(FakeRocm("AMD Radeon RX 7900 XTX", 2))
+    assert gpu_topology(desktop, desktop.gpus).link(0, 1).kind is LinkKind.HOST
+    assert rocm.read_gpus(FakeRocm("", 0)).problem == "torch sees no ROCm device"
+
+
+def test_what_torch_was_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "torch").mkdir()
+    (tmp_path / "torch" / "__init__.py").write_text("raise AssertionError('importing torch takes seconds')")
+    monkeypatch.syspath_prepend(tmp_path)
+    for cuda, hip in ((None, "6.4.43482-0f2d60242"), ("13.0", None), (None, None)):
+        text = f"from typing import Optional\ncuda: Optional[str] = {cuda!r}\nhip: Optional[str] = {hip!r}\n"
+        (tmp_path / "torch" / "version.py").write_text(text)
+        monkeypatch.setattr(
+            importlib.util,
+            "find_spec",
+            lambda name: SimpleNamespace(origin=str(tmp_path / name / "__init__.py")),
+        )
+        assert rocm.torch_build() == (cuda, hip)

@@ -9,7 +9,8 @@ import pytest
 
 from cluster.discover import discover
 from cluster.paths import Path
-from cluster.prove import NO_PEERS, Outcome, Proof, Step
+from cluster.proof import Outcome, Proof, Step
+from cluster.prove import NO_PEERS
 from launch import links
 from launch.links import only_proved, peers_proved
 from launch.options import EngineOptions

@@ -7,15 +7,14 @@ from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
-import msgspec
 import pytest
 
 from cluster import prove as prove_module
 from cluster.children import ChildFailed, Failure
 from cluster.discover import Cpu, cpu_topology, discover
 from cluster.paths import Path
-from cluster.profile import write_whole
-from cluster.prove import NO_PEERS, SOCKETS, Outcome, Proof, Rung, kept, ladder, proof_path, prove, proved
+from cluster.proof import Outcome, Proof, keep, kept, proof_path
+from cluster.prove import NO_PEERS, SOCKETS, Rung, ladder, prove, proved
 from cluster.topology import Topology
 from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100
 
@@ -199,7 +198,7 @@ def test_a_pair_among_others_is_written_to_but_sums_need_all() -> None:
 
 def test_a_proof_is_kept_with_its_machine_and_its_driver(tmp_path: File) -> None:
     proof, _, _ = climbed(H100S, {FIRST: hung()})
-    write_whole(msgspec.json.encode(proof), proof_path(tmp_path, H100S))
+    keep(proof, tmp_path, H100S)
     assert kept(tmp_path, H100S) == proof
     assert proved(H100S, tmp_path, print) == proof, "a second start tries nothing"
     assert kept(tmp_path, replace(H100S, driver="581.00")) is None

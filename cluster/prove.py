@@ -175,7 +175,7 @@ _FIX = {
     "(NCCL_P2P_LEVEL=PXB keeps NCCL's peer access to cards behind one PCIe switch)",
     "no peers": "nothing, if a container forbids CUDA IPC or the card has no peer access: slower paths serve",
     "mapped memory that is wrong": "update the driver and the kernel; small sums go through NCCL until then",
-    "no mapped memory": "allow locked memory (ulimit -l unlimited; docker --ulimit memlock=-1); NCCL serves until then",
+    "no mapped memory": "see dmesg: the host ran short of memory, or a sandbox keeps it from GPUs; NCCL serves until then",
     "NCCL": "give a container --shm-size=8g or --ipc=host, and see what NCCL_DEBUG=INFO prints; the next way is tried",
     "no NCCL": "no way between these GPUs works: use a replica a GPU (dp), and see what NCCL_DEBUG=INFO prints",
     "gloo": "see that the loopback interface is up, and that GLOO_SOCKET_IFNAME, if set, names one that is",

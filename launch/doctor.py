@@ -11,19 +11,24 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from cluster.discover import cpu_topology, gpu_topology
-from cluster.nvml import Gpu
+from rich.markup import escape
+
+from cluster.discover import numa_node
+from cluster.paths import Op, best_path
 from cluster.topology import Topology
-from launch.facts import gather
-from launch.findings import Finding, MachineFacts, Severity, findings
+from launch.checks import findings
+from launch.facts import gather, topology_of
+from launch.findings import GB, Finding, MachineFacts, Severity
+from launch.predict import cache_directory
 from launch.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
 
 STOPS_A_LAUNCH = 3  # exit code
+SMALL_BYTES = 16 << 10  # a decode step's sum
+WIDTH = 140  # where the output is no terminal
 PATIENCE_S = 2.0  # after which a silent wait is explained
-GB = 1e9
 MARK = {
     Severity.ERROR: "[red]✗ error[/]",
     Severity.WARNING: "[yellow]! warning[/]",
@@ -37,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     with _explained("asking the NVIDIA driver: without persistence mode it takes seconds to load"):
-        facts = gather()
+        facts = gather(cache_directory())
     found = findings(facts)
     if args.json:
         print(json.dumps(to_json(found), indent=2))
@@ -73,59 +78,121 @@ def show(facts: MachineFacts, found: Sequence[Finding]) -> None:
     from rich.console import Console
 
     console = Console(highlight=False, soft_wrap=True)
+    if not console.is_terminal:
+        console = Console(highlight=False, soft_wrap=True, width=WIDTH)
+    topology = topology_of(facts)
     if facts.gpus:
-        topology = gpu_topology(facts.report, facts.gpus, peer_access=facts.peer_access)
-        console.print(_gpus(facts.gpus))
+        console.print(_gpus(facts))
         if len(facts.gpus) > 1:
-            console.print(_links(topology))
-    else:
-        topology = cpu_topology(cpu=facts.cpu)
+            console.print(_links(facts, topology))
     console.print(f"machine  {topology.name}")
     console.print(f"host     {_host(facts)}")
     console.print(f"software {_software(facts)}")
+    console.print(f"measured {_measured(facts)}")
+    console.print(f"proved   {_proved(facts)}")
     console.print()
     for finding in found:
-        console.print(f"{MARK[finding.severity]} [bold]{finding.subject}[/]: {finding.evidence}")
-        console.print(f"    fix: {finding.fix}", style="dim")
+        console.print(f"{MARK[finding.severity]} [bold]{finding.subject}[/]: {escape(finding.evidence)}")
+        console.print(f"    fix: {escape(finding.fix)}", style="dim")
     errors = sum(finding.severity is Severity.ERROR for finding in found)
     console.print("nothing here stops a launch" if not errors else f"{errors} of these stop a launch")
 
 
-def _gpus(gpus: Sequence[Gpu]) -> Table:
+def _gpus(facts: MachineFacts) -> Table:
     from rich.table import Table
 
-    table = Table("GPU", "name", "GB", "GB free", "PCIe now / most", "NVLink lanes", "address", box=None)
-    for gpu in gpus:
+    columns = (
+        "GPU",
+        "name",
+        "GB",
+        "GB free",
+        "MHz / most",
+        "°C",
+        "W limit",
+        "PCIe now / most",
+        "NVLink lanes",
+        "NUMA",
+        "address",
+    )
+    table = Table(*columns, box=None)
+    for gpu in facts.gpus:
         table.add_row(
             str(gpu.index),
             gpu.name,
             f"{gpu.memory_bytes / GB:.1f}",
             f"{gpu.free_bytes / GB:.1f}",
-            f"{_slot(gpu.pcie_generation, gpu.pcie_lanes)} / "
-            f"{_slot(gpu.pcie_generation_max, gpu.pcie_lanes_max)}",
-            str(gpu.nvlink_lanes or "–"),
+            f"{_or(gpu.sm_clock_mhz)} / {_or(gpu.sm_clock_mhz_max)}",
+            _or(gpu.temperature_c),
+            "?" if gpu.watts_limit is None else f"{gpu.watts_limit:.0f}",
+            f"{_slot(gpu.pcie_generation, gpu.pcie_lanes)} / {_slot(gpu.pcie_generation_max, gpu.pcie_lanes_max)}",
+            f"{gpu.nvlink_lanes}{' to a switch' if gpu.nvlink_switched else ''}" if gpu.nvlink_lanes else "–",
+            str(numa_node(gpu.pci)),
             gpu.pci,
         )
     return table
 
 
+def _or(value: int | None) -> str:
+    return "?" if value is None else str(value)
+
+
 def _slot(generation: int | None, lanes: int | None) -> str:
-    return f"{generation or '?'}×{lanes or '?'}"
+    return f"{_or(generation)}×{_or(lanes)}"
 
 
-def _links(topology: Topology) -> Table:
-    """Kind of link and its expected bandwidth, for each pair."""
+def _links(facts: MachineFacts, topology: Topology) -> Table:
+    """For each pair: over the diagonal what the driver says, under it what was measured."""
     from rich.table import Table
 
     devices = range(len(topology.devices))
-    table = Table("link, GB/s", *(str(j) for j in devices), box=None)
+    table = Table("link", *(str(j) for j in devices), box=None)
     for i in devices:
-        cells = []
-        for j in devices:
-            link = topology.link(i, j) if i != j else None
-            cells.append(f"{link.kind} {link.bytes_per_s / GB:.0f}" if link else "–")
-        table.add_row(str(i), *cells)
+        table.add_row(str(i), *(_cell(facts, topology, i, j) for j in devices))
+    table.caption = "above the diagonal: kind and GB/s to expect; below: GB/s that copies took"
+    table.caption_justify = "left"
     return table
+
+
+def _cell(facts: MachineFacts, topology: Topology, i: int, j: int) -> str:
+    if i == j:
+        return "·"
+    if i < j:
+        link = topology.link(i, j)
+        return f"{link.kind} {link.bytes_per_s / GB:.0f}"
+    copies = facts.measured.pair_copies if facts.measured else ()
+    rate = min((c.bytes_per_s for c in copies if {c.source, c.target} == {i, j}), default=None)
+    return "not measured" if rate is None else f"{rate / GB:.0f}"
+
+
+def _measured(facts: MachineFacts) -> str:
+    found = facts.measured
+    if found is None:
+        return "never, in full: shardwise profile"
+    words = [f"{found.measured_at[:10]}"]
+    read = ", ".join(f"{detail.read_bytes_per_s / GB:,.0f}" for detail in found.details)
+    words.append(f"memory {read} GB/s")
+    ranks = 2 if len(found.devices) > 1 else 0
+    for in_graph in (True, False):
+        small = best_path(found.curves, Op.ALL_REDUCE, ranks, SMALL_BYTES, in_graph)
+        if small is not None:
+            where = " in a graph" if in_graph else ""
+            words.append(f"16 KB summed by {small.path}{where} in {small.seconds * 1e6:.1f} µs")
+            break
+    return "; ".join(words)
+
+
+def _proved(facts: MachineFacts) -> str:
+    if facts.proof is None:
+        several = len(facts.gpus) > 1
+        return (
+            "nothing yet: a start over several GPUs does, or shardwise profile"
+            if several
+            else "nothing to prove"
+        )
+    told = "".join(f"; {name}={value}" for name, value in facts.proof.environment.items())
+    return (
+        f"{facts.proof.proved_at[:10]}: {', '.join(facts.proof.paths) or 'no path between the devices'}{told}"
+    )
 
 
 def _host(facts: MachineFacts) -> str:

@@ -2,53 +2,134 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import resource
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
-from cluster.discover import read_cpu, report_here
+from cluster.discover import cpu_topology, gpu_topology, read_cpu, report_here
 from cluster.nvml import GpuReport
+from cluster.pci import read_slot
+from cluster.profile import changes, nccl_version, profile_path, read
+from cluster.proof import kept
 from cluster.rocm import torch_build
-from launch.findings import Leftover, MachineFacts
+from cluster.topology import Topology
+from launch.findings import Clash, Leftover, MachineFacts, RayCluster
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "safetensors", "flashinfer-python", "triton")
+RAY_DASHBOARD_PORT = 8265
+RAY_PATIENCE_S = 1.0
 OURS = (
     "shardwise-*",
     "sw-[0-9]*-*",
-)  # names in temporary folders; the second are private Rays (cluster/actors.py)
-NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")  # newest first
+    "nccl-*",
+)  # names in temporary folders; the second are private Rays (cluster/actors.py), the third NCCL's shared memory
 
 
-def gather(report: GpuReport | None = None) -> MachineFacts:
-    """Of this machine, as this process sees it. `report`: what NVML said, if it was asked before."""
+def gather(cache: Path, report: GpuReport | None = None) -> MachineFacts:
+    """Of this machine, as this process sees it. `cache` has its profile; `report`: what NVML said, if known."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if report is None:
         report, visible = report_here(visible)
     disk = shutil.disk_usage(tempfile.gettempdir())
     token = Path(os.environ.get("RAY_AUTH_TOKEN_PATH", "~/.ray/auth_token")).expanduser()
-    return MachineFacts(
+    built_for = torch_build()
+    facts = MachineFacts(
         cpu=read_cpu(),
         report=report,
         driver_loaded=Path("/proc/driver/nvidia/version").exists(),
-        versions={**{name: _version(name) for name in PACKAGES}, "nccl": _nccl()},
-        torch_cuda=torch_build()[0],
+        versions={**{name: _version(name) for name in PACKAGES}, "nccl": nccl_version() or None},
+        clashes=tuple(clashes(PACKAGES)),
+        torch_cuda=built_for[0],
+        torch_hip=built_for[1],
+        slots={gpu.pci: read_slot(gpu.pci) for gpu in report.gpus},
         processes={pid: _process_name(pid) for gpu in report.gpus for pid, _ in gpu.holders},
         visible=visible,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
+        nccl_environment={
+            k: v for k, v in os.environ.items() if k.startswith("NCCL_") and k != "NCCL_P2P_DISABLE"
+        },
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         disk_path=tempfile.gettempdir(),
         disk_bytes=disk.total,
         disk_free_bytes=disk.free,
+        open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         leftovers=tuple(leftovers((Path(tempfile.gettempdir()), Path("/dev/shm")))),
         ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
         ray_token_mode=stat.S_IMODE(token.stat().st_mode) if token.is_file() else None,
         ray_token_path=str(token),
+        ray_cluster=_ray_cluster(token),
     )
+    return _with_profile(facts, cache) if facts.versions["torch"] else facts
+
+
+def _with_profile(facts: MachineFacts, cache: Path) -> MachineFacts:
+    """And what was measured and proved here, on whatever day."""
+    topology = topology_of(facts)
+    profile = read(profile_path(cache, topology))
+    changed = tuple(changes(profile, topology)) if profile else ()
+    return replace(facts, profile=profile, profile_changes=changed, proof=kept(cache, topology))
+
+
+def topology_of(facts: MachineFacts) -> Topology:
+    if facts.gpus:
+        return gpu_topology(facts.report, facts.gpus, peer_access=facts.peer_access)
+    return cpu_topology(cpu=facts.cpu)
+
+
+def clashes(packages: Sequence[str]) -> Iterator[Clash]:
+    """What installed packages ask of each other and do not get, by their metadata."""
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    for name in packages:
+        for line in _requirements(name):
+            try:
+                wanted = Requirement(line)
+            except InvalidRequirement:
+                continue
+            applies = wanted.marker is None or wanted.marker.evaluate({"extra": ""})
+            found = _version(wanted.name)
+            if (
+                applies
+                and wanted.specifier
+                and not (found and wanted.specifier.contains(found, prereleases=True))
+            ):
+                yield Clash(f"{name} {_version(name)}", f"{wanted.name}{wanted.specifier}", found)
+
+
+def _requirements(name: str) -> list[str]:
+    try:
+        return requires(name) or []
+    except PackageNotFoundError:
+        return []
+
+
+def _ray_cluster(token: Path) -> RayCluster | None:
+    """That RAY_ADDRESS names, or that `ray start` left a note of on this host."""
+    note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
+    address = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
+    if not address or address in ("auto", "local"):
+        return None
+    host = address.removeprefix("ray://").rsplit(":", 1)[0]
+    asked = Request(f"http://{host}:{RAY_DASHBOARD_PORT}/api/version")
+    if token.is_file() and os.access(token, os.R_OK):
+        asked.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+    try:
+        with urlopen(asked, timeout=RAY_PATIENCE_S) as answer:
+            return RayCluster(address, answer.status, str(json.load(answer).get("ray_version", "")))
+    except HTTPError as error:
+        return RayCluster(address, error.code)
+    except (OSError, ValueError):
+        return RayCluster(address, None)
 
 
 def leftovers(folders: tuple[Path, ...], proc: Path = Path("/proc")) -> Iterator[Leftover]:
@@ -92,10 +173,6 @@ def _version(name: str) -> str | None:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def _nccl() -> str | None:
-    return next((found for name in NCCL_WHEELS if (found := _version(name))), None)
 
 
 def _process_name(pid: int) -> str:

@@ -131,7 +131,7 @@ FAULTS: dict[str, tuple[dict[str, Fault], Outcome, tuple[Path, ...], Mapping[str
         Outcome.UNUSABLE,
         (Path.PEER, Path.NCCL),
         {},
-        "ulimit -l unlimited",
+        "a sandbox keeps it from GPUs",
     ),
     "NCCL hangs over peer access": (
         {FIRST: hung(1)},

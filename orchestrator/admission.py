@@ -57,6 +57,10 @@ class FairQueue(Generic[T]):
         self._count += 1
         self.tokens += item.prompt_tokens
 
+    @property
+    def next_is_batch(self) -> bool:
+        return bool(self._lines) and all(is_batch for is_batch, _ in self._lines)
+
     def pop(self) -> T:
         """The next one's turn. Raises IndexError where nobody waits."""
         if not self._lines:

@@ -221,10 +221,11 @@ class Coordinator:
 
     def _dispatch(self) -> None:
         """Give those whose turn it is to replicas that have room."""
-        limits = self.limits
+        seqs, tokens = self.limits.max_num_seqs, self.limits.max_num_batched_tokens
         while len(self._waiting):
+            is_batch = self._waiting.next_is_batch
             loads = (lane.outstanding for lane in self._lanes if lane.error is None)
-            rooms = [o for o in loads if has_room(o, limits.max_num_seqs, limits.max_num_batched_tokens)]
+            rooms = [load for load in loads if has_room(load, seqs, tokens, is_batch=is_batch)]
             if not rooms:
                 return
             one, lane = self._waiting.pop(), self._lanes[choose(rooms)]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 AHEAD = 0.25  # of a replica's sequences: so many requests more wait there, lest a slot stand free for a step
 STEPS_OF_PROMPTS = 4  # so many steps' budgets of prompts wait there: two steps in flight, and the next two
+BATCH_STEPS_OF_PROMPTS = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,10 +25,16 @@ def choose(replicas: Sequence[Outstanding]) -> int:
     return min(replicas, key=lambda r: (r.tokens, r.requests, r.replica)).replica
 
 
-def has_room(replica: Outstanding, max_num_seqs: int, max_num_batched_tokens: int) -> bool:
+def has_room(
+    replica: Outstanding, max_num_seqs: int, max_num_batched_tokens: int, *, is_batch: bool = False
+) -> bool:
     """Whether another request would be begun soon: what waits here, in the coordinator, can still change its order.
 
-    A full KV cache shows by prompts that are not begun.
+    A full KV cache shows by prompts that are not begun. Batches never wait there, so that a live request gets the
+    next slot that is free.
     """
-    most = max_num_seqs + max(1, int(max_num_seqs * AHEAD))
-    return replica.requests < most and replica.unstarted_tokens < STEPS_OF_PROMPTS * max_num_batched_tokens
+    ahead = 0 if is_batch else max(1, int(max_num_seqs * AHEAD))
+    steps = BATCH_STEPS_OF_PROMPTS if is_batch else STEPS_OF_PROMPTS
+    return (
+        replica.requests < max_num_seqs + ahead and replica.unstarted_tokens < steps * max_num_batched_tokens
+    )

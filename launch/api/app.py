@@ -13,8 +13,9 @@ from starlette.responses import Response
 from starlette.types import ASGIApp
 
 from launch.api import errors
-from launch.api.chat import chat, encode_chat
-from launch.api.completions import completions
+from launch.api.asking import respond, terms_of
+from launch.api.chat import begin_chat, encode_chat
+from launch.api.completions import begin_completions
 from launch.api.errors import ApiError
 from launch.api.guard import Guard, HttpLimits, Keys
 from launch.api.metrics import Snapshot
@@ -79,11 +80,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
 
     @app.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
-        return await chat(request, asked, service)
+        terms = terms_of(asked, service, request.state.client)
+        return await respond(request, asked, await begin_chat(asked, service, terms))
 
     @app.post("/v1/completions", responses=_RESPONSES)
     async def text_completions(request: Request, asked: CompletionRequest) -> Response:
-        return await completions(request, asked, service)
+        terms = terms_of(asked, service, request.state.client)
+        return await respond(request, asked, await begin_completions(asked, service, terms))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

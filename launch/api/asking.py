@@ -1,20 +1,23 @@
-"""From a parsed request to answers on their way: limits, grammar, deadline. The same for chat and completions."""
+"""From a parsed request to answers on their way, and back. The same for chat and completions."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from typing import Any, Protocol
 
 import msgspec
 from fastapi import Request
+from starlette.responses import Response
 
 from cluster.errors import BadRequest
 from launch.api.guard import unused
-from launch.api.schemas import Open, Sampling, sampling_params
+from launch.api.schemas import Sampling, sampling_params
 from launch.api.service import Service
+from launch.api.streaming import Events, EventStream, unless_gone
 from orchestrator import grammar as grammars
 from orchestrator.answer import Answers, Terms
-from orchestrator.request import Grammar, SamplingParams
+from orchestrator.request import Completion, Grammar, SamplingParams
 from orchestrator.text import Text
 
 MOST_SEQUENCES = 1024  # of one HTTP request: prompts × n
@@ -62,10 +65,14 @@ async def checked(grammar: Grammar | None, service: Service) -> Grammar | None:
     return grammar
 
 
+def terms_of(asked: Sampling, service: Service, client: str, *, is_batch: bool = False) -> Terms:
+    timeout_s = asked.timeout_s if asked.timeout_s is not None else service.timeout_s
+    return Terms(client, is_batch, None if is_batch and asked.timeout_s is None else timeout_s)
+
+
 def ask_all(
-    request: Request,
-    asked: Sampling,
     service: Service,
+    terms: Terms,
     prompts: Sequence[tuple[Sequence[int], SamplingParams]],
     grammar: Grammar | None,
 ) -> list[Answers]:
@@ -73,8 +80,6 @@ def ask_all(
     sequences = sum(sampling.n for _, sampling in prompts)
     if sequences > MOST_SEQUENCES:
         raise BadRequest(f"{sequences} answers are asked for at once; at most {MOST_SEQUENCES} are given")
-    timeout_s = asked.timeout_s if asked.timeout_s is not None else service.timeout_s
-    terms = Terms(client=request.state.client, timeout_s=timeout_s)
     answers: list[Answers] = []
     try:
         for token_ids, sampling in prompts:
@@ -86,7 +91,27 @@ def ask_all(
     return answers
 
 
-def headers_of(asked: Open) -> dict[str, str]:
-    """Names what was sent and means nothing here."""
+class Begun(Protocol):
+    """A request whose answers are on their way."""
+
+    answers: Sequence[Answers]
+
+    def events(self) -> Events:
+        """To tell them as they come."""
+
+    def whole(self, done: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        """To tell them once they are all there."""
+
+
+async def respond(request: Request, asked: Sampling, begun: Begun) -> Response:
+    """To be called in the turn of the loop in which the answers were asked for."""
     extra = list(asked.model_extra or ())
-    return {"x-ignored-fields": unused(extra)} if extra else {}
+    headers = {"x-ignored-fields": unused(extra)} if extra else {}  # what was sent and means nothing here
+    if asked.stream:
+        return EventStream(begun.answers, begun.events(), headers)
+    done = await unless_gone(request, begun.answers, lambda: all_of(begun))
+    return Response(msgspec.json.encode(begun.whole(done)), headers=headers, media_type="application/json")
+
+
+async def all_of(begun: Begun) -> list[list[Completion]]:
+    return await asyncio.gather(*(one.all() for one in begun.answers))

@@ -9,20 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from fastapi import Request
-from starlette.responses import Response
 
 from cluster.errors import BadRequest
-from launch.api.asking import ask_all, checked, headers_of, sampling_of, truncated
+from launch.api.asking import ask_all, checked, sampling_of, truncated
 from launch.api.messages import conversation, template_options, tools_for_template
 from launch.api.schemas import ChatRequest, NamedTool, TokenizeRequest
 from launch.api.service import LONG_TEXT, Service
-from launch.api.streaming import EventStream, unless_gone
+from launch.api.streaming import Events
 from launch.api.structure import grammar_of, tool_grammar
 from launch.api.told import chat_logprobs, new_id, usage, usage_of
 from launch.api.tools import Call, CallFinder, Form, calls_in, form_of, new_call
-from orchestrator.answer import Update
-from orchestrator.request import Completion, FinishReason, SamplingParams
+from orchestrator.answer import Answers, Terms, Update
+from orchestrator.request import Completion, FinishReason
 from orchestrator.text import Text
 
 _encode = msgspec.json.encode
@@ -37,34 +35,59 @@ class Calling:
     form: Form | None = None  # calls may stand in the text, in this form
 
 
-async def chat(request: Request, asked: ChatRequest, service: Service) -> Response:
+class Chat:
+    """A chat whose answers are on their way (satisfies asking.Begun)."""
+
+    def __init__(
+        self,
+        asked: ChatRequest,
+        service: Service,
+        calling: Calling,
+        prompt_tokens: int,
+        n: int,
+        answers: Sequence[Answers],
+    ) -> None:
+        self.answers = answers
+        self._asked, self._text, self._calling = asked, service.text(), calling
+        self._prompt_tokens, self._n = prompt_tokens, n
+        self._head = {
+            "id": new_id("chatcmpl"),
+            "created": int(time.time()),
+            "model": asked.model or service.name,
+        }
+
+    def events(self) -> Events:
+        return ChatEvents(self._head, self._asked, self._n, self._text, self._calling, self._prompt_tokens)
+
+    def whole(self, done: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        (choices,) = done
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [
+                _choice(i, one, self._asked, self._text, self._calling) for i, one in enumerate(choices)
+            ],
+            "usage": usage_of(done),
+            "system_fingerprint": None,
+        }
+
+
+async def begin_chat(asked: ChatRequest, service: Service, terms: Terms) -> Chat:
+    """Raises what is wrong with it, or why it is not taken."""
     service.check_model(asked.model)
     text = service.text()
     calling = _calling(asked, service, text)
     prompt = truncated(await encode_chat(asked, service), asked, service)
-    logprobs = _logprobs(asked)
     max_tokens = asked.max_completion_tokens if asked.max_completion_tokens is not None else asked.max_tokens
-    sampling = sampling_of(asked, service, len(prompt), max_tokens, logprobs)
+    sampling = sampling_of(asked, service, len(prompt), max_tokens, _logprobs(asked))
     if calling.form is not None and _is_special(text, calling.form):
         sampling = msgspec.structs.replace(sampling, skip_special_tokens=False)
     grammar, forced = grammar_of(asked), tool_grammar(asked)
     if grammar is not None and forced is not None:
         raise BadRequest("response_format and a tool_choice that demands a call are given; give one of them")
     grammar = await checked(grammar or forced, service)
-    answers = ask_all(request, asked, service, [(prompt, sampling)], grammar)
-    head = {"id": new_id("chatcmpl"), "created": int(time.time()), "model": asked.model or service.name}
-    if asked.stream:
-        events = ChatEvents(head, asked, sampling, text, calling, len(prompt))
-        return EventStream(answers, events, headers_of(asked))
-    (done,) = await unless_gone(request, answers, lambda: asyncio.gather(*(one.all() for one in answers)))
-    whole = {
-        **head,
-        "object": "chat.completion",
-        "choices": [_choice(i, one, asked, text, calling) for i, one in enumerate(done)],
-        "usage": usage_of([done]),
-        "system_fingerprint": None,
-    }
-    return Response(_encode(whole), headers=headers_of(asked), media_type="application/json")
+    answers = ask_all(service, terms, [(prompt, sampling)], grammar)
+    return Chat(asked, service, calling, len(prompt), sampling.n, answers)
 
 
 async def encode_chat(asked: ChatRequest | TokenizeRequest, service: Service) -> list[int]:
@@ -173,7 +196,7 @@ class ChatEvents:
         self,
         head: dict[str, Any],
         asked: ChatRequest,
-        sampling: SamplingParams,
+        n: int,
         text: Text,
         calling: Calling,
         prompt_tokens: int,
@@ -184,14 +207,13 @@ class ChatEvents:
         options = asked.stream_options
         self._tells_usage = bool(options and options.include_usage)
         self._tells_always = bool(options and options.include_usage and options.continuous_usage_stats)
-        self._choices = [_Choice(calling) for _ in range(sampling.n)]
+        self._choices = [_Choice(calling) for _ in range(n)]
         self._is_plain = calling == Calling() and not asked.logprobs and not asked.return_token_ids
         self._is_plain = self._is_plain and not self._tells_always
         # A plain chunk is its text between two constants: a tenth of encoding it whole.
         opening = _encode(self._head)[:-1]
         self._openings = [
-            b"data: " + opening + b',"choices":[{"index":%d,"delta":{"content":' % i
-            for i in range(sampling.n)
+            b"data: " + opening + b',"choices":[{"index":%d,"delta":{"content":' % i for i in range(n)
         ]
         self._closing = b'},"logprobs":null,"finish_reason":null}]%s}\n\n' % (
             b',"usage":null' if self._tells_usage else b""

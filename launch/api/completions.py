@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Sequence
 from typing import Any
 
 import msgspec
-from fastapi import Request
-from starlette.responses import Response
 
 from cluster.errors import BadRequest
-from launch.api.asking import ask_all, checked, headers_of, sampling_of, truncated
+from launch.api.asking import ask_all, checked, sampling_of, truncated
 from launch.api.schemas import CompletionRequest
 from launch.api.service import Service
-from launch.api.streaming import EventStream, unless_gone
+from launch.api.streaming import Events
 from launch.api.structure import grammar_of
 from launch.api.told import completion_logprobs, new_id, usage, usage_of
-from orchestrator.answer import Update
+from orchestrator.answer import Answers, Terms, Update
 from orchestrator.request import Completion
 from orchestrator.text import Text
 
@@ -26,7 +23,46 @@ _encode = msgspec.json.encode
 DEFAULT_TOKENS = 16  # OpenAI's
 
 
-async def completions(request: Request, asked: CompletionRequest, service: Service) -> Response:
+class TextCompletion:
+    """Completions on their way (satisfies asking.Begun)."""
+
+    def __init__(
+        self,
+        asked: CompletionRequest,
+        service: Service,
+        prompt_tokens: int,
+        echoes: Sequence[str],
+        n: int,
+        answers: Sequence[Answers],
+    ) -> None:
+        self.answers = answers
+        self._asked, self._text, self._echoes = asked, service.coordinator.text, echoes
+        self._prompt_tokens, self._n = prompt_tokens, n
+        self._head = {
+            "id": new_id("cmpl"),
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": asked.model or service.name,
+        }
+
+    def events(self) -> Events:
+        return CompletionEvents(
+            self._head, self._asked, self._text, self._prompt_tokens, self._echoes, self._n
+        )
+
+    def whole(self, done: Sequence[Sequence[Completion]]) -> dict[str, Any]:
+        choices = [
+            _choice(one, self._asked, self._text, echo)
+            for echo, prompt in zip(self._echoes, done, strict=True)
+            for one in prompt
+        ]
+        for index, choice in enumerate(choices):
+            choice["index"] = index
+        return {**self._head, "choices": choices, "usage": usage_of(done)}
+
+
+async def begin_completions(asked: CompletionRequest, service: Service, terms: Terms) -> TextCompletion:
+    """Raises what is wrong with it, or why it is not taken."""
     service.check_model(asked.model)
     if asked.suffix:
         raise BadRequest(
@@ -36,23 +72,9 @@ async def completions(request: Request, asked: CompletionRequest, service: Servi
     prompts, echoes = await _prompts(asked, service)
     grammar = await checked(grammar_of(asked), service)
     sampled = [(p, sampling_of(asked, service, len(p), max_tokens, asked.logprobs)) for p in prompts]
-    text = service.coordinator.text
-    answers = ask_all(request, asked, service, sampled, grammar)
-    head = {
-        "id": new_id("cmpl"),
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": asked.model or service.name,
-    }
-    if asked.stream:
-        events = CompletionEvents(head, asked, text, [len(p) for p in prompts], echoes, sampled[0][1].n)
-        return EventStream(answers, events, headers_of(asked))
-    done = await unless_gone(request, answers, lambda: asyncio.gather(*(one.all() for one in answers)))
-    choices = [_choice(one, asked, text, echoes[i]) for i, prompt in enumerate(done) for one in prompt]
-    for index, choice in enumerate(choices):
-        choice["index"] = index
-    whole = {**head, "choices": choices, "usage": usage_of(done)}
-    return Response(_encode(whole), headers=headers_of(asked), media_type="application/json")
+    answers = ask_all(service, terms, sampled, grammar)
+    prompt_tokens = sum(len(prompt) for prompt in prompts)
+    return TextCompletion(asked, service, prompt_tokens, echoes, sampled[0][1].n, answers)
 
 
 async def _prompts(asked: CompletionRequest, service: Service) -> tuple[list[list[int]], list[str]]:
@@ -103,12 +125,12 @@ class CompletionEvents:
         head: dict[str, Any],
         asked: CompletionRequest,
         text: Text | None,
-        prompt_tokens: Sequence[int],
+        prompt_tokens: int,
         echoes: Sequence[str],
         n: int,
     ) -> None:
         self._head, self._asked, self._text, self._n = head, asked, text, n
-        self._prompt_tokens = sum(prompt_tokens)
+        self._prompt_tokens = prompt_tokens
         options = asked.stream_options
         self._tells_usage = bool(options and options.include_usage)
         self._tells_always = bool(options and options.include_usage and options.continuous_usage_stats)

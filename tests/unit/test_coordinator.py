@@ -315,20 +315,21 @@ async def test_what_a_replica_has_no_room_for_waits_for_its_turn() -> None:
     async with coordinator(replica, limits=NARROW) as serving:
         asked = [
             asyncio.create_task(serving.complete([i + 1], SamplingParams(max_tokens=1), terms=terms))
-            for i, terms in enumerate([BATCH, BATCH, BATCH, LIVE])
+            for i, terms in enumerate([BATCH, BATCH, LIVE, LIVE])
         ]
-        order = []
-        for taken in range(4):
-            request = await replica.submitted.get()
-            order.append(request.prompt_token_ids[0])
-            if taken == 1:
-                assert replica.submitted.empty()
-                assert serving.waiting_requests == 2
-            if taken >= 1:
-                replica.say(request, 7, end=FinishReason.LENGTH)
-        assert order == [1, 2, 4, 3]  # the live one before the batch's third
-        asked[0].cancel()
-        await asyncio.gather(*asked[1:])
+        first, live = await replica.submitted.get(), await replica.submitted.get()
+        await asyncio.sleep(0)
+        assert replica.submitted.empty()
+        assert serving.waiting_requests == 2
+        order = [first, live]
+        for _ in range(2):
+            replica.say(order[-1], 7, end=FinishReason.LENGTH)
+            if len(order) == 3:
+                replica.say(first, 7, end=FinishReason.LENGTH)  # a batch's never waits at the replica
+            order.append(await replica.submitted.get())
+        replica.say(order[-1], 7, end=FinishReason.LENGTH)
+        assert [request.prompt_token_ids for request in order] == [[1], [3], [4], [2]]
+        await asyncio.gather(*asked)
         assert (serving.open_requests, serving.waiting_requests) == (0, 0)
 
 

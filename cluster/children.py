@@ -47,6 +47,12 @@ class ChildFailed(Exception):
         self.rank, self.failure, self.words = rank, failure, words
 
 
+class Device(Protocol):
+    """cluster.probes.Target, which imports torch."""
+
+    def open(self) -> object: ...
+
+
 class Ranks(Protocol):
     """What measuring and proving need of processes: Children, or a stand-in in the same process."""
 
@@ -59,9 +65,16 @@ class Ranks(Protocol):
 class Children:
     """Satisfies Ranks. The processes start at the first job, and anew at the first after a failure."""
 
-    def __init__(self, count: int, environment: Mapping[str, str], said: Callable[[str], None]) -> None:
-        """`said` is told what a job says by `say`."""
-        self._count, self._environment, self._said = count, dict(environment), said
+    def __init__(
+        self,
+        count: int,
+        environment: Mapping[str, str],
+        said: Callable[[str], None],
+        devices: Sequence[tuple[Device]] = (),
+    ) -> None:
+        """`said` is told what a job says by `say`. `devices` are opened by the ranks beforehand, which on a GPU may
+        take longer than the jobs themselves."""
+        self._count, self._environment, self._said, self._devices = count, dict(environment), said, devices
         self._children: list[_Child] = []
 
     def each(self, job: Callable[..., T], args: Sequence[Sequence[object]], limit_s: float) -> list[T]:
@@ -102,10 +115,13 @@ class Children:
         if self._children:
             return
         self._children = [_Child(self._environment) for _ in range(self._count)]
-        for child in self._children:
-            child.send(_ready, ())
         try:
+            for child in self._children:
+                child.send(_ready, ())
             self._gather(self._children, START_LIMIT_S)
+            for child, device in zip(self._children, self._devices, strict=False):
+                child.send(_opened, device)
+            self._gather(self._children[: len(self._devices)], START_LIMIT_S)
         except BaseException:
             self.close()
             raise
@@ -180,6 +196,14 @@ def say(line: str) -> None:
 
 def _ready() -> None:
     import torch  # noqa: F401 - the slow part of every job, for which there is time of its own
+
+
+def _opened(device: Device) -> None:
+    import torch
+
+    place = device.open()
+    if isinstance(place, torch.device):
+        torch.zeros(1, device=place)  # CUDA's context comes with the first use
 
 
 def _serve(pipe: Connection, log: str, environment: Mapping[str, str]) -> None:

@@ -59,8 +59,9 @@ class _Memory:
     def __init__(self, device: torch.device) -> None:
         n_bytes = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
         self.on_device = [torch.zeros(n_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
-        self.pinned = [torch.zeros(n_bytes, dtype=torch.uint8, pin_memory=True) for _ in range(2)]
-        self.pageable = [torch.zeros(n_bytes, dtype=torch.uint8) for _ in range(2)]
+        # Written to: pages that are not all read as one page of zeros.
+        self.pinned = [torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).fill_(1) for _ in range(2)]
+        self.pageable = [torch.empty(n_bytes, dtype=torch.uint8).fill_(1) for _ in range(2)]
         self.streams = [torch.cuda.Stream(device) for _ in range(2)]  # type: ignore[no-untyped-call]
 
     def copy(self, to_device: bool, pinned: bool) -> None:

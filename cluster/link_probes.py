@@ -79,13 +79,12 @@ def sweep(target: Target, meeting: str, asked: Sweep) -> Swept:
     with met(target, meeting) as device:
         group = _Group(target, device, asked)
         curves: list[Curve] = []
-        absent: dict[str, str] = {}
         for path in asked.paths:
             try:
                 curves += _OPENERS[path](group)
             except Unusable as error:
-                absent[path.value] = str(error)
-        return Swept(tuple(curves), absent, rates(target) if asked.rates_together else None)
+                group.absent[path.value] = str(error)
+        return Swept(tuple(curves), group.absent, rates(target) if asked.rates_together else None)
 
 
 class _Group:
@@ -95,6 +94,7 @@ class _Group:
         self.target, self.device, self.asked = target, device, asked
         self.rank, self.ranks = target.rank, target.ranks
         self.members = GlooMembers(device)
+        self.absent: dict[str, str] = {}  # what could not be timed, and why
 
     def curves(
         self, op: Op, path: Path, make: Callable[[int], Run], most_bytes: int | None = None
@@ -108,7 +108,13 @@ class _Group:
         for size in sizes:
             run = make(size)
             for in_graph in modes:
-                found[in_graph].append((size, self._seconds(run, in_graph)))
+                try:
+                    found[in_graph].append((size, self._seconds(run, in_graph)))
+                except RuntimeError as error:  # an operation that cannot be captured, on all ranks alike
+                    if not in_graph:
+                        raise
+                    self.absent[f"{op} by {path} inside graphs"] = str(error).splitlines()[0]
+                    modes = (False,)
             if found[False][-1][1] > self.asked.slow_s:
                 break
         there_and_back = 2 if op is Op.SEND_RECV else 1

@@ -38,7 +38,6 @@ from cluster.proof import Trusted
 from cluster.topology import LinkKind, Topology
 
 if TYPE_CHECKING:
-    from cluster.link_probes import Swept
     from cluster.probes import Target
 
 Progress = Callable[[str], None]
@@ -217,41 +216,43 @@ class Bench:
     def sweeps(self, paths: Sequence[Path], *, full: bool) -> _AllSwept:
         """Collectives of 2, 4, 8, … and all devices. A path that fails is told of and left out."""
         swept = _AllSwept()
+        wanted = tuple(Op) if full else (Op.ALL_REDUCE, Op.SEND_RECV)
         for ranks in group_sizes(len(self._topology.devices)):
             for path in paths:
-                found = self._sweep(ranks, path, swept.absent, full=full)
-                if found is None:
-                    continue
-                swept.curves += found[0].curves
-                swept.absent |= found[0].absent
-                parts = [one.rates for one in found if one.rates is not None]
-                if parts:
-                    swept.at_once[ranks] = _sum_rates(parts)
+                # NCCL's one by one: what hangs in one, inside a graph say, costs no other.
+                for ops in [(op,) for op in wanted] if path is Path.NCCL else [wanted]:
+                    self._sweep(ranks, path, ops, swept, full=full)
         return swept
 
-    def _sweep(self, ranks: int, path: Path, absent: dict[str, str], *, full: bool) -> list[Swept] | None:
+    def _sweep(self, ranks: int, path: Path, ops: tuple[Op, ...], swept: _AllSwept, *, full: bool) -> None:
         from cluster.link_probes import Sweep, sweep
 
         kind = self._topology.devices[0].kind
         asked = Sweep(
-            ops=tuple(Op) if full else (Op.ALL_REDUCE, Op.SEND_RECV),
+            ops=ops,
             sizes=FULL_SIZES[kind] if full else QUICK_SIZES[kind],
             paths=(path,),
             slow_s=SLOW_S[kind],
             rates_together=self._on_cpu,
         )
-        self._progress(f"{'collectives' if full else 'all-reduce'} of {ranks} ranks by {path}")
+        what = ops[0].replace("_", "-") if len(ops) == 1 or path is not Path.GLOO else "collectives"
+        self._progress(f"{what} of {ranks} ranks by {path}")
         jobs = [(target, meeting, asked) for target, meeting in self._met(ranks)]
         try:
-            return self._ranks.each(sweep, jobs, SWEEP_LIMIT_S + (PROBE_LIMIT_S if self._on_cpu else 0))
+            found = self._ranks.each(sweep, jobs, SWEEP_LIMIT_S + (PROBE_LIMIT_S if self._on_cpu else 0))
         except ChildFailed as error:
             if self._on_cpu:  # it is the only path
                 raise GangDied(
                     f"measuring {ranks} ranks of {self._topology.name} by {path}: {error}"
                 ) from error
-            absent[path.value] = str(error)
-            self._progress(f"{path} cannot be measured: {error}")
-            return None
+            swept.absent[f"{what} of {ranks} ranks by {path}"] = str(error)
+            self._progress(f"that cannot be measured: {error}")
+            return
+        swept.curves += found[0].curves
+        swept.absent |= found[0].absent
+        parts = [one.rates for one in found if one.rates is not None]
+        if parts:
+            swept.at_once[ranks] = _sum_rates(parts)
 
     def _needed(self, job: Callable[..., T], ranks: int, *args: object) -> list[T]:
         try:

@@ -23,6 +23,9 @@ PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
 READ_BYTES = {"cpu": 128 << 20, "cuda": 1 << 30}
 """Least bytes of weights that a pass reads: caches (an H100's 50 MB) then hold little of the last pass."""
 
+SUM_BYTES = {"cpu": 128 << 20, "cuda": 4 << 30}
+"""Of a plain read and a copy: a millisecond and more, beside which a launch is nothing."""
+
 PRODUCT_ROWS = {"cpu": (1, 16, 64, 256), "cuda": (1, 16, 64, 256, 2048)}
 PRODUCT_DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("bfloat16", "float16", "int8", "float8")}
 LEAST_INT8_ROWS = (
@@ -83,8 +86,10 @@ def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) 
 
 def _flops_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> float:
     n, tokens = MATRIX[device.type], PREFILL_TOKENS[device.type]
-    weight = torch.full((n, n), 0.01, dtype=dtype, device=device)
-    x = torch.full((tokens, n), 0.01, dtype=dtype, device=device)
+    weight = torch.randn(
+        n, n, dtype=dtype, device=device
+    )  # equal numbers take less power, so clocks stay higher
+    x = torch.randn(tokens, n, dtype=dtype, device=device)
     return 2 * tokens * n * n / _repeated_s(lambda: functional.linear(x, weight), device, target.probe_s)
 
 
@@ -193,8 +198,8 @@ def _has(device: torch.device, dtype: str) -> bool:
 
 def _memory_bytes_per_s(target: Target, device: torch.device) -> tuple[float, float]:
     """(read by a sum, read and written by a copy), over more bytes than caches hold."""
-    least = max(READ_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
-    source = torch.zeros(_room(device, least, 2) // 4, device=device)
+    least = max(SUM_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
+    source = torch.ones(_room(device, least, 2) // 4, device=device)
     target_tensor = torch.zeros_like(source)
     read_s = _repeated_s(lambda: source.sum(), device, target.probe_s)
     copy_s = _repeated_s(lambda: target_tensor.copy_(source), device, target.probe_s)
@@ -227,11 +232,12 @@ def _products(target: Target, device: torch.device, dtype: str) -> dict[int, flo
 
 
 def _weight(n: int, dtype: str, device: torch.device) -> torch.Tensor:
+    """Of random numbers: equal ones take less power, so a GPU's clocks stay higher than they do at work."""
     if dtype == "int8":
-        return torch.ones(n, n, dtype=torch.int8, device=device)
+        return torch.randint(-127, 128, (n, n), dtype=torch.int8, device=device)
     if dtype == "float8":
-        return torch.full((n, n), 0.01, device=device).to(torch.float8_e4m3fn)
-    return torch.full((n, n), 0.01, dtype=getattr(torch, dtype), device=device)
+        return torch.randn(n, n, device=device).to(torch.float8_e4m3fn)
+    return torch.randn(n, n, dtype=getattr(torch, dtype), device=device)
 
 
 def _product(

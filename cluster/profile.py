@@ -235,7 +235,7 @@ def apply(profile: MachineProfile, topology: Topology, dtype: str) -> Topology:
     `dtype` is the weights': it sets how fast they are read.
     """
     devices = tuple(_measured_device(profile, device, dtype) for device in topology.devices)
-    if profile.send_recv is None:
+    if profile.send_recv is None or not profile.all_reduce:
         return replace(topology, devices=devices)
     tried = topology.link(0, 1).kind
     links = {

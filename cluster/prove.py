@@ -84,8 +84,10 @@ def proved(
     count = len(topology.devices)
     progress(f"proving the links between {count} devices, in processes that may hang or crash")
 
+    own: list[tuple[Target]] = [(target,) for target in targets(topology, count, probe_s=0.0)]
+
     def start(environment: Mapping[str, str]) -> Ranks:
-        return Children(count, environment, progress)
+        return Children(count, environment, progress, own)
 
     proof = prove(topology, (*ladder(topology), *more), start, progress)
     if cache_dir is not None and not any(_passes(step) for step in proof.steps):
@@ -175,7 +177,7 @@ _FIX = {
     "(NCCL_P2P_LEVEL=PXB keeps NCCL's peer access to cards behind one PCIe switch)",
     "no peers": "nothing, if a container forbids CUDA IPC or the card has no peer access: slower paths serve",
     "mapped memory that is wrong": "update the driver and the kernel; small sums go through NCCL until then",
-    "no mapped memory": "see dmesg: the host ran short of memory, or a sandbox keeps it from GPUs; NCCL serves until then",
+    "no mapped memory": "see dmesg: the host ran short of memory, or a sandbox keeps it from GPUs; NCCL serves",
     "NCCL": "give a container --shm-size=8g or --ipc=host, and see what NCCL_DEBUG=INFO prints; the next way is tried",
     "no NCCL": "no way between these GPUs works: use a replica a GPU (dp), and see what NCCL_DEBUG=INFO prints",
     "gloo": "see that the loopback interface is up, and that GLOO_SOCKET_IFNAME, if set, names one that is",

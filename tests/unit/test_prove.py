@@ -213,7 +213,9 @@ def test_somebody_elses_memory_is_no_verdict_on_the_links(
     full = ChildFailed(0, Failure.RAISED, "CUDA out of memory. Tried to allocate 16.00 MiB")
     faults: dict[str, Fault] = {FIRST: full}
     monkeypatch.setattr(prove_module, "ladder", lambda topology: named(ladder(topology)))
-    monkeypatch.setattr(prove_module, "Children", lambda count, env, said: FakeRanks(faults, env, []))
+    monkeypatch.setattr(
+        prove_module, "Children", lambda count, env, said, devices: FakeRanks(faults, env, [])
+    )
     assert proved(H100S, tmp_path, print).failures
     assert kept(tmp_path, H100S) is None
     faults.clear()

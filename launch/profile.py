@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 SHOWN_SIZES = tuple(1 << power for power in range(12, 29, 2))  # 4 KB to 256 MB
-WIDTH = 110  # where the output is no terminal
+WIDTH = 140  # where the output is no terminal
 GB = 1e9
 
 
@@ -209,7 +209,7 @@ def _show_collectives(console: Console, profile: MachineProfile) -> None:
 
 
 def _times(op: Op, ranks: int, curves: Sequence[Curve]) -> Table:
-    names = [f"{c.path}{', in a graph' if c.in_graph else ''}" for c in curves]
+    names = [f"{c.path}\n{'in a graph' if c.in_graph else 'eager'}" for c in curves]
     table = _table(f"{op.replace('_', '-')} of {ranks} ranks, µs", *names)
     for size in SHOWN_SIZES:
         cells = (dict(curve.points).get(size) for curve in curves)

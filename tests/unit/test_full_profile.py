@@ -1,0 +1,188 @@
+"""A full profile of two H100s, with probes that answer at once: what is asked, kept, applied and shown."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path as File
+from typing import Any
+
+import pytest
+
+from cluster import measure as measure_module
+from cluster.children import ChildFailed, Failure
+from cluster.discover import discover
+from cluster.link_probes import Sweep, Swept
+from cluster.measure import by_driver, measure
+from cluster.paths import Curve, Op, Path, best_path, curve_of
+from cluster.profile import Detail, DiskRead, HostCopy, MachineProfile, PairCopy, Rates, apply, kept
+from cluster.proof import Trusted
+from cluster.prove import NO_PEERS
+from cluster.topology import Provenance
+from launch import profile as profile_command
+from launch.profile import show, to_json
+from tests.fake_nvml import dual_4090, dual_h100
+
+H100S = discover(binding=dual_h100())
+PRODUCTS = {"bfloat16": {1: 3e12, 2048: 7e14}, "int8": {2048: 1.2e15}}
+LATENCY_S = {Path.PEER: 3e-6, Path.MAPPED: 5e-6, Path.NCCL: 12e-6, Path.SYMMETRIC: 8e-6}
+RATE = {Path.PEER: 100e9, Path.MAPPED: 13e9, Path.NCCL: 300e9, Path.SYMMETRIC: 200e9}
+MOST = {Path.PEER: 4 << 20, Path.MAPPED: 1 << 20}
+
+
+def swept(asked: Sweep) -> Swept:
+    [path] = asked.paths
+    curves: list[Curve] = []
+    for op in asked.ops:
+        if op is Op.ALL_REDUCE or path is Path.NCCL:
+            for in_graph in (False, True):
+                sizes = [n for n in asked.sizes if n <= MOST.get(path, n)]
+                points = [(n, LATENCY_S[path] + n / RATE[path] + (not in_graph) * 2e-5) for n in sizes]
+                curves.append(curve_of(op, path, 2, in_graph, points, MOST.get(path)))
+    return Swept(tuple(curves), {}, None)
+
+
+class Probes:
+    """Satisfies cluster.children.Ranks."""
+
+    def __init__(self, hangs: Callable[[str, tuple[object, ...]], bool] = lambda name, args: False) -> None:
+        self.hangs = hangs
+        self.asked: list[str] = []
+        self.environment: dict[str, str] = {}
+
+    def __call__(self, count: int, environment: dict[str, str], said: object) -> Probes:
+        self.environment = environment
+        return self
+
+    def each(self, job: Callable[..., Any], args: Sequence[Sequence[Any]], limit_s: float) -> list[Any]:
+        name = job.__name__
+        self.asked.append(name)
+        if self.hangs(name, tuple(args[0])):
+            raise ChildFailed(1, Failure.HUNG, f"no answer in {limit_s:g} s")
+        if name == "sweep":
+            return [swept(own[-1]) for own in args]
+        if name == "host_copies":
+            return [
+                (
+                    [HostCopy(rank, True, True, at_once, 5e10 / (1 + at_once)) for at_once in (False, True)],
+                    (5, 16),
+                )
+                for rank in range(len(args))
+            ]
+        answers = {
+            "rates": Rates({"bfloat16": 3e12}, {"bfloat16": 7e14}, 2e-5),
+            "detail": Detail(3.1e12, 2.9e12, PRODUCTS, 8192, 4e-6, 1e-6),
+            "pair_copies": [PairCopy(0, 1, 3.9e11), PairCopy(1, 0, 3.8e11)],
+            "disk_read": DiskRead("/cache", 6e9, True),
+        }
+        return [answers[name]] * len(args)
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def probes(monkeypatch: pytest.MonkeyPatch) -> Probes:
+    found = Probes()
+    monkeypatch.setattr(measure_module, "Children", found)
+    return found
+
+
+TRUSTED = Trusted((Path.PEER, Path.MAPPED, Path.NCCL, Path.SYMMETRIC))
+
+
+def full(cache: File, said: Callable[[str], None] = print, trusted: Trusted = TRUSTED) -> MachineProfile:
+    return measure(H100S, cache, said, full=True, trusted=trusted)
+
+
+def test_a_full_profile_holds_everything_and_the_planner_gets_it(probes: Probes, tmp_path: File) -> None:
+    profile = full(tmp_path)
+    assert kept(tmp_path, H100S) == profile
+    assert measure(H100S, tmp_path, print) == profile, "it serves where a quick one is asked for"
+    assert probes.asked.count("rates") == 1
+    machine = apply(profile, H100S, "bfloat16")
+    first = machine.devices[0]
+    assert (first.products, first.host_bytes_per_s, first.provenance) == (
+        PRODUCTS,
+        2.5e10,
+        Provenance.MEASURED,
+    )
+    link = machine.link(0, 1)
+    small = best_path(link.curves, Op.ALL_REDUCE, 2, 16 << 10, in_graph=True)
+    assert small is not None
+    assert small.path is Path.PEER
+    assert profile.details[0].pcie_generation == 5
+    assert {c.op for c in profile.curves if c.path is Path.NCCL and c.in_graph} == set(Op)
+    assert max(n for c in profile.curves for n, _ in c.points) == 256 << 20
+
+
+def test_a_quick_profile_is_no_answer_to_who_wants_a_full_one(probes: Probes, tmp_path: File) -> None:
+    quick = measure(H100S, tmp_path, print)
+    assert not quick.full
+    assert {c.path for c in quick.curves} == {Path.PEER, Path.MAPPED, Path.NCCL}
+    assert {c.op for c in quick.curves} == {Op.ALL_REDUCE, Op.SEND_RECV}
+    assert quick.host_copies == ()
+    assert full(tmp_path).full
+
+
+def test_only_trusted_paths_are_measured_and_nccl_is_told(probes: Probes, tmp_path: File) -> None:
+    profile = full(tmp_path, trusted=Trusted((Path.MAPPED, Path.NCCL), NO_PEERS))
+    assert {c.path for c in profile.curves} == {Path.MAPPED, Path.NCCL}
+    assert probes.environment["NCCL_P2P_DISABLE"] == "1"
+    assert probes.environment["TORCH_SYMM_MEM_DISABLE_MULTICAST"] == "1"
+
+
+def test_unproved_the_drivers_word_decides() -> None:
+    assert Path.PEER in by_driver(H100S).paths
+    assert Path.PEER not in by_driver(discover(binding=dual_4090())).paths
+
+
+def test_a_collective_that_hangs_is_told_of_and_costs_no_other(probes: Probes, tmp_path: File) -> None:
+    probes.hangs = lambda name, args: name == "sweep" and args[-1].ops == (Op.ALL_TO_ALL,)  # type: ignore[attr-defined]
+    said: list[str] = []
+    profile = full(tmp_path, said.append)
+    assert profile.absent == {"all-to-all of 2 ranks by nccl": "rank 1 hung: no answer in 60 s"}
+    assert {c.op for c in profile.curves if c.path is Path.NCCL} == set(Op) - {Op.ALL_TO_ALL}
+    assert any("hung" in line for line in said)
+
+
+@pytest.mark.parametrize("name", ["pair_copies", "disk_read"])
+def test_what_plans_can_do_without_may_fail(probes: Probes, tmp_path: File, name: str) -> None:
+    probes.hangs = lambda job, args: job == name
+    profile = full(tmp_path)
+    assert len(profile.absent) == 1
+    assert profile.curves
+
+
+def test_people_see_tables_paths_and_crossovers(
+    probes: Probes, tmp_path: File, capsys: pytest.CaptureFixture[str]
+) -> None:
+    show(full(tmp_path), None)
+    shown = capsys.readouterr().out
+    for words in (
+        "2 × NVIDIA H100 80GB HBM3",
+        "3,100",
+        "TFLOP/s with a 8192 × 8192 weight, by rows",
+        "pinned memory, GPU 1",
+        "disk of /cache: 6.0 GB/s read",
+        "all-reduce of 2 ranks, µs",
+        "send-recv, nccl, in a graph",
+        "fastest all-reduce of 2 ranks, inside graphs: peer memory, nccl from 1.3",
+        "(16 KB: 3.2 µs)",
+    ):
+        assert words in shown, shown
+
+
+def test_json_is_one_object_with_the_proof(
+    probes: Probes, tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profile_command, "discover", lambda **asked: discover(1, binding=dual_h100()))
+    asked = argparse.Namespace(json=True, refresh=False, out=None, device="auto")
+    assert profile_command.run(asked) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["machine"] == "1 × NVIDIA H100 80GB HBM3"
+    assert printed["proof"] is None, "one GPU has nothing to prove"
+    assert printed["details"][0]["products"]["bfloat16"]["2048"] == 7e14
+    assert to_json(full(tmp_path), None)["driver"] == "550.54.14"

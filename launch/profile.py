@@ -209,7 +209,7 @@ def _show_collectives(console: Console, profile: MachineProfile) -> None:
 
 
 def _times(op: Op, ranks: int, curves: Sequence[Curve]) -> Table:
-    names = [f"{c.path}\n{'in a graph' if c.in_graph else 'eager'}" for c in curves]
+    names = ["\n".join((*c.path.rsplit(" ", 1), "in a graph" if c.in_graph else "eager")) for c in curves]
     table = _table(f"{op.replace('_', '-')} of {ranks} ranks, µs", *names)
     for size in SHOWN_SIZES:
         cells = (dict(curve.points).get(size) for curve in curves)

@@ -35,7 +35,6 @@ import ray.exceptions
 import ray.util
 from ray._private.node import Node
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
-from ray.util.state import get_log, list_actors
 
 from cluster.errors import GangDied, PlacementFailed
 from cluster.gang import (
@@ -335,6 +334,8 @@ def _holders(resource: str) -> Iterator[tuple[str, float]]:
     if not ray._private.worker.get_dashboard_url():  # as where it is ours: the groups above still tell most
         return
     with contextlib.suppress(Exception):
+        from ray.util.state import list_actors  # takes half a second, and every worker imports this module
+
         for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=_CONNECT_S):
             if not actor.placement_group_id:
                 name = f"actor {actor.name or actor.class_name} of process {actor.pid}"
@@ -396,6 +397,8 @@ def _how(error: BaseException) -> str:
 def _fetch_last_words(member: Member) -> str:
     """From another node: the state API reads it where the cluster has a dashboard."""
     with contextlib.suppress(Exception):
+        from ray.util.state import get_log
+
         name = Path(member.log).name
         return last_words("".join(get_log(node_id=member.node_id, filename=name, tail=100, timeout=5)))
     return f"(in {member.log} on {member.node})"

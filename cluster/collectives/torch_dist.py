@@ -29,6 +29,11 @@ SENDS_IN_FLIGHT = 8
 """Sends that a rank starts before it waits for its oldest. A pipeline has at most pp batches in flight, so
 this is reached only where the peer lags; the tensors must live until sent, so it also bounds memory."""
 
+P2P_CHANNELS = 2
+"""Of NCCL's sends and receives, each a block of threads that holds a processor of the GPU from when the first side is
+ready until the other has come: its own 16 and more would take them from the layers that run meanwhile. torch can tell
+NCCL only by the environment; a user's own value wins."""
+
 _CORRUPT = "the link corrupts data; try NCCL_P2P_DISABLE=1"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
@@ -296,6 +301,8 @@ def _connect(
     rank: int, tp: int, pp: int, init_method: str, backend: str, timeout: timedelta
 ) -> tuple[RankGroup, dist.ProcessGroup | None]:
     """This rank's stage, and its two ends of the pipeline. Every rank makes every group, in order, as torch demands."""
+    if backend == "nccl":
+        os.environ.setdefault("NCCL_MAX_P2P_NCHANNELS", str(P2P_CHANNELS))
     dist.init_process_group(backend, init_method, timeout=timeout, world_size=tp * pp, rank=rank)
     stages = [list(range(first, first + tp)) for first in range(0, tp * pp, tp)]
     if pp == 1:

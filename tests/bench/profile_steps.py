@@ -26,7 +26,7 @@ from strategies.plan import ParallelDims
 from strategies.source import spec_of
 from strategies.spec import Workload
 
-PREFILL_STEPS, DECODE_STEPS = 3, 8
+WARM_UP_STEPS, PREFILL_STEPS, DECODE_STEPS = 4, 3, 8
 SHOWN = 16  # kernels in a table
 
 
@@ -60,7 +60,8 @@ def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
     worker = Worker()
     join_ranks(worker, rank, args, port)
     driver = Driver(worker, args)
-    driver.step()  # what a first step sets up
+    for _ in range(WARM_UP_STEPS):  # which allocate, and set up what is set up at a first use
+        driver.step()
     profile(driver, PREFILL_STEPS, rank, "prefill")
     if not args.prefill_only:
         while max(row.count for row in driver.step().rows) > 1:

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import hashlib
 import ipaddress
+import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -55,6 +60,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     http.add_argument(
         "--tool-call-parser", metavar="FORM", help="hermes, mistral or llama3_json; default: by template"
     )
+    http.add_argument(
+        "--batch-dir",
+        type=Path,
+        metavar="DIR",
+        help="files and batches; default: one a port, in ~/.local/state",
+    )
     http.add_argument("--access-log", action="store_true", help="a line a request")
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument(
@@ -94,13 +105,13 @@ def run(args: argparse.Namespace) -> int:
     dims = layout(args)
     form_of("", args.tool_call_parser)  # raises where there is none of that name
     listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
-    with listener:
+    with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
         options = engine_options(args)
         check_blocks(options)
         text = text_of(options.source)
         progress = Progress()
         chosen = _planned(options, workload, dims, progress)
-        return _serve(args, listener, keys, options, text, chosen, workload, progress)
+        return _serve(args, listener, store, keys, options, text, chosen, workload, progress)
 
 
 def _check_bounds(args: argparse.Namespace) -> None:
@@ -179,9 +190,43 @@ def _planned(
     return Layout(plan.chosen, plan, topology)
 
 
+def conditions_of(options: EngineOptions) -> dict[str, object]:
+    """What a batch's answers depend on."""
+    source = options.source
+    weights = f"random, of seed {options.seed}"
+    if not options.dummy_weights and source.path is not None:
+        files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
+        told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        weights = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
+    return {"model": source.name, "weights": weights, "dtype": options.dtype}
+
+
+@contextmanager
+def _store(asked: Path | None, port: int) -> Iterator[Path]:
+    """The directory of files and batches, ours alone while we run. Raises UserError."""
+    state = os.environ.get("XDG_STATE_HOME")
+    base = Path(state) if state else Path.home() / ".local" / "state"
+    path = (asked or base / "shardwise" / f"port-{port}").expanduser().absolute()
+    try:
+        for part in ("files", "batches"):
+            (path / part).mkdir(parents=True, exist_ok=True)
+        lock = (path / "lock").open("w")
+    except OSError as error:
+        raise UserError(
+            f"--batch-dir {path}: {error.strerror}; give a directory that can be written"
+        ) from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"--batch-dir {path} is another server's; give one of its own") from None
+        yield path
+
+
 def _serve(
     args: argparse.Namespace,
     listener: socket.socket,
+    store: Path,
     keys: list[str],
     options: EngineOptions,
     text: Text | None,
@@ -193,6 +238,8 @@ def _serve(
 
     import uvloop
 
+    from launch.api.batches import Batches
+    from launch.api.files import FileStore
     from launch.api.server import serve_http
     from launch.api.service import Service
     from launch.start import cluster, deployment
@@ -212,6 +259,9 @@ def _serve(
                 service = Service(
                     coordinator, names, told, facts, args.request_timeout, args.tool_call_parser
                 )
+                files = FileStore(store / "files")
+                conditions = conditions_of(options)
+                batches = Batches(store / "batches", files, service, conditions)
                 await serve_http(
                     service,
                     listener,
@@ -219,6 +269,8 @@ def _serve(
                     progress=progress,
                     drain_s=args.drain_timeout,
                     access_log=args.access_log,
+                    files=files,
+                    batches=batches,
                 )
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any
+from typing import Any, ParamSpec
 
 import httpx2
 from tokenizers import Tokenizer
@@ -25,6 +25,7 @@ from orchestrator.text import Message, Text
 from tests.fakes import TalkingReplica
 from tests.unit.test_text import BYTES
 
+P = ParamSpec("P")
 LIMITS = SchedulerConfig(num_blocks=64, block_size=16, max_model_len=512, max_num_seqs=4)
 EOS, VOCAB = 256, 257
 PATIENCE_S = 20.0
@@ -74,6 +75,7 @@ async def served(
     limits: HttpLimits | None = None,
     loopback_only: bool = True,
     scheduler: SchedulerConfig = LIMITS,
+    stored: Callable[[Service], Mapping[str, Any]] = lambda _: {},
     **changes: Any,
 ) -> AsyncIterator[Served]:
     replica = replica if replica is not None else TalkingReplica(says("Hello, you."))
@@ -87,15 +89,21 @@ async def served(
     )
     async with coordinator:
         service = Service(coordinator, ["bytes", "alias"], PLAN, FACTS, **changes)
-        app = create_app(service, keys=keys, limits=limits or HttpLimits(), loopback_only=loopback_only)
+        app = create_app(
+            service,
+            keys=keys,
+            limits=limits or HttpLimits(),
+            loopback_only=loopback_only,
+            **stored(service),
+        )
         transport = httpx2.ASGITransport(app=app, raise_app_exceptions=False)  # type: ignore[arg-type]
         async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as http:
             yield Served(coordinator, http, service)
 
 
-def in_loop(test: Callable[[], Awaitable[None]]) -> Callable[[], None]:
+def in_loop(test: Callable[P, Awaitable[None]]) -> Callable[P, None]:
     @wraps(test)
-    def run() -> None:
-        asyncio.run(asyncio.wait_for(test(), PATIENCE_S))
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        asyncio.run(asyncio.wait_for(test(*args, **kwargs), PATIENCE_S))
 
     return run

@@ -14,9 +14,11 @@ from starlette.types import ASGIApp
 
 from launch.api import errors
 from launch.api.asking import respond, terms_of
+from launch.api.batches import Batches, add_batches
 from launch.api.chat import begin_chat, encode_chat
 from launch.api.completions import begin_completions
 from launch.api.errors import ApiError
+from launch.api.files import FileStore, add_files
 from launch.api.guard import Guard, HttpLimits, Keys
 from launch.api.metrics import Snapshot
 from launch.api.page import add_page
@@ -35,6 +37,8 @@ def create_app(
     keys: Sequence[str] = (),
     limits: HttpLimits = HttpLimits(),  # noqa: B008  frozen
     loopback_only: bool = False,
+    files: FileStore | None = None,
+    batches: Batches | None = None,
 ) -> ASGIApp:
     """`loopback_only`: without keys, requests must name the loopback interface as their host."""
     app = FastAPI(title="shardwise", version=_version(), docs_url=None, redoc_url=None)
@@ -43,6 +47,9 @@ def create_app(
     _add_tokens(app, service)
     _add_probes(app, service)
     add_page(app, service)
+    if files is not None and batches is not None:
+        add_files(app, files)
+        add_batches(app, batches)
     return Guard(app, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
 
 

@@ -84,7 +84,7 @@ def install(app: FastAPI) -> None:
 
     async def invalid(_: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return _of_validation(error.errors()).response()
+        return of_validation(error.errors()).response()
 
     async def plain(_: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
@@ -99,7 +99,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, ours)
 
 
-def _of_validation(errors: Any) -> ApiError:
+def of_validation(errors: Any) -> ApiError:
     """The first thing that is wrong: where, what was given, the rule."""
     first = errors[0]
     where = [str(part) for part in first["loc"] if part != "body"]

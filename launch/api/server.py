@@ -12,6 +12,8 @@ from collections.abc import Generator, Iterator, Sequence
 import uvicorn
 
 from launch.api.app import create_app
+from launch.api.batches import Batches
+from launch.api.files import FileStore
 from launch.api.service import Service
 from launch.progress import Progress
 
@@ -35,12 +37,14 @@ async def serve_http(
     progress: Progress,
     drain_s: float,
     access_log: bool = False,
+    files: FileStore | None = None,
+    batches: Batches | None = None,
 ) -> None:
     """Returns once everything in flight has ended, `drain_s` after the first SIGTERM or SIGINT at the latest."""
     host, port = listener.getsockname()[:2]
     is_loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     config = uvicorn.Config(
-        create_app(service, keys=keys, loopback_only=is_loopback),
+        create_app(service, keys=keys, loopback_only=is_loopback, files=files, batches=batches),
         http="httptools",
         lifespan="off",
         log_level="warning" if not access_log else "info",
@@ -57,11 +61,15 @@ async def serve_http(
             await asyncio.sleep(0.01)
         shown = f"[{host}]" if ":" in host else host
         progress.say(f"serving {service.name} on http://{shown}:{port}")
+        if batches is not None:
+            batches.resume()
         asked = asyncio.create_task(stopping.wait())
         await asyncio.wait({asked, serving}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()
         if not serving.done():
             await _drain(service, stopping, progress, drain_s)
+            if batches is not None:
+                await batches.stop()
             server.should_exit = True
         await serving
 

@@ -67,7 +67,7 @@ def gather(cache: Path, report: GpuReport | None = None) -> MachineFacts:
         ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
         ray_token_mode=stat.S_IMODE(token.stat().st_mode) if token.is_file() else None,
         ray_token_path=str(token),
-        ray_cluster=_ray_cluster(token),
+        ray_cluster=ray_cluster(token),
     )
     return _with_profile(facts, cache) if facts.versions["torch"] else facts
 
@@ -113,7 +113,7 @@ def _requirements(name: str) -> list[str]:
         return []
 
 
-def _ray_cluster(token: Path) -> RayCluster | None:
+def ray_cluster(token: Path) -> RayCluster | None:
     """That RAY_ADDRESS names, or that `ray start` left a note of on this host."""
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
     address = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")

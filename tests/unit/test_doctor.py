@@ -23,7 +23,7 @@ from cluster.proof import Outcome, Proof, Step
 from launch import doctor
 from launch.checks import findings
 from launch.checks.host import LEAST_OPEN_FILES
-from launch.facts import clashes, gather, leftovers
+from launch.facts import clashes, gather, leftovers, ray_cluster
 from launch.findings import Clash, Finding, Leftover, MachineFacts, RayCluster, Severity
 from tests.fake_nvml import FakeGpu, FakeNvml, dual_4090, dual_h100, no_driver
 
@@ -588,19 +588,18 @@ class Dashboard(http.server.BaseHTTPRequestHandler):
 
 def test_a_ray_cluster_is_asked_for_its_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server = http.server.HTTPServer(("127.0.0.1", 0), Dashboard)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True).start()
     token = tmp_path / "token"
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:6379")
-    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(token))
     monkeypatch.setattr("launch.facts.RAY_DASHBOARD_PORT", server.server_port)
     answers = []
     for content in (None, "wrong", "secret"):
         if content is not None:
             token.write_text(content)
-        answers.append(gather(tmp_path, read_gpus(no_driver())).ray_cluster)
+        answers.append(ray_cluster(token))
     server.shutdown()
     server.server_close()
-    answers.append(gather(tmp_path, read_gpus(no_driver())).ray_cluster)
+    answers.append(ray_cluster(token))
     expected = [(401, ""), (403, ""), (200, "2.54.0"), (None, "")]
     assert answers == [RayCluster("127.0.0.1:6379", status, version) for status, version in expected]
 

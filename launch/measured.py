@@ -53,6 +53,12 @@ _KEPT: Mapping[str, Format] = {  # in order: the first that a name starts with, 
 }
 
 
+# Who serves what barely fits takes more of the memory and fewer tokens a step than engines do unasked.
+TIGHT_TOKENS = 8192  # of cache, below which that is taken to have been done
+TIGHT_SHARE = 0.97
+TIGHT_CHUNK = 2048
+
+
 @dataclass(frozen=True, slots=True)
 class Prediction:
     """Of one row, in the row's own units; what is not predicted is None, and the reason says why."""
@@ -158,9 +164,11 @@ def layout_case(row: Row) -> Case:
     dims = ParallelDims(*(_whole(row, key) for key in ("tp", "pp", "dp")))
     put = _placement(spec, dims, kept, with_engine, row["gpu"].split("(")[0], _link_kind(row["link"]))
     at_once = row["concurrency"].strip()
-    steady = not at_once or re.match(r"c\d", row["load"].strip().lower()) is not None
+    load = row["load"].strip().lower()
+    steady = not at_once or re.match(r"c\d", load) is not None
     if at_once:
-        return Case(put, _workload(row, steady=steady), row["metric"])
+        workload = replace(_workload(row, steady=steady), ragged="offline" in load)
+        return Case(put, workload, row["metric"])
     # As many as fit: those of the fullest device's cache.
     workload = _workload({**row, "concurrency": "1"}, steady=True)
     length = workload.prompt_tokens + workload.output_tokens / 2
@@ -170,8 +178,10 @@ def layout_case(row: Row) -> Case:
 
 
 def _engine_name(told: str) -> str:
-    """`vLLM 0.7.3` → vllm, `llama.cpp layer split` → llama.cpp."""
-    name = told.strip().lower().split(" ")[0]
+    """`vLLM 0.7.3` → vllm-v0, whose engine had another loop; `llama.cpp layer split` → llama.cpp."""
+    name, *rest = told.strip().lower().split(" ")
+    if name == "vllm" and rest and re.match(r"0\.[0-7](\.|$)", rest[0]):
+        return "vllm-v0"
     return "trtllm" if name.startswith("tensorrt") else name
 
 
@@ -238,7 +248,12 @@ def _placement(
 ) -> Placement:
     machine = _machine(gpu.strip(), dims.world_size, kind, with_engine.memory_share)
     dtype = "bfloat16" if "bfloat16" in machine.devices[0].flops_per_s else "float16"
-    return place(spec, Layout(dims, kept), dtype, machine, with_engine)
+    put = place(spec, Layout(dims, kept), dtype, machine, with_engine)
+    if min(need.kv_tokens for need in memories(put, Workload())) >= TIGHT_TOKENS:
+        return put
+    small = replace(with_engine, chunk_tokens=TIGHT_CHUNK)
+    machine = _machine(gpu.strip(), dims.world_size, kind, TIGHT_SHARE)
+    return place(spec, Layout(dims, kept), dtype, machine, small)
 
 
 @functools.cache

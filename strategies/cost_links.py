@@ -17,6 +17,9 @@ _TWO_PHASES = 2.2
 _NVLINK_PER_RANK = 0.05
 _NVLINK_MOST = 1.2
 _PCIE_BEYOND_TWO = 0.68
+_HOST_SHARED = (
+    0.35  # host memory serves all ranks: eight 5090s reach 28 GB/s where four reach 35 (nccl issue 1639)
+)
 
 
 def all_reduce_latency_s(link: Link, ranks: int) -> float:
@@ -63,6 +66,8 @@ def _ring_rate(link: Link, ranks: int) -> float:
         return link.bytes_per_s * min(_NVLINK_MOST, 0.9 + _NVLINK_PER_RANK * (ranks - 2))
     if link.kind is LinkKind.PCIE and ranks > 2:
         return link.bytes_per_s * _PCIE_BEYOND_TWO
+    if link.kind is LinkKind.HOST:
+        return link.bytes_per_s * float((2 / ranks) ** _HOST_SHARED)
     return link.bytes_per_s
 
 

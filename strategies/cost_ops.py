@@ -22,6 +22,7 @@ PROBED_COMPUTE = 0.80
 MOST = 0.98  # of any rate that a kernel is taken to reach
 ROUNDING = 3.0  # exponent of the mean that joins bytes' and FLOPs' times
 LEAST_ROWS = 8  # of a tensor core's tile
+WEIGHT_ONLY_TILE = 16  # rows that kernels of small weights pad an expert's tokens to, at least (Marlin)
 LATENT_COMPUTE = 0.5  # of FLOP/s that decode attention over a latent cache reaches: all heads share one row
 
 
@@ -162,7 +163,8 @@ def experts_s(place: Placement, shard: Shard, tokens: float, r: Rates, compute: 
     own = hit / dims.expert_ranks  # whole experts' worth on this rank
     params = 3 * place.spec.hidden * e.intermediate
     read = own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width])
-    flops = own * 2 * params * max(each, k.expert_tile)
+    tile = k.expert_tile if kept.compute is not None else WEIGHT_ONLY_TILE
+    flops = own * 2 * params * max(each, tile)
     computed = flops / r.computing(compute, k.expert_compute[kept.width])
     read, extra = joined(read * engine.experts, computed * engine.experts)
     moved = 3 * everyone * e.per_token / dims.ep * place.spec.hidden * BYTES_PER_ELEMENT[place.dtype]

@@ -110,6 +110,8 @@ def step_host_s(place: Placement, replica: int, work: Pass, chunks: float = 0.0)
     """Host time of a step that the devices wait for; `chunks`: of prompts, in it."""
     engine, device = place.engine, place.device(replica, 0)
     held = engine.step_s + engine.sequence_s * work.decodes + engine.prompt_s * min(1.0, chunks)
+    if work.decodes > 1:
+        held += engine.ungraphed_s.get(device.name, 0.0)
     return device.step_overhead_s + held
 
 

@@ -51,8 +51,10 @@ class Engine:
     experts: float  # times as long for experts' products
     step_s: float  # host time of a step that the GPU waits for
     sequence_s: float  # the same for each sequence
-    prompt_s: float  # the same for each step with prompts in it
+    prompt_s: float  # the same for each prompt
+    ungraphed_s: Mapping[str, float]  # device's name -> more host time a step of several sequences, there
     first_s: float  # before a request's first token: HTTP, tokenizer, the load generator's own
+    token_out_s: float  # that the server in front takes to send one token
     burst: float  # share of the other requests in flight whose prompts are ahead of one's own
     chunk_tokens: int  # of prompts, in a step
     max_sequences: int
@@ -83,7 +85,12 @@ def engine_from(row: Mapping[str, Any], kernels: Mapping[str, Any], name: str) -
         found = {}
         for key, value in source.items():
             stem, _, unit = key.rpartition("_")
-            found[f"{stem}_s" if unit in scale else key] = value * scale[unit] if unit in scale else value
+            if unit not in scale:
+                found[key] = value
+            elif isinstance(value, Mapping):
+                found[f"{stem}_s"] = {name: each * scale[unit] for name, each in value.items()}
+            else:
+                found[f"{stem}_s"] = value * scale[unit]
         return found
 
     known = {field.name for field in fields(Engine)} - {"name", "kernels"}

@@ -171,3 +171,6 @@ class Workload:
     concurrency: int = 1
     objective: Objective = Objective.LATENCY
     steady: bool = False  # so many in flight all the time, each that ends replaced; else they arrive together
+    ragged: bool = (
+        False  # answers of many lengths about the mean, so that a batch that arrived together drains slowly
+    )

@@ -8,27 +8,55 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from strategies.cost_memory import Memory
 from strategies.cost_ops import Pass
-from strategies.cost_steps import Served, decode_step_s, offload_s, stage_s
+from strategies.cost_steps import Seconds, Served, decode_step_s, offload_s, stage_s
 from strategies.plan import Placement
 from strategies.spec import Workload
 
 _ROUNDS = 2  # of sequences in decode, which depend on the time that prompts take, which depends on them
 _MOST_FIRST = 0.7  # of a request's life that can be before its first token, waiting for room left out
+_FRONT_ROUNDS = 4  # of sequences in the engine where the server in front of it is what holds them up
+
+
+@dataclass(frozen=True, slots=True)
+class _Life:
+    """Of a request, with so many in the engine."""
+
+    seconds: float
+    first_s: float
+    step: Seconds
 
 
 def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Workload) -> Served:
     """What one replica's requests see, and its own rate."""
-    engine, dims = place.engine, place.dims
-    prompt, output = workload.prompt_tokens, workload.output_tokens
-    offered = workload.concurrency / dims.dp
+    engine, prompt, output = place.engine, workload.prompt_tokens, workload.output_tokens
+    offered = workload.concurrency / place.dims.dp
     # Sequences grow: on average one holds its prompt and half of its output.
     room = min(need.kv_tokens for need in needs) / (prompt + output / 2)
-    live = max(1.0, min(offered, room, engine.max_sequences))
-    busy = min(1.0, offered)
+    most = max(1.0, min(offered, room, engine.max_sequences))
     offload = offload_s(place, replica, needs)
+    life = _life(place, replica, most, workload, offload)
+    # The server sends tokens out one by one; where the engine is faster, requests wait in front of it.
+    front_s = engine.token_out_s * output * place.dims.dp
+    live = most
+    for _ in range(_FRONT_ROUNDS):
+        if live * front_s <= life.seconds and live == most:
+            break
+        live = min(most, max(1.0, live * (life.seconds / (live * front_s)) ** 0.7))
+        life = _life(place, replica, live, workload, offload)
+    whole_s = max(life.seconds, live * front_s) * offered / live
+    token_s = (life.seconds - life.first_s) / (output - 1) if output > 1 else sum(life.step.values())
+    first_s = life.first_s + whole_s - life.seconds
+    return Served(first_s, token_s, offered * output / whole_s, life.step)
+
+
+def _life(place: Placement, replica: int, live: float, workload: Workload, offload: float) -> _Life:
+    """A request's own decode steps and everybody's prompts."""
+    engine, prompt, output = place.engine, workload.prompt_tokens, workload.output_tokens
+    busy = min(1.0, workload.concurrency / place.dims.dp)
     context = prompt + output / 2
     # Of prompts, in a step: one, or as many as have to go in each where answers are short.
     tokens = min(max(min(prompt, engine.chunk_tokens), live * prompt / output), engine.chunk_tokens)
@@ -43,9 +71,7 @@ def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Wo
         own_s = prompt_s + step_s + engine.burst * (live - 1) * prompt_s
         first_s = min(own_s, _MOST_FIRST * life_s)
         decoding = max(1.0, live * (1 - first_s / life_s))
-    waiting_s = max(0.0, offered / live - 1) * life_s
-    token_s = (life_s - first_s) / (output - 1) if output > 1 else step_s
-    return Served(first_s + waiting_s, token_s, live * output / life_s, step)
+    return _Life(life_s, first_s, step)
 
 
 def _joining_s(

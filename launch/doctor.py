@@ -197,10 +197,12 @@ def _proved(facts: MachineFacts) -> str:
 
 def _host(facts: MachineFacts) -> str:
     shm = "none" if facts.shm_bytes is None else f"{facts.shm_bytes / GB:.1f} GB free"
+    wire = facts.network
+    network = f"; network {wire.bytes_per_s * 8 / 1e9:g} Gb/s ({wire.name})" if wire else ""
     return (
         f"{facts.cpu.name}, {facts.cpu.cores} cores; memory {facts.cpu.free_bytes / GB:.1f} of "
         f"{facts.cpu.memory_bytes / GB:.1f} GB free; {facts.disk_path} {facts.disk_free_bytes / GB:.0f} of "
-        f"{facts.disk_bytes / GB:.0f} GB free; /dev/shm {shm}"
+        f"{facts.disk_bytes / GB:.0f} GB free; /dev/shm {shm}{network}"
     )
 
 

@@ -17,6 +17,7 @@ from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from cluster.discover import cpu_topology, gpu_topology, read_cpu, report_here
+from cluster.network import fastest_interface
 from cluster.nvml import GpuReport
 from cluster.pci import read_slot
 from cluster.profile import changes, nccl_version, profile_path, read
@@ -58,6 +59,7 @@ def gather(cache: Path, report: GpuReport | None = None) -> MachineFacts:
         nccl_environment={
             k: v for k, v in os.environ.items() if k.startswith("NCCL_") and k != "NCCL_P2P_DISABLE"
         },
+        network=fastest_interface(),
         shm_bytes=shutil.disk_usage("/dev/shm").free if Path("/dev/shm").is_dir() else None,
         disk_path=tempfile.gettempdir(),
         disk_bytes=disk.total,

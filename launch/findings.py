@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from cluster.discover import Cpu, visible_gpus
+from cluster.network import Interface
 from cluster.nvml import Gpu, GpuReport
 from cluster.pci import Slot
 from cluster.profile import MachineProfile
@@ -76,6 +77,7 @@ class MachineFacts:
     visible: str | None = None  # CUDA_VISIBLE_DEVICES
     peer_access: bool = True  # False: NCCL_P2P_DISABLE=1
     nccl_environment: Mapping[str, str] = field(default_factory=dict)  # NCCL_… but NCCL_P2P_DISABLE
+    network: Interface | None = None  # the fastest to other nodes, where known
     shm_bytes: int | None = None  # free in /dev/shm; None where there is none
     disk_path: str = "/tmp"
     disk_bytes: int = 1 << 40

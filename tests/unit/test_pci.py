@@ -1,4 +1,4 @@
-"""How cards hang on the host, on injected trees of sysfs."""
+"""How cards hang on the host and the host on its network, on injected trees of sysfs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.network import Interface, fastest_interface
 from cluster.pci import Hop, Slot, read_slot
 
 CARD = "0000:01:00.0"
@@ -81,3 +82,25 @@ def test_what_cannot_be_read_is_left_out(tmp_path: Path) -> None:
     assert read_slot(CARD, tmp_path) == Slot()
     devices = tree(tmp_path, ("0000:00:01.1", "Unknown", "255"), (CARD, "Unknown", "x"))
     assert read_slot(CARD, devices) == Slot()
+
+
+def test_the_fastest_way_to_other_nodes(tmp_path: Path) -> None:
+    def card(name: str, speed: str, state: str = "up", hardware: bool = True) -> None:
+        folder = tmp_path / "net" / name
+        (folder / "device" if hardware else folder).mkdir(parents=True)
+        (folder / "speed").write_text(f"{speed}\n")
+        (folder / "operstate").write_text(f"{state}\n")
+
+    assert fastest_interface(tmp_path) is None
+    card("lo", "100000", hardware=False)
+    card("virtio", "-1")
+    card("unplugged", "100000", state="down")
+    assert fastest_interface(tmp_path) is None
+    card("eth0", "25000")
+    assert fastest_interface(tmp_path) == Interface("eth0", 25e9 / 8)
+    for number, state in (("1", "4: ACTIVE"), ("2", "1: DOWN")):
+        port = tmp_path / "infiniband" / "mlx5_0" / "ports" / number
+        port.mkdir(parents=True)
+        (port / "rate").write_text(f"{int(number) * 400} Gb/sec (4X NDR)\n")
+        (port / "state").write_text(f"{state}\n")
+    assert fastest_interface(tmp_path) == Interface("mlx5_0:1", 50e9)

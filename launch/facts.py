@@ -65,7 +65,7 @@ def gather(cache: Path, report: GpuReport | None = None) -> MachineFacts:
         disk_bytes=disk.total,
         disk_free_bytes=disk.free,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        leftovers=tuple(leftovers((Path(tempfile.gettempdir()), Path("/dev/shm")))),
+        leftovers=tuple(leftovers((Path(tempfile.gettempdir()), Path("/dev/shm")), _extensions())),
         ray_auth_mode=os.environ.get("RAY_AUTH_MODE"),
         ray_token_mode=stat.S_IMODE(token.stat().st_mode) if token.is_file() else None,
         ray_token_path=str(token),
@@ -134,13 +134,18 @@ def ray_cluster(token: Path) -> RayCluster | None:
         return RayCluster(address, None)
 
 
-def leftovers(folders: tuple[Path, ...], proc: Path = Path("/proc")) -> Iterator[Leftover]:
+def leftovers(
+    folders: tuple[Path, ...], extensions: Path | None = None, proc: Path = Path("/proc")
+) -> Iterator[Leftover]:
     """Files and directories of ours that no living process has a part in.
+
+    And, among torch's compiled `extensions`, locks of builds that were killed: who needs one next waits for ever.
 
     A process has one if its pid is a part of the name (sw-PID-…), or if it has the path on its
     command line, in its environment, open or mapped. Other users' are left out: who holds them we cannot see.
     """
     found = [path for folder in folders for pattern in OURS for path in sorted(folder.glob(pattern))]
+    found += sorted(extensions.glob("*/*/lock")) if extensions else []
     ours = [path for path in found if path.lstat().st_uid == os.getuid()]
     if not ours or not proc.is_dir():  # nothing, or a system that does not tell what is held (macOS)
         return
@@ -149,6 +154,12 @@ def leftovers(folders: tuple[Path, ...], proc: Path = Path("/proc")) -> Iterator
         owned = any(part.isdigit() and (proc / part).is_dir() for part in path.name.split("-"))
         if not owned and not re.search(re.escape(str(path)) + r"(?![\w-])", held):
             yield Leftover(str(path), _n_bytes(path))
+
+
+def _extensions() -> Path:
+    """Where torch keeps what it compiles (torch/utils/cpp_extension.py)."""
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return Path(named) if named else Path.home() / ".cache" / "torch_extensions"
 
 
 def _held_by_processes(proc: Path) -> Iterator[str]:

@@ -618,5 +618,12 @@ def test_leftovers_are_what_no_living_process_has_a_part_in(tmp_path: Path) -> N
     for folder in (own, dead, held, stranger, tmp_path / "sw-weights-1"):
         folder.mkdir()
     (dead / "log").write_bytes(b"x" * 100)
-    with (held / "log").open("w"):
-        assert list(leftovers((tmp_path, tmp_path / "absent"))) == [Leftover(str(dead), 100)]
+    killed, building = (
+        tmp_path / "extensions" / "py311_cu130" / name / "lock" for name in ("aio", "cpu_adam")
+    )
+    for lock in (killed, building):
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+    with (held / "log").open("w"), building.open("w"):
+        found = list(leftovers((tmp_path, tmp_path / "absent"), tmp_path / "extensions"))
+    assert found == [Leftover(str(dead), 100), Leftover(str(killed), 0)]

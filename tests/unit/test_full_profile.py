@@ -17,12 +17,14 @@ from cluster.link_probes import Sweep, Swept
 from cluster.measure import by_driver, measure
 from cluster.paths import Curve, Op, Path, best_path, curve_of
 from cluster.profile import Detail, DiskRead, HostCopy, MachineProfile, PairCopy, Rates, apply, kept
-from cluster.proof import Trusted
+from cluster.proof import Outcome, Proof, Step, Trusted
 from cluster.prove import NO_PEERS
 from cluster.topology import Provenance
 from launch import profile as profile_command
+from launch.__main__ import main
+from launch.config import read_machine
 from launch.profile import show, to_json
-from tests.fake_nvml import dual_4090, dual_h100
+from tests.fake_nvml import dual_4090, dual_h100, no_driver
 
 H100S = discover(binding=dual_h100())
 PRODUCTS = {"bfloat16": {1: 3e12, 2048: 7e14}, "int8": {2048: 1.2e15}}
@@ -41,6 +43,17 @@ def swept(asked: Sweep) -> Swept:
                 points = [(n, LATENCY_S[path] + n / RATE[path] + (not in_graph) * 2e-5) for n in sizes]
                 curves.append(curve_of(op, path, 2, in_graph, points, MOST.get(path)))
     return Swept(tuple(curves), {}, None)
+
+
+PROOF = Proof(
+    1,
+    "2 × NVIDIA H100 80GB HBM3",
+    "",
+    "2026-11-22T07:00:00+00:00",
+    2,
+    (Step("sums through peer memory", Path.PEER, Outcome.PASSED), Step("NCCL's", Path.NCCL, Outcome.PASSED)),
+    {},
+)
 
 
 class Probes:
@@ -186,3 +199,40 @@ def test_json_is_one_object_with_the_proof(
     assert printed["proof"] is None, "one GPU has nothing to prove"
     assert printed["details"][0]["products"]["bfloat16"]["2048"] == 7e14
     assert to_json(full(tmp_path), None)["driver"] == "550.54.14"
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ("--out /nowhere/box.json", "it must be a .json or .yaml file in a directory that exists"),
+        ("--out box.txt", "it must be a .json or .yaml file"),
+        ("--device cuda", "use --device cpu"),
+        ("--devices cpu", "the nearest is --device"),
+    ],
+)
+def test_mistakes_are_told_before_anything_is_measured(
+    flags: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(profile_command, "discover", lambda **asked: discover(**asked, binding=no_driver()))
+    try:
+        code = main(["profile", *flags.split()])
+    except SystemExit as ended:
+        code = int(str(ended.code))
+    assert code == 2
+    said = capsys.readouterr().err
+    assert words in said
+    assert said.count("\n") == 1
+
+
+def test_a_profile_can_be_written_as_a_recipe(
+    probes: Probes, tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(profile_command, "discover", lambda **asked: H100S)
+    monkeypatch.setattr(profile_command, "proved", lambda *asked, **more: PROOF)
+    assert main(["profile", "--out", str(tmp_path / "box.yaml")]) == 0
+    assert "sums through peer memory  passed" in capsys.readouterr().out
+    machine = read_machine(str(tmp_path / "box.yaml"))
+    assert machine.devices[1].bandwidth_bytes_per_s == 3e12
+    assert machine.link(0, 1).latency_s == pytest.approx(12e-6, rel=0.01)
+    assert (tmp_path / "box.yaml").read_text().startswith("# Measured by shardwise profile, ")

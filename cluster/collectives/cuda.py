@@ -83,9 +83,14 @@ def allocate_zeroed(n_bytes: int) -> int:
     """Device memory that other processes may be given. It lives as long as this process."""
     address = c_uint64()
     _call("cuMemAlloc_v2", byref(address), n_bytes)
-    _call("cuMemsetD8_v2", address, 0, n_bytes)
-    _call("cuCtxSynchronize")
+    fill(address.value, n_bytes, 0)
     return address.value
+
+
+def fill(address: int, n_bytes: int, byte: int) -> None:
+    """Done on return."""
+    _call("cuMemsetD8_v2", address, byte, n_bytes)
+    _call("cuCtxSynchronize")
 
 
 def export(address: int) -> bytes:

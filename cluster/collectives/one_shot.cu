@@ -1,12 +1,23 @@
 // One-shot all-reduce over the GPUs of one host.
 //
-// The wire format is that of NCCL's LL protocol: packets of 16 bytes, (data, flag, data, flag) by 4 bytes, where the
-// flag is the step's sequence number. Each flag vouches for the 4 bytes before it, so it is enough that stores of 8
-// bytes are seen whole, and no fence or barrier is needed. Every rank pushes its own input to where its peers read,
-// polls the packets of all of them at the same places, and adds in float32 in rank order: the same bits everywhere.
+// Every rank pushes its own input to where its peers read, polls what all of them pushed, and adds in float32 in rank
+// order: the same bits everywhere. A launch is a step, and has a sequence number. Three protocols say how a reader
+// knows that data has come; the message's size and the transport choose one, alike on all ranks.
 //
-// A rank has two slots, used in turn. Two are enough: a rank's packets of step k+1 are sent after it has read all of
-// step k, and to end step k+1 is to have seen them, so nobody writes step k+2 over what is still being read.
+// - LL, NCCL's name for it: packets of 16 bytes, (data, flag, data, flag) by 4 bytes, where the flag is the sequence
+//   number. Each flag vouches for the 4 bytes before it, so it is enough that stores of 8 bytes are seen whole, and no
+//   fence or barrier is needed. It costs twice the bytes.
+// - Lamport, as TensorRT-LLM calls it: data alone, into memory that holds NOTHING, a word that is never sent. Each word
+//   of 4 bytes vouches for itself. The reader writes NOTHING back, so each must have a copy of its own that is near:
+//   for peer memory, not for the host's.
+// - Simple, NCCL's name too: data alone, then a flag for each chunk, released after the chunk's data. A reader that has
+//   acquired the flag sees the data. A fence is a way over the wire, so it is for messages that take longer than that.
+//
+// A rank has two slots for each protocol, used in turn. Two are enough, whatever protocols follow each other: what a
+// rank sends of step k+2 it sends after its launch k+1 has ended, in which it has seen something that each peer sent in
+// its own launch k+1, so after that peer's launch k had ended, with all it read, and for Lamport wrote back, of the
+// slot. Protocols share no memory, as old data of one could pass for a flag of another. All flags are the sequence
+// number, so what is left in a slot from earlier steps is never taken for this one's.
 //
 // From sm_90 on it takes part in programmatic dependent launch: it may start before its predecessor on the stream has
 // ended, and lets its successor in before its own end. By itself that is when no block waits for a peer any more. Where
@@ -34,8 +45,11 @@ struct Links {  // mirrored by _Links in one_shot.py
     u64 patience_ns;
     u32 pushes;
     u32 rank;
-    u32 slot_packets;  // of one of the two slots
     u32 let_in_early;  // whether a successor may take places on the GPU while blocks wait for peers
+    u32 ll_packets;    // of 16 bytes, of one of LL's two slots; those lie first in the memory of `to` and `from`
+    u32 data_at;       // packets before the two slots of Lamport or Simple
+    u32 data_packets;  // of one of these
+    u32 flags_at;      // packets before Simple's flags
 };
 static_assert(sizeof(Links) == LINKS_BYTES, "_Links in one_shot.py differs");
 
@@ -48,9 +62,19 @@ __device__ uint4 load_packet(const uint4* at) {
     return p;
 }
 
-__device__ void store_packet(uint4* at, uint2 data, u32 flag) {
+__device__ void store_packet(uint4* at, uint4 p) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};"
-                 :: "l"(at), "r"(data.x), "r"(flag), "r"(data.y), "r"(flag) : "memory");
+                 :: "l"(at), "r"(p.x), "r"(p.y), "r"(p.z), "r"(p.w) : "memory");
+}
+
+__device__ u32 load_acquire(const u32* at) {
+    u32 flag;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(flag) : "l"(at) : "memory");
+    return flag;
+}
+
+__device__ void store_release(u32* at, u32 flag) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" :: "l"(at), "r"(flag) : "memory");
 }
 
 __device__ u64 now_ns() {
@@ -113,8 +137,19 @@ struct Float32 {
     }
 };
 
-// The tensor is 8-byte aligned; its last packet may be filled only in part. `halves`: its size in units of 2 bytes.
-__device__ uint2 load_data(const void* tensor, u32 place, u32 halves) {
+template <class T>
+struct Sum {  // over the ranks, of 8 bytes of elements
+    float value[T::count];
+    __device__ void add(u32 r, uint2 data) {
+        float part[T::count];
+        T::unpack(data, part);
+#pragma unroll
+        for (int i = 0; i < T::count; i++) value[i] = r == 0 ? part[i] : value[i] + part[i];
+    }
+};
+
+// The tensor is 8-byte aligned; its last 8 bytes may be filled only in part. `halves`: its size in units of 2 bytes.
+__device__ uint2 load_8(const void* tensor, u32 place, u32 halves) {
     if (4 * place + 4 <= halves) return ((const uint2*)tensor)[place];
     u32 half[4];
     for (u32 i = 0; i < 4; i++)
@@ -122,7 +157,7 @@ __device__ uint2 load_data(const void* tensor, u32 place, u32 halves) {
     return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
 
-__device__ void store_data(void* tensor, u32 place, u32 halves, uint2 data) {
+__device__ void store_8(void* tensor, u32 place, u32 halves, uint2 data) {
     if (4 * place + 4 <= halves) {
         ((uint2*)tensor)[place] = data;
         return;
@@ -130,6 +165,32 @@ __device__ void store_data(void* tensor, u32 place, u32 halves, uint2 data) {
     u32 word[2] = {data.x, data.y};
     for (u32 i = 0; 4 * place + i < halves; i++)
         ((unsigned short*)tensor)[4 * place + i] = (unsigned short)(word[i / 2] >> (16 * (i % 2)));
+}
+
+// The same 16 bytes at a time. Apart and not inlined is what only an end or a tensor between two lines of 16 needs.
+__device__ bool whole_16(const void* tensor, u32 place, u32 halves) {
+    return (u64)tensor % 16 == 0 && 8 * place + 8 <= halves;
+}
+
+__device__ __noinline__ uint4 load_pair(const void* tensor, u32 place, u32 halves) {
+    uint2 low = load_8(tensor, 2 * place, halves), high = load_8(tensor, 2 * place + 1, halves);
+    return make_uint4(low.x, low.y, high.x, high.y);
+}
+
+__device__ __noinline__ void store_pair(void* tensor, u32 place, u32 halves, uint4 data) {
+    store_8(tensor, 2 * place, halves, make_uint2(data.x, data.y));
+    store_8(tensor, 2 * place + 1, halves, make_uint2(data.z, data.w));
+}
+
+__device__ uint4 load_16(const void* tensor, u32 place, u32 halves) {
+    return whole_16(tensor, place, halves) ? ((const uint4*)tensor)[place] : load_pair(tensor, place, halves);
+}
+
+__device__ void store_16(void* tensor, u32 place, u32 halves, uint4 data) {
+    if (whole_16(tensor, place, halves))
+        ((uint4*)tensor)[place] = data;
+    else
+        store_pair(tensor, place, halves, data);
 }
 
 // -- one step --
@@ -150,14 +211,16 @@ __device__ void await_predecessor() {
 
 struct Step {
     u32 flag;
-    u32 slot;      // packets before this step's slot
+    u32 slot;      // 0 or 1
     u32 polls;     // that were in vain, of this thread
     u64 start_ns;  // of this thread's waiting; 0 until it has looked at the clock
 };
 
 __device__ Step begin(const Links& links) {
+    if (links.let_in_early) let_successor_in();
+    await_predecessor();
     u32 flag = ((volatile State*)links.state)->sequence;
-    return Step{flag, (flag & 1) * links.slot_packets, 0, 0};
+    return Step{flag, flag & 1, 0, 0};
 }
 
 // The last block of all counts the step; each has read the sequence number before it says that it is done.
@@ -166,10 +229,6 @@ __device__ void end(const Links& links, const Step& step) {
     let_successor_in();  // no thread waits any more; the first thread to say it says it for the block
     if (threadIdx.x == 0 && atomicInc(&links.state->blocks_done, gridDim.x - 1) == gridDim.x - 1)
         links.state->sequence = step.flag == 0xffffffffu ? 2 : step.flag + 1;  // past 0, to the slot whose turn it is
-}
-
-__device__ void push(const Links& links, const Step& step, u32 place, uint2 data) {
-    for (u32 i = 0; i < links.pushes; i++) store_packet(links.to[i] + step.slot + place, data, step.flag);
 }
 
 // Whether to wait no longer for `peer`. Names it to the host if the patience ran out here first.
@@ -183,53 +242,215 @@ __device__ bool gave_up(const Links& links, Step& step, u32 peer) {
     return true;
 }
 
+// -- LL --
+
+__device__ void push_ll(const Links& links, const Step& step, u32 place, uint2 data) {
+    uint4 packet = make_uint4(data.x, step.flag, data.y, step.flag);
+    for (u32 i = 0; i < links.pushes; i++) store_packet(links.to[i] + step.slot * links.ll_packets + place, packet);
+}
+
 // The sum over all ranks at one place, rounded to T. Polls all peers at once: each answer takes a way over the wire.
 template <class T>
-__device__ uint2 sum(const Links& links, Step& step, u32 place, uint2 own) {
+__device__ uint2 sum_ll(const Links& links, Step& step, u32 place, uint2 own) {
+    u32 at = step.slot * links.ll_packets + place;
     uint4 packet[RANKS];
 #pragma unroll
     for (u32 r = 0; r < RANKS; r++)
-        if (r != links.rank) packet[r] = load_packet(links.from[r] + step.slot + place);
-    float total[T::count];
+        if (r != links.rank) packet[r] = load_packet(links.from[r] + at);
+    Sum<T> sum;
 #pragma unroll
     for (u32 r = 0; r < RANKS; r++) {
         uint2 data = own;
         if (r != links.rank) {
             while (packet[r].y != step.flag || packet[r].w != step.flag) {
                 if (gave_up(links, step, r)) break;
-                packet[r] = load_packet(links.from[r] + step.slot + place);
+                packet[r] = load_packet(links.from[r] + at);
             }
             data = make_uint2(packet[r].x, packet[r].z);
         }
-        float part[T::count];
-        T::unpack(data, part);
-#pragma unroll
-        for (int i = 0; i < T::count; i++) total[i] = r == 0 ? part[i] : total[i] + part[i];
+        sum.add(r, data);
     }
-    return T::pack(total);
+    return T::pack(sum.value);
 }
 
 template <class T>
-__device__ void all_reduce(const Links& links, void* tensor, u32 halves) {
-    if (links.let_in_early) let_successor_in();
-    await_predecessor();
-    Step step = begin(links);
+__device__ void ll(const Links& links, Step& step, void* tensor, u32 halves) {
     u32 packets = (halves + 3) / 4;
     u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
     for (u32 place = first; place < packets; place += stride)
-        push(links, step, place, load_data(tensor, place, halves));
+        push_ll(links, step, place, load_8(tensor, place, halves));
     for (u32 place = first; place < packets; place += stride)
-        store_data(tensor, place, halves, sum<T>(links, step, place, load_data(tensor, place, halves)));
-    end(links, step);
+        store_8(tensor, place, halves, sum_ll<T>(links, step, place, load_8(tensor, place, halves)));
+}
+
+// -- packets of 16 bytes of data, for Lamport and Simple --
+
+// How many packets of each peer a thread loads at once, so that their ways over the wire are one; bound by registers.
+const u32 PEERS = RANKS - 1;
+const u32 LOT = RANKS <= 2 ? PACKETS_AT_ONCE : RANKS <= 4 ? 2 : 1;
+
+// Peers are counted without the own rank where their packets are held: no registers for what is not there.
+__device__ u32 rank_of(const Links& links, u32 peer) { return peer + (peer >= links.rank); }
+
+template <class T>
+__device__ void store_sum(const Links& links, void* tensor, u32 place, u32 halves, uint4 own, const uint4* packet) {
+    Sum<T> low, high;
+#pragma unroll
+    for (u32 r = 0; r < RANKS; r++) {
+        uint4 data = own;
+        if (r < PEERS && r < links.rank) data = packet[r];
+        if (r > 0 && r > links.rank) data = packet[r - 1];
+        low.add(r, make_uint2(data.x, data.y));
+        high.add(r, make_uint2(data.z, data.w));
+    }
+    uint2 a = T::pack(low.value), b = T::pack(high.value);
+    store_16(tensor, place, halves, make_uint4(a.x, a.y, b.x, b.y));
+}
+
+// -- Lamport --
+
+const u32 NOTHING = 0xffffffffu;  // as one element or two, NaN; one_shot.py fills the slots with it
+
+__device__ uint4 without_nothing(uint4 data) {  // another NaN instead, so no sum differs
+    return make_uint4(data.x - (data.x == NOTHING), data.y - (data.y == NOTHING), data.z - (data.z == NOTHING),
+                      data.w - (data.w == NOTHING));
+}
+
+__device__ bool incomplete(uint4 data) {
+    return data.x == NOTHING || data.y == NOTHING || data.z == NOTHING || data.w == NOTHING;
+}
+
+// A lot is packets at `place`, `place` + `stride`, … It is pushed from the tensor, and kept in `own`.
+__device__ void push_lot(const Links& links, u32 at, const void* tensor, u32 halves, u32 place, u32 stride, uint4* own) {
+    u32 packets = (halves + 7) / 8;
+#pragma unroll
+    for (u32 i = 0; i < LOT; i++)
+        if (place + i * stride < packets) own[i] = load_16(tensor, place + i * stride, halves);
+    for (u32 to = 0; to < links.pushes; to++)
+#pragma unroll
+        for (u32 i = 0; i < LOT; i++)
+            if (place + i * stride < packets)
+                store_packet(links.to[to] + at + place + i * stride, without_nothing(own[i]));
+}
+
+template <class T>
+__device__ void sum_lot(const Links& links, Step& step, u32 at, void* tensor, u32 halves, u32 place, u32 stride,
+                        const uint4* own) {
+    u32 packets = (halves + 7) / 8;
+    uint4 packet[LOT][PEERS];
+#pragma unroll
+    for (u32 i = 0; i < LOT; i++)
+#pragma unroll
+        for (u32 p = 0; p < PEERS; p++)
+            if (place + i * stride < packets)
+                packet[i][p] = load_packet(links.from[rank_of(links, p)] + at + place + i * stride);
+#pragma unroll
+    for (u32 i = 0; i < LOT; i++) {
+        if (place + i * stride >= packets) break;
+#pragma unroll
+        for (u32 p = 0; p < PEERS; p++) {
+            uint4* from = links.from[rank_of(links, p)] + at + place + i * stride;
+            while (incomplete(packet[i][p])) {
+                if (gave_up(links, step, rank_of(links, p))) break;
+                packet[i][p] = load_packet(from);
+            }
+            store_packet(from, make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
+        }
+        store_sum<T>(links, tensor, place + i * stride, halves, own[i], packet[i]);
+    }
+}
+
+template <class T>
+__device__ void lamport(const Links& links, Step& step, void* tensor, u32 halves) {
+    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
+    u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
+    uint4 own[LOT], next[LOT];
+    push_lot(links, at, tensor, halves, first, stride, own);
+    for (u32 place = first; place < packets; place += LOT * stride) {
+        push_lot(links, at, tensor, halves, place + LOT * stride, stride, next);  // keeps the wire busy
+        sum_lot<T>(links, step, at, tensor, halves, place, stride, own);
+#pragma unroll
+        for (u32 i = 0; i < LOT; i++) own[i] = next[i];
+    }
+}
+
+// -- Simple: a warp pushes and sums a chunk --
+
+const u32 WARP = 32, ALL_LANES = 0xffffffffu;
+static_assert(CHUNK_PACKETS % (LOT * WARP) == 0, "a chunk is whole lots of a warp");
+
+__device__ u32 flag_at(const Links& links, const Step& step, u32 chunk) {
+    u32 slot_chunks = (links.data_packets + CHUNK_PACKETS - 1) / CHUNK_PACKETS;
+    return links.flags_at + (step.slot * slot_chunks + chunk) * FLAG_PACKETS;
+}
+
+__device__ void push_chunk(const Links& links, const Step& step, const void* tensor, u32 halves, u32 chunk, u32 lane) {
+    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
+    u32 first = chunk * CHUNK_PACKETS + lane;
+    uint4 own[CHUNK_PACKETS / WARP];
+#pragma unroll
+    for (u32 i = 0; i < CHUNK_PACKETS / WARP; i++)
+        if (first + i * WARP < packets) own[i] = load_16(tensor, first + i * WARP, halves);
+    for (u32 to = 0; to < links.pushes; to++)
+#pragma unroll
+        for (u32 i = 0; i < CHUNK_PACKETS / WARP; i++)
+            if (first + i * WARP < packets) links.to[to][at + first + i * WARP] = own[i];
+    __syncwarp();
+    if (lane < links.pushes) store_release((u32*)(links.to[lane] + flag_at(links, step, chunk)), step.flag);
+}
+
+template <class T>
+__device__ void sum_chunk(const Links& links, Step& step, void* tensor, u32 halves, u32 chunk, u32 lane) {
+    bool here = lane >= RANKS || lane == links.rank;  // each lane waits for one peer
+    const u32* flag = here ? nullptr : (const u32*)(links.from[lane] + flag_at(links, step, chunk));
+    while (!__all_sync(ALL_LANES, here))
+        if (!here) here = load_acquire(flag) == step.flag || gave_up(links, step, lane);
+    __syncwarp();
+    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
+#pragma unroll
+    for (u32 done = 0; done < CHUNK_PACKETS; done += LOT * WARP) {
+        u32 first = chunk * CHUNK_PACKETS + done + lane;
+        uint4 packet[LOT][PEERS];
+#pragma unroll
+        for (u32 i = 0; i < LOT; i++)
+#pragma unroll
+            for (u32 p = 0; p < PEERS; p++)
+                if (first + i * WARP < packets)
+                    packet[i][p] = load_packet(links.from[rank_of(links, p)] + at + first + i * WARP);
+#pragma unroll
+        for (u32 i = 0; i < LOT; i++) {
+            u32 place = first + i * WARP;
+            if (place < packets)
+                store_sum<T>(links, tensor, place, halves, load_16(tensor, place, halves), packet[i]);
+        }
+    }
+}
+
+// Chunks go to warps in turn, first over the blocks. A warp sums a chunk after it has pushed CHUNKS_AHEAD more.
+template <class T>
+__device__ void simple(const Links& links, Step& step, void* tensor, u32 halves) {
+    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP * gridDim.x + blockIdx.x;
+    u32 warps = blockDim.x / WARP * gridDim.x, ahead = CHUNKS_AHEAD * warps;
+    u32 chunks = ((halves + 7) / 8 + CHUNK_PACKETS - 1) / CHUNK_PACKETS;
+    for (u32 chunk = warp; chunk < chunks + ahead; chunk += warps) {
+        if (chunk < chunks) push_chunk(links, step, tensor, halves, chunk, lane);
+        if (chunk >= ahead) sum_chunk<T>(links, step, tensor, halves, chunk - ahead, lane);
+    }
 }
 
 // __grid_constant__: the arguments are read where they lie, in the constant bank, also when indexed.
-#define KERNEL(name, T)                                                                 \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                          \
-    all_reduce_##name(const __grid_constant__ Links links, void* tensor, u32 halves) {  \
-        all_reduce<T>(links, tensor, halves);                                           \
+#define KERNEL(protocol, name, T)                                                                   \
+    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                      \
+    all_reduce_##protocol##_##name(const __grid_constant__ Links links, void* tensor, u32 halves) { \
+        Step step = begin(links);                                                                   \
+        protocol<T>(links, step, tensor, halves);                                                   \
+        end(links, step);                                                                           \
     }
+#define KERNELS(protocol)                  \
+    KERNEL(protocol, bfloat16, BFloat16)   \
+    KERNEL(protocol, float16, Float16)     \
+    KERNEL(protocol, float32, Float32)
 
-KERNEL(bfloat16, BFloat16)
-KERNEL(float16, Float16)
-KERNEL(float32, Float32)
+KERNELS(ll)
+KERNELS(lamport)
+KERNELS(simple)

@@ -12,7 +12,6 @@ All ranks must call it in the same order, each on one stream at a time. A rank w
 from __future__ import annotations
 
 import ctypes
-import mmap
 import socket
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -23,53 +22,35 @@ import torch
 import torch.distributed as dist
 
 from cluster.collectives import cuda
+from cluster.collectives.protocols import (
+    CHUNK_PACKETS,
+    CHUNKS_AHEAD,
+    FLAG_PACKETS,
+    LL_DATA_BYTES,
+    MAX_RANKS,
+    MOST_THREADS,
+    PACKET_BYTES,
+    PACKETS_AT_ONCE,
+    Protocol,
+    Reach,
+    launch_shape,
+    layout,
+    reach,
+)
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport, Wires
 from cluster.errors import GangDied
 
-MAX_RANKS = 8
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
-PACKET_BYTES, PACKET_DATA_BYTES = 16, 8
-SLOTS = 2
 
-PEER_MEMORY_BYTES = 4 << 20
-"""Up to where two ranks gain over NCCL through peer memory: 9.2 µs against 23 at 1 MB, 15 against 37 at 2 MB, 28
-against 42 at 4 MB, the most that was tried (two H100s over NVLink, in CUDA graphs, 2026-11-22)."""
-HOST_MEMORY_BYTES = 1 << 20
-"""The same through host memory: 38 µs against 54 at 512 KB, 68 against 70 at 1 MB, 145 against 105 at 2 MB."""
-
-FEW_THREADS, MOST_THREADS = 256, 512
-MOST_BLOCKS = 128
-"""One packet a thread in blocks of 256 was within 3 % of the best launch up to 256 KB. Beyond that it takes blocks of
-512: 5.86 against 6.45 µs at 512 KB, 9.3 against 10.1 at 1 MB (two H100s through peer memory, in CUDA graphs,
-2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
-
-TRIAL_ROUNDS = 20
+TRIAL_ROUNDS = 24
+NOTHING_BYTE = 0xFF
+"""What Lamport's slots hold where nothing has come: NOTHING in one_shot.cu, by the byte."""
 TRIAL_PATIENCE_S = 5.0  # the ranks come to the trial together, so a longer wait is a dead link
 _MESSAGE_BYTES = 256  # of what a rank tells the others while they set up: a handle, a path or a reason
 
 
 class Unusable(Exception):
     """Why the ranks cannot use a transport; the same on all of them."""
-
-
-def largest_bytes(transport: type[Transport], ranks: int) -> int:
-    """The largest message worth sending: each rank takes in ranks − 1 of them, so in proportion fewer bytes."""
-    of_two = PEER_MEMORY_BYTES if transport is PeerMemory else HOST_MEMORY_BYTES
-    return of_two // (ranks - 1) // PACKET_DATA_BYTES * PACKET_DATA_BYTES
-
-
-def region_bytes(max_bytes: int) -> int:
-    """Memory for one rank's packets: whole pages, so that each rank's can lie on its own NUMA node."""
-    packets = -(-max_bytes // PACKET_DATA_BYTES)
-    return -(-SLOTS * packets * PACKET_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
-
-
-def launch_shape(n_bytes: int, multiprocessors: int) -> tuple[int, int]:
-    """→ (blocks, threads of each) for a message: a packet a thread as far as the blocks fit on the GPU together."""
-    packets = -(-n_bytes // PACKET_DATA_BYTES)
-    most_blocks = min(MOST_BLOCKS, multiprocessors)
-    threads = FEW_THREADS if packets <= most_blocks * FEW_THREADS else MOST_THREADS
-    return min(-(-packets // threads), most_blocks), threads
 
 
 # -- the kernel's arguments, as one_shot.cu has them --
@@ -84,16 +65,32 @@ class _Links(ctypes.Structure):
         ("patience_ns", ctypes.c_uint64),
         ("pushes", ctypes.c_uint32),
         ("rank", ctypes.c_uint32),
-        ("slot_packets", ctypes.c_uint32),
         ("let_in_early", ctypes.c_uint32),
+        ("ll_packets", ctypes.c_uint32),
+        ("data_at", ctypes.c_uint32),
+        ("data_packets", ctypes.c_uint32),
+        ("flags_at", ctypes.c_uint32),
     ]
 
 
 def compile_kernels(architecture: str, ranks: int) -> bytes:
     """one_shot.cu for so many ranks on an `architecture` like "sm_90". Needs NVRTC but no GPU."""
     source = Path(__file__).with_name("one_shot.cu").read_text()
-    sizes = {"LINKS_BYTES": ctypes.sizeof(_Links), "MOST_THREADS": MOST_THREADS}
-    return cuda.compile_source(source, architecture, {"RANKS": ranks, "MAX_RANKS": MAX_RANKS, **sizes})
+    return cuda.compile_source(source, architecture, sizes(ranks))
+
+
+def sizes(ranks: int) -> dict[str, int]:
+    """What one_shot.cu is compiled with."""
+    return {
+        "RANKS": ranks,
+        "MAX_RANKS": MAX_RANKS,
+        "LINKS_BYTES": ctypes.sizeof(_Links),
+        "MOST_THREADS": MOST_THREADS,
+        "PACKETS_AT_ONCE": PACKETS_AT_ONCE,
+        "CHUNK_PACKETS": CHUNK_PACKETS,
+        "CHUNKS_AHEAD": CHUNKS_AHEAD,
+        "FLAG_PACKETS": FLAG_PACKETS,
+    }
 
 
 class OneShot:
@@ -104,13 +101,17 @@ class OneShot:
         transport: Transport,
         wires: Wires,
         rank: int,
-        max_bytes: int,
+        reach: Reach,
         binary: bytes,
         device: torch.device,
     ) -> None:
-        """`rank` counts in the group; `binary` is `compile_kernels`' for the device and the number of ranks."""
+        """`rank` counts in the group; `binary` is `compile_kernels`' for the device and the number of ranks.
+
+        No rank may sum before all have one, as memory is filled here that the others push into.
+        """
         self.path = transport.name
-        self.max_bytes = max_bytes
+        self.max_bytes = reach.most_bytes
+        self._reach = reach
         self._transport, self._device = transport, device
         properties = torch.cuda.get_device_properties(device)
         self._multiprocessors: int = properties.multi_processor_count
@@ -118,7 +119,11 @@ class OneShot:
         """Whether kernels launched or captured from now on may start before their predecessor on the stream has
         ended (programmatic dependent launch; compute capability 9.0, Hopper, brought it)."""
         module = cuda.load(binary)
-        self._sum = {dtype: cuda.Kernel(module, f"all_reduce_{name}") for dtype, name in DTYPES.items()}
+        self._sum = {
+            (protocol, dtype): cuda.Kernel(module, f"all_reduce_{protocol.value}_{name}")
+            for protocol in (Protocol.LL, reach.beyond)
+            for dtype, name in DTYPES.items()
+        }
         self._state = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
         self._silent_memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # kernels write it
         self._silent_rank = ctypes.c_uint32.from_address(self._silent_memory.data_ptr())
@@ -127,8 +132,19 @@ class OneShot:
         self._links.by_rank[: len(wires.by_rank)] = wires.by_rank
         self._links.state = self._state.data_ptr()
         self._links.silent_rank = self._silent_memory.data_ptr()
-        self._links.slot_packets = -(-max_bytes // PACKET_DATA_BYTES)
+        self._lay_out(wires)
         self.wait_at_most(TRIAL_PATIENCE_S)
+
+    def _lay_out(self, wires: Wires) -> None:
+        memory = layout(self._reach)
+        self._links.ll_packets = memory.ll_packets
+        self._links.data_at = memory.data_at
+        self._links.data_packets = memory.data_packets
+        self._links.flags_at = memory.flags_at
+        if self._reach.beyond is Protocol.LAMPORT and memory.data_bytes:
+            for rank, address in enumerate(wires.by_rank):
+                if rank != self._links.rank:
+                    cuda.fill(address + memory.data_at * PACKET_BYTES, memory.data_bytes, NOTHING_BYTE)
 
     def wait_at_most(self, patience_s: float) -> None:
         """How long kernels launched or captured from now on wait for a peer."""
@@ -155,12 +171,13 @@ class OneShot:
             raise ValueError(
                 f"{tensor.nbytes} bytes; a one-shot all-reduce here takes {self.max_bytes} at most: ask takes() first"
             )
-        if tensor.data_ptr() % PACKET_DATA_BYTES:  # a view that begins inside a packet
+        if tensor.data_ptr() % LL_DATA_BYTES:  # a view that begins between what kernels load at once
             return tensor.copy_(self.all_reduce(tensor.clone()))
         if tensor.nbytes:
+            protocol = self._reach.protocol(tensor.nbytes)
             with torch.cuda.device(self._device):
-                self._sum[tensor.dtype].launch(
-                    *launch_shape(tensor.nbytes, self._multiprocessors),
+                self._sum[protocol, tensor.dtype].launch(
+                    *launch_shape(protocol, tensor.nbytes, self._multiprocessors),
                     torch.cuda.current_stream().cuda_stream,
                     self._links,
                     ctypes.c_uint64(tensor.data_ptr()),
@@ -283,19 +300,19 @@ def _compiled(members: Members) -> bytes:
 
 def _open(members: Members, kind: type[Transport], binary: bytes) -> OneShot:
     """Tried and trusted, or Unusable."""
-    max_bytes = largest_bytes(kind, members.ranks)
-    transport = kind(members.rank, members.ranks, region_bytes(max_bytes))
+    reached = reach(kind, members.ranks)
+    transport = kind(members.rank, members.ranks, layout(reached).region_bytes)
     ends: list[OneShot] = []
 
     def connect(offers: Sequence[bytes]) -> bytes:
         wires = transport.open(offers)
-        ends.append(OneShot(transport, wires, members.rank, max_bytes, binary, members.device))
+        ends.append(OneShot(transport, wires, members.rank, reached, binary, members.device))
         return b""
 
     try:
         offers = members.everyone(transport.offer)
         members.everyone(lambda: connect(offers))
-        trials = _trials(members, max_bytes)
+        trials = _trials(members, reached)
         members.everyone(lambda: _try_out(ends[0], trials))
     except Unusable:
         with suppress(RuntimeError):
@@ -304,20 +321,25 @@ def _open(members: Members, kind: type[Transport], binary: bytes) -> OneShot:
     return ends[0]
 
 
-def _trials(members: Members, max_bytes: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+def _trials(members: Members, reached: Reach) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Random tensors of this rank, and their sums over the ranks as NCCL's gather and additions in order give them."""
     generator = torch.Generator(members.device).manual_seed(members.rank)
-    sizes = (
-        1,
-        3000,
-        max_bytes // 4,
-        max_bytes // 8 + 1,
-    )  # in elements; with 3 dtypes, all pairs in 12 rounds
+    sizes = trial_sizes(reached)
     trials = []
     for size, dtype in islice(zip(cycle(sizes), cycle(DTYPES), strict=False), TRIAL_ROUNDS):
         tensor = torch.randn(size, generator=generator, device=members.device).to(dtype)
         trials.append((tensor, members.sum_in_rank_order(tensor)))
     return trials
+
+
+def trial_sizes(reached: Reach) -> list[int]:
+    """In elements of any dtype, for both protocols; with 3 dtypes, `TRIAL_ROUNDS` have all pairs.
+
+    The first after a border, for elements of 4 bytes and of 2, and ends inside a packet and inside a chunk.
+    """
+    border, most = reached.ll_bytes // 4, reached.most_bytes // 4
+    wanted = (1, 3000, border, border + 1, 2 * border + 1, most, most // 2 + 1, (border + most) // 2 - 13)
+    return [min(max(size, 1), most) for size in wanted]
 
 
 def _try_out(one_shot: OneShot, trials: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> bytes:

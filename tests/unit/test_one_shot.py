@@ -6,6 +6,7 @@ import ctypes
 import os
 import struct
 from ctypes import c_uint32
+from itertools import cycle, islice
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,15 +16,28 @@ import torch
 
 from cluster.collectives import cuda, one_shot
 from cluster.collectives.one_shot import (
-    MAX_RANKS,
+    DTYPES,
+    TRIAL_ROUNDS,
     Members,
     OneShot,
     Unusable,
     compile_kernels,
-    largest_bytes,
-    launch_shape,
     open_one_shot,
-    region_bytes,
+    trial_sizes,
+)
+from cluster.collectives.protocols import (
+    CHUNK_PACKETS,
+    FLAG_PACKETS,
+    MAX_RANKS,
+    MOST_THREADS,
+    OF_TWO,
+    PACKET_BYTES,
+    SIMPLE_BLOCKS,
+    Protocol,
+    Reach,
+    launch_shape,
+    layout,
+    reach,
 )
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
 
@@ -44,19 +58,41 @@ class Two(Members):
         return [tensor, torch.frombuffer(bytearray(other), dtype=torch.uint8)]
 
 
+PAGE = os.sysconf("SC_PAGESIZE")
+BOTH = Reach(64 << 10, Protocol.SIMPLE, 1 << 20)
+
+
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_more_ranks_send_smaller_messages_of_whole_packets(transport: type[Transport]) -> None:
-    sizes = [largest_bytes(transport, ranks) for ranks in range(2, MAX_RANKS + 1)]
-    assert sizes == sorted(set(sizes), reverse=True)
-    assert all(size > 0 and size % 8 == 0 for size in sizes)
-    assert largest_bytes(PeerMemory, 2) > largest_bytes(MappedHostMemory, 2)
+    reaches = [reach(transport, ranks) for ranks in range(2, MAX_RANKS + 1)]
+    assert reaches[0] == OF_TWO[transport]
+    most = [one.most_bytes for one in reaches]
+    assert most == sorted(set(most), reverse=True)
+    assert all(0 <= one.ll_bytes <= one.most_bytes and one.most_bytes % PACKET_BYTES == 0 for one in reaches)
 
 
-@pytest.mark.parametrize("max_bytes", [8, 4096, 262144, 262144 // 7])
-def test_a_region_has_two_slots_for_the_data_and_as_many_flags_in_whole_pages(max_bytes: int) -> None:
-    region = region_bytes(max_bytes)
-    assert 4 * max_bytes <= region < 4 * max_bytes + 64 + os.sysconf("SC_PAGESIZE")
-    assert region % os.sysconf("SC_PAGESIZE") == 0
+def test_a_message_goes_by_ll_up_to_its_border() -> None:
+    found = [BOTH.protocol(n_bytes) for n_bytes in (2, 64 << 10, (64 << 10) + 2, 1 << 20)]
+    assert found == [Protocol.LL, Protocol.LL, Protocol.SIMPLE, Protocol.SIMPLE]
+
+
+@pytest.mark.parametrize("ll_bytes", [0, 8, 4096, 262144 // 7])
+@pytest.mark.parametrize("most_bytes", [262144 // 7, 3 << 20])
+def test_the_parts_of_a_rank_s_memory_hold_two_slots_each_and_do_not_overlap(
+    ll_bytes: int, most_bytes: int
+) -> None:
+    memory = layout(Reach(ll_bytes, Protocol.SIMPLE, most_bytes))
+    assert memory.data_at * PACKET_BYTES >= 2 * 2 * ll_bytes  # as many flags as data
+    if most_bytes == ll_bytes:
+        assert memory.data_bytes == 0
+        assert memory.region_bytes < memory.data_at * PACKET_BYTES + PAGE
+        return
+    slot = (memory.flags_at - memory.data_at) // 2
+    assert slot == memory.data_packets
+    assert memory.data_bytes == 2 * slot * PACKET_BYTES >= 2 * most_bytes
+    flags = 2 * -(-most_bytes // (CHUNK_PACKETS * PACKET_BYTES)) * FLAG_PACKETS
+    assert 0 <= memory.region_bytes - (memory.flags_at + flags) * PACKET_BYTES < PAGE
+    assert memory.region_bytes % PAGE == 0
 
 
 @pytest.mark.parametrize(
@@ -76,12 +112,32 @@ def test_a_region_has_two_slots_for_the_data_and_as_many_flags_in_whole_pages(ma
 def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
     n_bytes: int, multiprocessors: int, blocks: int, threads: int
 ) -> None:
-    assert launch_shape(n_bytes, multiprocessors) == (blocks, threads)
+    assert launch_shape(Protocol.LL, n_bytes, multiprocessors) == (blocks, threads)
+    assert launch_shape(Protocol.LAMPORT, 2 * n_bytes, multiprocessors) == (blocks, threads)
+
+
+@pytest.mark.parametrize("multiprocessors", [16, 132])
+@pytest.mark.parametrize("n_bytes", [2, 2048, 2050, 100_000, 8 << 20])
+def test_simple_has_no_more_blocks_than_chunks_or_room(n_bytes: int, multiprocessors: int) -> None:
+    blocks, threads = launch_shape(Protocol.SIMPLE, n_bytes, multiprocessors)
+    assert blocks == min(-(-n_bytes // (CHUNK_PACKETS * PACKET_BYTES)), SIMPLE_BLOCKS, multiprocessors)
+    assert threads % 32 == 0
+    assert threads <= MOST_THREADS
+
+
+def test_a_trial_crosses_the_border_with_every_dtype_and_reaches_the_end() -> None:
+    sizes = trial_sizes(BOTH)
+    drawn = {(size, dtype.itemsize) for size, dtype in islice(zip(cycle(sizes), cycle(DTYPES)), TRIAL_ROUNDS)}
+    assert drawn == {(size, n_bytes) for size in sizes for n_bytes in (2, 4)}
+    carried = {size * n_bytes for size, n_bytes in drawn}
+    assert {BOTH.ll_bytes, BOTH.ll_bytes + 2, BOTH.ll_bytes + 4, BOTH.most_bytes} <= carried
+    assert max(carried) == BOTH.most_bytes
+    assert any(n > BOTH.ll_bytes and n % PACKET_BYTES not in (0, 2, 4) for n in carried)
 
 
 def test_a_tensor_that_its_packets_memory_cannot_hold_is_refused() -> None:
     end = object.__new__(OneShot)  # without a GPU to launch on
-    end.max_bytes = largest_bytes(MappedHostMemory, 4)
+    end.max_bytes = reach(MappedHostMemory, 4).most_bytes
     with pytest.raises(ValueError, match=rf"takes {end.max_bytes} at most: ask takes\(\) first"):
         end.all_reduce(torch.zeros(end.max_bytes + 1, dtype=torch.uint8))
 
@@ -145,7 +201,7 @@ def test_each_transport_that_fails_is_named_with_its_reason(monkeypatch: pytest.
 def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "register_host", lambda address, n_bytes: address)
     monkeypatch.setattr(cuda, "unregister_host", lambda address: None)
-    ranks, region = 3, region_bytes(4096)
+    ranks, region = 3, layout(BOTH).region_bytes
     ends = [MappedHostMemory(rank, ranks, region) for rank in range(ranks)]
     offers = [end.offer() for end in ends]
     wires = [end.open(offers) for end in ends]
@@ -166,7 +222,7 @@ def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> Non
     with foreign.open("rb") as file:
         offer = f"/proc/{os.getpid()}/fd/{file.fileno()} shardwise-0123456789abcdef".encode()
         with pytest.raises(OSError, match="is not the first rank's memory, so it runs in another container"):
-            MappedHostMemory(1, 2, region_bytes(4096)).open([offer, b""])
+            MappedHostMemory(1, 2, layout(BOTH).region_bytes).open([offer, b""])
     assert foreign.read_bytes() == b"keep" * 4096
 
 
@@ -197,8 +253,9 @@ def test_the_source_compiles_where_there_is_a_compiler(architecture: str, ranks:
         binary = compile_kernels(architecture, ranks)
     except OSError:
         pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
-    for name in one_shot.DTYPES.values():
-        assert f"all_reduce_{name}".encode() in binary
+    for protocol in Protocol:
+        for name in DTYPES.values():
+            assert f"all_reduce_{protocol.value}_{name}".encode() in binary
 
 
 def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words() -> None:

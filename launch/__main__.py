@@ -20,6 +20,7 @@ COMMANDS = {
     "generate": "answer prompts, under any layout",
     "validate": "the cost model beside figures that others measured, and its error",
     "serve": "serve a model over OpenAI's HTTP API, under any layout",
+    "batch": "answer a file of requests, by a server or in this process",
     "profile": "prove the links of this machine and time all that plans are made of",
     "doctor": "what is here, what is wrong with it, and the fix",
 }

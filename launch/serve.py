@@ -100,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
     from orchestrator.text import text_of
 
     _check_bounds(args)
-    keys = _keys(args.api_key_file)
+    keys = read_keys(args.api_key_file)
     workload = workload_of(args)
     dims = layout(args)
     form_of("", args.tool_call_parser)  # raises where there is none of that name
@@ -110,7 +110,7 @@ def run(args: argparse.Namespace) -> int:
         check_blocks(options)
         text = text_of(options.source)
         progress = Progress()
-        chosen = _planned(options, workload, dims, progress)
+        chosen = planned(options, workload, dims, progress)
         return _serve(args, listener, store, keys, options, text, chosen, workload, progress)
 
 
@@ -123,7 +123,7 @@ def _check_bounds(args: argparse.Namespace) -> None:
         raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
 
 
-def _keys(path: Path | None) -> list[str]:
+def read_keys(path: Path | None) -> list[str]:
     """The keys of the file. Raises UserError."""
     if path is None:
         return []
@@ -167,7 +167,7 @@ def listen(host: str, port: int, *, is_open: bool) -> socket.socket:
     return bound
 
 
-def _planned(
+def planned(
     options: EngineOptions, workload: Workload, dims: ParallelDims | None, progress: Progress
 ) -> Layout:
     """The layout asked for, or the planner's choice."""

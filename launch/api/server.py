@@ -39,6 +39,7 @@ async def serve_http(
     access_log: bool = False,
     files: FileStore | None = None,
     batches: Batches | None = None,
+    takes_signals: bool = True,
 ) -> None:
     """Returns once everything in flight has ended, `drain_s` after the first SIGTERM or SIGINT at the latest."""
     host, port = listener.getsockname()[:2]
@@ -55,7 +56,7 @@ async def serve_http(
     )
     server = _Server(config)
     stopping = asyncio.Event()
-    with _signals(stopping):
+    with _signals(stopping) if takes_signals else contextlib.nullcontext():
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)

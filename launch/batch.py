@@ -1,0 +1,256 @@
+"""`shardwise batch`: a file of requests to a server and a file of answers back, or both in this process."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cluster.errors import UserError
+
+if TYPE_CHECKING:
+    from launch.batch_client import BatchClient
+    from launch.batch_input import Source
+    from launch.progress import Progress
+
+ADDRESS = "http://127.0.0.1:8000"
+POLL_S = (0.2, 2.0)  # between two looks: at first, and later
+PATIENCE_S = 600.0  # with a server that does not answer: it may be starting again
+_OVER = ("completed", "failed", "expired", "cancelled")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    submit = verbs.add_parser("submit", help="send a file to a server; prints the batch's id")
+    _add_source(submit)
+    submit.add_argument("--wait", action="store_true", help="until it is done")
+    submit.add_argument(
+        "-o", "--output", type=Path, metavar="OUT.jsonl", help="wait, and write the answers there"
+    )
+    _add_server(submit)
+    for verb, says in (
+        ("status", "how far it is"),
+        ("wait", "until it is done"),
+        ("results", "write its answers"),
+        ("cancel", "stop it; what is answered stays"),
+    ):
+        command = verbs.add_parser(verb, help=says)
+        command.add_argument("id", metavar="BATCH")
+        if verb == "results":
+            command.add_argument("-o", "--output", type=Path, metavar="OUT.jsonl", required=True)
+        _add_server(command)
+    _add_server(verbs.add_parser("list", help="all of them, the newest first"))
+    _add_run(verbs.add_parser("run", help="answer a file in this process, without a server; again, to go on"))
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "file", type=Path, metavar="FILE", help="JSONL (OpenAI's or prompts), .txt, .csv or .parquet"
+    )
+    parser.add_argument("--column", metavar="NAME", help="of a table, that holds the prompts (prompt)")
+    parser.add_argument("--chat", action="store_true", help="each prompt is a user's message")
+    parser.add_argument("--max-tokens", type=int, metavar="N", help="of an answer that says nothing itself")
+    parser.add_argument("--temperature", type=float, metavar="T", help="the same")
+
+
+def _add_server(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", default=ADDRESS, metavar="URL", help=f"of the server ({ADDRESS})")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="default: OPENAI_API_KEY, if it is set"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    from launch.options import add_engine_arguments, add_layout_arguments
+
+    add_layout_arguments(parser)
+    add_engine_arguments(parser)  # MODEL comes first
+    _add_source(parser)
+    parser.add_argument("-o", "--output", type=Path, metavar="OUT.jsonl", required=True)
+    parser.add_argument("--job-dir", type=Path, metavar="DIR", help="the journal; default: beside the output")
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.verb == "run":
+        from launch.batch_run import run_here
+
+        return run_here(args, source_of(args))
+    client = _client(args)
+    if args.verb == "submit":
+        return _submit(args, client)
+    if args.verb == "list":
+        return _list(args, client)
+    if args.verb == "cancel":
+        _show(args, client.post(f"/v1/batches/{args.id}/cancel", {}))
+        return 0
+    batch = client.get(f"/v1/batches/{args.id}")
+    if args.verb == "wait":
+        return _wait(args, client, batch)
+    if args.verb == "results":
+        return _results(args, client, batch)
+    _show(args, batch)
+    return 0
+
+
+def source_of(args: argparse.Namespace) -> Source:
+    from launch.batch_input import Source
+
+    sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
+    given = {name: value for name, value in sampling.items() if value is not None}
+    return Source(args.file, args.column, args.chat, given)
+
+
+def our_version() -> str:
+    try:
+        return version("shardwise")
+    except PackageNotFoundError:  # run from its source
+        return "0.0.0"
+
+
+def _client(args: argparse.Namespace) -> BatchClient:
+    """Checked. Raises UserError."""
+    from launch.batch_client import BatchClient
+
+    if not args.address.startswith(("http://", "https://")):
+        raise UserError(f"--address {args.address} is no http:// or https:// address, such as {ADDRESS}")
+    key = os.environ.get("OPENAI_API_KEY")
+    if args.api_key_file is not None:
+        from launch.serve import read_keys
+
+        key = read_keys(args.api_key_file)[0]
+    client = BatchClient(args.address.rstrip("/"), key)
+    client.check(our_version())
+    return client
+
+
+def _submit(args: argparse.Namespace, client: BatchClient) -> int:
+    from launch.batch_input import endpoint_of, is_batch_file, write_lines
+    from launch.progress import Progress
+
+    if args.output is not None:
+        check_output(args.output)
+    source, progress = source_of(args), Progress(quiet=args.json)
+    endpoint = endpoint_of(source)
+    with tempfile.TemporaryDirectory(prefix="shardwise-batch-") as directory:
+        path = source.path
+        if not is_batch_file(source):
+            path = Path(directory, "input.jsonl")
+            write_lines(source, path)
+        progress.say(f"sending {path.stat().st_size / 1e6:.1f} MB to {client.address}")
+        file_id = client.upload(path)
+    asked = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
+    batch = client.post("/v1/batches", asked)
+    if not (args.wait or args.output):
+        _show(args, batch, short=True)
+        return 0
+    progress.say(f"batch {batch['id']}")
+    return _wait(args, client, batch) if args.output is None else _wait_and_write(args, client, batch)
+
+
+def _wait_and_write(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
+    batch = follow(client, batch, _progress(args))
+    return _results(args, client, batch)
+
+
+def _wait(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
+    batch = follow(client, batch, _progress(args))
+    _show(args, batch)
+    return 0 if batch["status"] == "completed" else 1
+
+
+def follow(client: BatchClient, batch: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+    """Until it is over. A server that does not answer is waited for: the batch goes on when it is back."""
+    from launch.batch_client import ServerGone
+
+    begun_s = seen_s = time.monotonic()
+    counts = batch["request_counts"]
+    before = counts["completed"] + counts["failed"]
+    with progress.bar(f"{batch['id']}", unit_is_bytes=False) as bar:
+        while batch["status"] not in _OVER:
+            time.sleep(POLL_S[time.monotonic() - begun_s > 10])
+            try:
+                batch, seen_s = client.get(f"/v1/batches/{batch['id']}"), time.monotonic()
+            except ServerGone:
+                if time.monotonic() - seen_s > PATIENCE_S:
+                    raise
+                continue
+            counts = batch["request_counts"]
+            bar.update(counts["completed"] + counts["failed"], counts["total"])
+    done, seconds = counts["completed"] + counts["failed"] - before, time.monotonic() - begun_s
+    progress.say(
+        f"{batch['status']}: {done} requests in {seconds:.1f} s, {done / max(seconds, 1e-9):.1f} a second"
+    )
+    return batch
+
+
+def _results(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
+    """What there is of it. Exit code 1 where it is not complete."""
+    if batch["status"] not in _OVER:
+        raise UserError(
+            f"batch {batch['id']} is {batch['status']}; wait for it: shardwise batch wait {batch['id']}"
+        )
+    if batch["status"] == "failed":
+        raise UserError(f"batch {batch['id']} failed: {batch['errors']['data'][0]['message']}")
+    check_output(args.output)
+    for field, path in (("output_file_id", args.output), ("error_file_id", errors_path(args.output))):
+        if batch[field] is not None:
+            client.download(batch[field], path)
+    _progress(args).say(told_of(batch["request_counts"], args.output))
+    if args.json:
+        _show(args, batch)
+    return 0 if batch["status"] == "completed" else 1
+
+
+def check_output(path: Path) -> None:
+    """Raises UserError where it cannot be written; better now than after an hour."""
+    try:
+        path.touch()
+    except OSError as error:
+        raise UserError(f"--output {path}: {error.strerror}; give a file that can be written") from None
+
+
+def errors_path(output: Path) -> Path:
+    return output.with_suffix(".errors.jsonl")
+
+
+def told_of(counts: Mapping[str, int], output: Path) -> str:
+    failed = f", {counts['failed']} errors in {errors_path(output)}" if counts["failed"] else ""
+    return f"{counts['completed']} answers in {output}{failed}"
+
+
+def _list(args: argparse.Namespace, client: BatchClient) -> int:
+    after = ""
+    while True:
+        page = client.get(f"/v1/batches?limit=100&after={after}")
+        for batch in page["data"]:
+            _show(args, batch)
+        if not page["has_more"]:
+            return 0
+        after = page["data"][-1]["id"]
+
+
+def _show(args: argparse.Namespace, batch: Mapping[str, Any], *, short: bool = False) -> None:
+    if args.json:
+        print(json.dumps(batch), flush=True)
+    elif short:
+        print(batch["id"], flush=True)
+    else:
+        counts, errors = batch["request_counts"], batch.get("errors")
+        why = f": {errors['data'][0]['message']}" if errors else ""
+        told = f"{counts['completed']} of {counts['total']} answered, {counts['failed']} failed"
+        print(f"{batch['id']}  {batch['status']}  {told}{why}", flush=True)
+    sys.stdout.flush()
+
+
+def _progress(args: argparse.Namespace) -> Progress:
+    from launch.progress import Progress
+
+    return Progress(quiet=args.json)

@@ -1,0 +1,138 @@
+"""A thin client of a server's /v1/files and /v1/batches, by Python's own http.client: a batch needs nothing more."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import shutil
+import ssl
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from cluster.errors import ShardwiseError, UserError
+
+CONNECT_S = 2.0  # a wrong address is told at once
+TIMEOUT_S = 60.0
+_BLOCK = 2**20
+
+
+class ServerGone(ShardwiseError):
+    """It does not answer; it may come back."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchClient:
+    address: str
+    key: str | None
+
+    def check(self, version: str) -> None:
+        """Whether it is one of ours, of our version, and takes the key. Raises UserError within seconds."""
+        try:
+            told = self.get("/version", timeout_s=CONNECT_S)
+        except ServerGone as error:
+            raise UserError(f"{error}; start `shardwise serve`, or give its --address") from None
+        if told.get("name") != "shardwise":
+            raise UserError(f"{self.address} is no shardwise server; give the address of one")
+        theirs = str(told.get("version"))
+        if theirs.split(".")[:2] != version.split(".")[:2]:
+            raise UserError(
+                f"{self.address} is shardwise {theirs}, and this is {version}; "
+                f"use the same: pip install shardwise=={theirs}"
+            )
+        self.get("/v1/models", timeout_s=CONNECT_S)
+
+    def get(self, path: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
+        return self._json("GET", path, None, {}, timeout_s)
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        return self._json(
+            "POST", path, json.dumps(body).encode(), {"content-type": "application/json"}, TIMEOUT_S
+        )
+
+    def upload(self, path: Path) -> str:
+        """→ the file's id. It is sent in pieces."""
+        mark = uuid.uuid4().hex
+        head = (
+            f'--{mark}\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+            f'--{mark}\r\ncontent-disposition: form-data; name="file"; filename="input.jsonl"\r\n'
+            "content-type: application/octet-stream\r\n\r\n"
+        ).encode()
+        tail = f"\r\n--{mark}--\r\n".encode()
+
+        def pieces() -> Iterator[bytes]:
+            yield head
+            with path.open("rb") as file:
+                while piece := file.read(_BLOCK):
+                    yield piece
+            yield tail
+
+        headers = {
+            "content-type": f"multipart/form-data; boundary={mark}",
+            "content-length": str(len(head) + path.stat().st_size + len(tail)),
+        }
+        return str(self._json("POST", "/v1/files", pieces(), headers, TIMEOUT_S)["id"])
+
+    def download(self, file_id: str, to: Path) -> None:
+        connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, {}, TIMEOUT_S)
+        with closing(connection), to.open("wb") as file:
+            shutil.copyfileobj(response, file, _BLOCK)
+
+    def _json(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float
+    ) -> dict[str, Any]:
+        connection, response = self._ask(method, path, body, headers, timeout_s)
+        with closing(connection):
+            try:
+                told = json.loads(response.read())
+            except (ValueError, OSError, http.client.HTTPException):
+                raise UserError(
+                    f"{self.address}{path} does not answer in JSON; is it a shardwise server?"
+                ) from None
+        if not isinstance(told, dict):
+            raise UserError(f"{self.address}{path} answers with something else; is it a shardwise server?")
+        return told
+
+    def _ask(
+        self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float
+    ) -> tuple[http.client.HTTPConnection, http.client.HTTPResponse]:
+        """Raises UserError with the server's reason, ServerGone where there is none."""
+        connection = self._connection(timeout_s)
+        told = {**headers, **({"authorization": f"Bearer {self.key}"} if self.key else {})}
+        try:
+            connection.request(method, path, body, told)
+            response = connection.getresponse()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            raise ServerGone(f"{self.address} does not answer ({error})") from None
+        if response.status == 401:
+            connection.close()
+            raise UserError(
+                f"{self.address} wants an API key, and {'another' if self.key else 'none was given'}: "
+                "give --api-key-file or set OPENAI_API_KEY"
+            )
+        if response.status >= 500:
+            connection.close()
+            raise ServerGone(f"{self.address} answers {response.status} {response.reason}")
+        if response.status >= 400:
+            with closing(connection):
+                raise UserError(f"{self.address} refuses: {_reason(response.read())}")
+        return connection, response
+
+    def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
+        parts = urlsplit(self.address)
+        if parts.scheme == "https":
+            context = ssl.create_default_context()
+            return http.client.HTTPSConnection(parts.netloc, timeout=timeout_s, context=context)
+        return http.client.HTTPConnection(parts.netloc, timeout=timeout_s)
+
+
+def _reason(body: bytes) -> str:
+    try:
+        return str(json.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:200].decode(errors="replace")

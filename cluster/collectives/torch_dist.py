@@ -194,7 +194,9 @@ class TorchCollectives:
         self.next_rank = rank + tp if rank + tp < tp * pp else None
         self._device = device
         pipelined_on_gpu = pp > 1 and device.type == "cuda"
-        self._arrivals = torch.cuda.Stream(device) if pipelined_on_gpu else None  # runs nothing else
+        self._arrivals = (
+            torch.cuda.Stream(device) if pipelined_on_gpu else None  # type: ignore[no-untyped-call]
+        )  # runs nothing else
         self._sending: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:

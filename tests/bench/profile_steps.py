@@ -1,15 +1,19 @@
 """Where a step's time goes on the GPU, by kernel and gap: `python -m tests.bench.profile_steps --layout tp2 …`.
 
 A process a rank, without Ray or channels: each drives a scheduler of its own, which comes to the same steps, since
-every request runs to its full length. Prints the first rank's kernels of some prefill steps and of some decode steps.
+every request runs to its full length. Prints each stage's kernels of some prefill steps and of some decode steps, and
+leaves their traces in a folder if asked to.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 import time
 from collections import defaultdict, deque
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,8 +37,9 @@ SHOWN = 16  # kernels in a table
 class Driver:
     """Runs the scheduler's steps on one rank, as the leader does, with made-up tokens where a rank learns none."""
 
-    def __init__(self, worker: Worker, args: argparse.Namespace) -> None:
-        self.worker, self.scheduler = worker, Scheduler(worker.limits)
+    def __init__(self, worker: Worker, args: argparse.Namespace, done: Any) -> None:
+        """`done`: a queue from the last stage to the first, of steps that came to their end."""
+        self.worker, self.scheduler, self._done = worker, Scheduler(worker.limits), done
         self._in_flight: deque[tuple[Step, Any]] = deque()
         sampling = SamplingParams(max_tokens=2 * DECODE_STEPS + 64, ignore_eos=True)
         for i in range(args.requests):
@@ -49,27 +54,39 @@ class Driver:
             self.take_in()
         return step
 
+    def finish(self) -> None:
+        while self._in_flight:
+            self.take_in()
+
     def take_in(self) -> None:
         step, pending = self._in_flight.popleft()
+        shard = self.worker.shard
         if pending is not None:
             pending.result()
+            if shard.pp > 1:
+                self._done.put(step.id)
+        elif shard.rank == 0:
+            assert self._done.get() == step.id
         self.scheduler.update(StepResult(step.id, [0] * sum(row.samples for row in step.rows)))
 
 
-def run_rank(rank: int, args: argparse.Namespace, port: int) -> None:
+def run_rank(rank: int, args: argparse.Namespace, port: int, done: Any) -> None:
     worker = Worker()
     join_ranks(worker, rank, args, port)
-    driver = Driver(worker, args)
+    driver = Driver(worker, args, done)
     for _ in range(WARM_UP_STEPS):  # which allocate, and set up what is set up at a first use
         driver.step()
-    profile(driver, PREFILL_STEPS, rank, "prefill")
+    profile(driver, PREFILL_STEPS, "prefill", args.traces)
     if not args.prefill_only:
         while max(row.count for row in driver.step().rows) > 1:
             pass
         for _ in range(3):
             driver.step()
-        profile(driver, DECODE_STEPS, rank, "decode")
+        profile(driver, DECODE_STEPS, "decode", args.traces)
+    driver.finish()
     worker.collectives.leave()
+    sys.stdout.flush()
+    os._exit(0)  # freeing what the profiler saw of gloo's threads crashes (torch 2.13)
 
 
 def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -> None:
@@ -106,8 +123,8 @@ def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -
         print(f"{blocks * 16} KV tokens; small sums through {worker.collectives.stage.path}")
 
 
-def profile(driver: Driver, steps: int, rank: int, name: str) -> None:
-    on_gpu = driver.worker.device.type == "cuda"
+def profile(driver: Driver, steps: int, name: str, traces: Path | None) -> None:
+    on_gpu, shard = driver.worker.device.type == "cuda", driver.worker.shard
     activity = torch.profiler.ProfilerActivity.CUDA if on_gpu else torch.profiler.ProfilerActivity.CPU
     tokens = 0
     _synchronize(on_gpu)
@@ -118,7 +135,9 @@ def profile(driver: Driver, steps: int, rank: int, name: str) -> None:
         host_s = time.perf_counter() - began
         _synchronize(on_gpu)
         wall_s = time.perf_counter() - began
-    if rank:
+    if traces is not None:
+        found.export_chrome_trace(str(traces / f"{name}-{shard.rank}.json.gz"))
+    if shard.tp_rank:
         return
     kernels = [
         (event.name(), event.start_ns() / 1e6, event.duration_ns() / 1e6)
@@ -126,7 +145,8 @@ def profile(driver: Driver, steps: int, rank: int, name: str) -> None:
         if event.device_type() != torch.autograd.DeviceType.CPU or not on_gpu
     ]
     print(
-        f"\n{name}: {steps} steps of {tokens / steps:.0f} tokens, {wall_s / steps * 1e3:.2f} ms each, ",
+        f"\n{name}, stage {shard.stage}: {steps} steps of {tokens / steps:.0f} tokens, "
+        f"{wall_s / steps * 1e3:.2f} ms each, ",
         end="",
     )
     print(f"of which the host {host_s / steps * 1e3:.2f}")
@@ -170,10 +190,12 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--traces", type=Path, help="a folder for Chrome's traces")
     parser.add_argument("--prefill-only", action="store_true", help="spares the start its graphs")
     args = parser.parse_args()
     world_size = ParallelDims.parse(args.layout).world_size
-    multiprocessing.spawn(run_rank, (args, free_port()), nprocs=world_size)  # type: ignore[no-untyped-call]
+    done = multiprocessing.get_context("spawn").SimpleQueue()
+    multiprocessing.spawn(run_rank, (args, free_port(), done), nprocs=world_size)  # type: ignore[no-untyped-call]
 
 
 if __name__ == "__main__":

@@ -148,10 +148,14 @@ def prior_links(
     `kind` holds within a node; None: by the sheets.
     """
     links = {}
+    known: dict[tuple[int, int, bool], Link] = {}  # of like pairs: a cluster has hundreds of thousands
     for (i, (a, node_a)), (j, (b, node_b)) in itertools.combinations(enumerate(placed), 2):
         same_node = node_a == node_b
-        between = kind if kind and same_node else link_kind(a, b, same_node=same_node)
-        links[i, j] = prior_link(between, a, b)
+        pair = (id(a), id(b), same_node)
+        if pair not in known:
+            between = kind if kind and same_node else link_kind(a, b, same_node=same_node)
+            known[pair] = prior_link(between, a, b)
+        links[i, j] = known[pair]
     return links
 
 

@@ -42,7 +42,7 @@ from cluster.topology import Device, Link, LinkKind, Topology
 from strategies.spec import BYTES_PER_ELEMENT
 
 RECIPES = Path(__file__).with_name("recipes")
-MAX_DEVICES = 64  # enumeration stays quick; larger clusters are dp of such
+MAX_DEVICES = 512  # 64 nodes of eight
 
 _SECTIONS: Mapping[str, Sequence[str]] = {
     "machine": ("name", "nodes", "devices", "link", "links", "network"),

@@ -133,11 +133,18 @@ def predict(case: Case) -> Estimate:
 
 def serving_case(row: Row) -> Case:
     """Raises UserError for what is not known or makes no sense."""
-    spec, kept, with_engine = _known(row["model_path"], row["precision"], row["backend"])
+    name = serving_engine(row["backend"], row.get("backend_version", ""))
+    spec, kept, with_engine = _known(row["model_path"], row["precision"], name)
     if with_engine.eight_bit_kv and kept is not PLAIN:
         kept = replace(kept, kv_bytes=1.0)
     dims = serving_dims(row, spec)
     return Case(_placement(spec, dims, kept, with_engine, row["system"], None), _workload(row, steady=True))
+
+
+def serving_engine(backend: str, version: str) -> str:
+    """The generation that engines.yaml knows: TensorRT-LLM's loop and server were rewritten after 1.0."""
+    name = backend.strip().lower()
+    return "trtllm-1.0" if name == "trtllm" and re.match(r"(0\.|1\.0)", version.strip()) else name
 
 
 def serving_dims(row: Row, spec: ModelSpec) -> ParallelDims:

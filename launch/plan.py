@@ -13,7 +13,7 @@ from cluster.topology import Topology
 from launch.config import read_machine
 from launch.models import spec_of
 from strategies.explain import ms
-from strategies.plan import Candidate, ParallelDims, Plan
+from strategies.plan import Candidate, Layout, ParallelDims, Plan
 from strategies.planner import plan
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 MOST_ROWS = 16  # of the table that people read; --json has them all
+MOST_PLANNED = 4  # of them, of what cannot be run, where something can
 WIDTH = 100  # where the output is no terminal
 
 _COLUMNS = (
@@ -47,7 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
     )
     parser.add_argument("--max-model-len", type=int, metavar="N", help="make room for so long a sequence")
-    parser.add_argument("--layouts", metavar="A,B", help="only these, such as tp2,pp2,tp2dp2")
+    parser.add_argument(
+        "--layouts", metavar="A,B", help="only these, such as tp2,pp2,tp2dp2,tp2+int4,tp8ep8+fp8"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
@@ -66,12 +69,12 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     workload = workload_of(args)
-    layouts = layouts_of(args.layouts)
+    layouts = named_layouts(args.layouts)
     topology = read_machine(args.on) if args.on else this_machine()
     spec = spec_of(args.model)
     check_lengths(spec, workload, args.max_model_len)
     dtype = choose_dtype(args.dtype, spec, topology)
-    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=args.max_model_len)
+    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=args.max_model_len, wide=True)
     if args.json:
         print(json.dumps(plan_to_json(made, workload), indent=2))
     else:
@@ -91,8 +94,15 @@ def workload_of(args: argparse.Namespace) -> Workload:
     return Workload(args.prompt_tokens, args.output_tokens, args.concurrency, Objective(args.objective))
 
 
+def named_layouts(names: str | None) -> list[Layout] | None:
+    """`tp2,tp2+int4` → layouts to plan, each once; None: all. Raises BadLayout."""
+    if names is None:
+        return None
+    return list(dict.fromkeys(Layout.parse(name) for name in names.split(",")))
+
+
 def layouts_of(names: str | None) -> list[ParallelDims] | None:
-    """`tp2,dp2` → their sizes, each once; None: all. Raises BadLayout."""
+    """`tp2,dp2` → their sizes, each once, of layouts that run; None: all. Raises BadLayout."""
     if names is None:
         return None
     return list(dict.fromkeys(ParallelDims.parse(name) for name in names.split(",")))
@@ -149,11 +159,12 @@ def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
 
 def candidate_to_json(candidate: Candidate) -> dict[str, object]:
     return {
-        "layout": candidate.dims.name,
+        "layout": candidate.layout.name,
         "feasible": candidate.feasible,
         "reason": candidate.reason,
         "predicted": _predicted(candidate),
         "breakdown": _shares(candidate),
+        "planned_only": candidate.not_runnable,
     }
 
 
@@ -177,7 +188,17 @@ def _shares(candidate: Candidate) -> Mapping[str, float] | None:
     """Of a decode step; they sum to 1. A cause that a layout does not have is 0."""
     if candidate.estimate is None:
         return None
-    causes = ("weights", "kv", "compute", "all_reduce", "all_gather", "send_recv", "host")
+    causes = (
+        "weights",
+        "kv",
+        "compute",
+        "all_reduce",
+        "all_gather",
+        "all_to_all",
+        "send_recv",
+        "offload",
+        "host",
+    )
     parts = candidate.estimate.breakdown
     total = sum(parts.values())
     return {cause: parts.get(cause, 0.0) / total for cause in causes}
@@ -191,11 +212,13 @@ def show(made: Plan, workload: Workload, title: str) -> None:
     from rich.console import Console, Group
 
     parts: list[RenderableType] = [title, ""]
-    if made.chosen is not None:
+    if any(candidate.feasible for candidate in made.candidates):
         parts.append(plan_table(made))
     parts += rejections(made)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
+    elif any(candidate.feasible for candidate in made.candidates):
+        parts.append("Nothing that this version runs fits; what is marked * is planned only.")
     parts.append(bullets(made.explanation))
     wide = Console(highlight=False, markup=False)
     width = wide.width if wide.is_terminal else WIDTH
@@ -204,7 +227,8 @@ def show(made: Plan, workload: Workload, title: str) -> None:
 
 def rejections(made: Plan) -> list[RenderableType]:
     """What does not fit and why; nothing where all fits."""
-    rejected = [candidate for candidate in made.candidates if not candidate.feasible]
+    every = [candidate for candidate in made.candidates if not candidate.feasible]
+    rejected = [c for c in every if c.layout.is_plain] or every
     return ["Does not fit:", _rejections(rejected), ""] if rejected else []
 
 
@@ -224,15 +248,31 @@ def plan_table(made: Plan) -> Table:
     from rich import box
     from rich.table import Table
 
-    feasible = [candidate for candidate in made.candidates if candidate.feasible]
+    every = [candidate for candidate in made.candidates if candidate.feasible]
+    runs = [candidate for candidate in every if candidate.not_runnable is None]
+    planned = _best_of_each_format([c for c in every if c.not_runnable is not None])
+    planned = planned[: MOST_PLANNED if runs else MOST_ROWS]
+    feasible = [*runs[: MOST_ROWS - len(planned)], *planned]
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, caption_justify="left")
     for i, name in enumerate(_COLUMNS):
         table.add_column(name, justify="left" if i == 0 else "right", no_wrap=True)
-    for candidate in feasible[:MOST_ROWS]:
+    for candidate in feasible:
         table.add_row(*_row(candidate), style="bold" if candidate is made.chosen else None)
-    if len(feasible) > MOST_ROWS:
-        table.caption = f"{len(feasible) - MOST_ROWS} more that fit rank below; --json lists them all"
+    told = []
+    if len(every) > len(feasible):
+        told.append(f"{len(every) - len(feasible)} more that fit rank below; --json lists them all")
+    if planned:
+        told.append("* planned only: this version does not run it")
+    table.caption = "\n".join(told) or None
     return table
+
+
+def _best_of_each_format(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """The first of each format, with and without offload: the rest would fill pages."""
+    first: dict[tuple[str, bool], Candidate] = {}
+    for candidate in ranked:
+        first.setdefault((candidate.format.name, candidate.offload), candidate)
+    return list(first.values())
 
 
 def _row(candidate: Candidate) -> Sequence[str]:
@@ -240,10 +280,10 @@ def _row(candidate: Candidate) -> Sequence[str]:
     assert made is not None, "only feasible candidates have rows"
     usd = made.usd_per_million_tokens
     return (
-        candidate.dims.name,
+        f"{candidate.layout.name}{'' if candidate.not_runnable is None else ' *'}",
         ms(made.ttft_s).removesuffix(" ms"),
         ms(made.tpot_s).removesuffix(" ms"),
-        f"{made.output_tokens_per_s:,.0f}",
+        f"{made.output_tokens_per_s:,.{0 if made.output_tokens_per_s >= 10 else 1}f}",
         f"{made.memory_bytes_per_device / 1e9:.1f}",
         f"{made.kv_tokens:,}",
         f"{made.share_of_limit:.0%}",
@@ -257,7 +297,7 @@ def _rejections(rejected: Sequence[Candidate]) -> Table:
 
     by_reason: dict[str, list[str]] = {}
     for candidate in rejected:
-        by_reason.setdefault(str(candidate.reason), []).append(candidate.dims.name)
+        by_reason.setdefault(str(candidate.reason), []).append(candidate.layout.name)
     table = Table.grid(padding=(0, 2, 0, 0))
     for reason, names in by_reason.items():
         table.add_row("", ", ".join(names), reason)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from strategies.cost_links import ByIdentity, slowest_link
 from strategies.cost_memory import Memory, memories
 from strategies.cost_ops import compute_dtype, mean_window
 from strategies.cost_steps import Served, decode_step_s, offload_s, prefill_s, signature, stage_links
@@ -54,7 +55,8 @@ def unlike_replicas(place: Placement) -> list[int]:
     for replica in range(place.dims.dp):
         size = place.dims.replica_size
         own = place.devices[replica * size : (replica + 1) * size]
-        links = [place.topology.slowest(place.stage(replica, s)) for s in range(place.dims.pp)]
+        key = ByIdentity(place.topology)
+        links = [slowest_link(key, place.stage(replica, s)) for s in range(place.dims.pp)]
         if place.dims.pp > 1:
             links += stage_links(place, replica)
         rates = tuple((link.kind, link.bytes_per_s) for link in links if link is not None)

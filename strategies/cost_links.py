@@ -7,8 +7,10 @@ Sources: NCCL's tuning model; curves of A100, H100, H200, B200, L40S and RTX PRO
 
 from __future__ import annotations
 
+import functools
+
 from cluster.paths import Op, best_path
-from cluster.topology import Link, LinkKind
+from cluster.topology import Link, LinkKind, Topology
 
 # A one-kernel sum in two phases (reduce-scatter, all-gather) starts so many times later than in one.
 _TWO_PHASES = 2.2
@@ -20,6 +22,25 @@ _PCIE_BEYOND_TWO = 0.68
 _HOST_SHARED = (
     0.35  # host memory serves all ranks: eight 5090s reach 28 GB/s where four reach 35 (nccl issue 1639)
 )
+
+
+class ByIdentity:
+    """A topology as a key, by identity: comparing hundreds of devices and links takes longer than what is kept."""
+
+    def __init__(self, topology: Topology) -> None:
+        self.topology = topology
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ByIdentity) and other.topology is self.topology
+
+    def __hash__(self) -> int:
+        return id(self.topology)
+
+
+@functools.lru_cache(maxsize=4096)
+def slowest_link(key: ByIdentity, group: tuple[int, ...]) -> Link | None:
+    """The link that bounds a collective over devices; None for one device."""
+    return key.topology.slowest(group)
 
 
 def all_reduce_latency_s(link: Link, ranks: int) -> float:

@@ -66,6 +66,7 @@ class Rates:
     flops: dict[str, float]
     of_bandwidth: float  # shares of these rates per share of the data sheet's
     of_compute: float
+    reads: float  # times the share of bandwidth that products reach on others
 
     def reading(self, share: float) -> float:
         return self.bandwidth * min(MOST, share * self.of_bandwidth)
@@ -83,6 +84,7 @@ def rates(place: Placement, device: Device, at_work: float) -> Rates:
         {dtype: rate / sharers for dtype, rate in device.flops_per_s.items()},
         1 / PROBED_BANDWIDTH if measured else 1.0,
         1 / PROBED_COMPUTE if measured else 1.0,
+        1.0 if measured else place.engine.kernels.reads_on.get(device.name, 1.0),
     )
 
 
@@ -130,7 +132,7 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
     """(bytes' time, what FLOPs add to it) of one product. `prompt_share`: of the rows, that are prompts'."""
     k = engine.kernels
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
-    read = n_bytes / r.reading(k.weights[p.width] * engine.reads)
+    read = n_bytes / r.reading(k.weights[p.width] * engine.reads * r.reads)
     slower = 1 + (engine.prompts - 1) * prompt_share
     computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, k.compute[p.width] / slower)
     return joined(read, computed)
@@ -162,7 +164,9 @@ def experts_s(place: Placement, shard: Shard, tokens: float, r: Rates, compute: 
     each = everyone * e.per_token / max(hit, 1e-9)
     own = hit / dims.expert_ranks  # whole experts' worth on this rank
     params = 3 * place.spec.hidden * e.intermediate
-    read = own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width])
+    read = (
+        own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width] * r.reads)
+    )
     tile = k.expert_tile if kept.compute is not None else WEIGHT_ONLY_TILE
     flops = own * 2 * params * max(each, tile)
     computed = flops / r.computing(compute, k.expert_compute[kept.width])

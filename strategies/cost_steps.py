@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.topology import Device, Link
-from strategies.cost_links import all_gather_s, all_reduce_s, send_recv_s
+from strategies.cost_links import ByIdentity, all_gather_s, all_reduce_s, send_recv_s, slowest_link
 from strategies.cost_memory import Memory
 from strategies.cost_ops import Pass, rank_s
 from strategies.plan import Placement
@@ -54,7 +54,7 @@ def stage_s(place: Placement, replica: int, stage: int, work: Pass, at_work: flo
     if "all_to_all" in found:
         sums -= sum(layer >= spec.dense_layers for layer in shard.layers)
     found["all_reduce"] = sums * k.all_reduce * _sum_s(place, group, hidden_bytes)
-    link = place.topology.slowest(group)
+    link = slowest_link(ByIdentity(place.topology), group)
     if shard.is_last and link is not None:
         found["all_gather"] = all_gather_s(link, tp, work.rows * GATHERED_BYTES * tp)
     return found
@@ -64,8 +64,8 @@ GATHERED_BYTES = 8
 """A rank's best token and its logit travel, not the logits."""
 
 
-def _sum_s(place: Placement, group: Sequence[int], n_bytes: float) -> float:
-    link = place.topology.slowest(group)
+def _sum_s(place: Placement, group: tuple[int, ...], n_bytes: float) -> float:
+    link = slowest_link(ByIdentity(place.topology), group)
     return 0.0 if link is None else all_reduce_s(link, len(group), n_bytes, mapped=place.engine.mapped_sums)
 
 

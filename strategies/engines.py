@@ -24,6 +24,7 @@ class Kernels:
     """Shares of the data sheet's rates, by bits of a weight where that matters, and times that sizes do not change."""
 
     weights: Mapping[int, float]  # of bandwidth, reading a product's weights
+    reads_on: Mapping[str, float]  # device's name -> times as large a share there
     compute: Mapping[int, float]  # of FLOP/s, in a product
     expert_weights: Mapping[int, float]
     expert_compute: Mapping[int, float]

@@ -16,7 +16,9 @@ _CAUSES = {
     "kv": "attention over the KV cache",
     "all_reduce": "all-reduces",
     "all_gather": "gathering logits",
+    "all_to_all": "exchange of experts' tokens",
     "send_recv": "sends between stages",
+    "offload": "waiting for weights from host memory",
     "host": "launches and the host",
 }
 _MOST_CONCURRENCY = 4096
@@ -33,6 +35,32 @@ def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -
     rivals = _rivals([p for _, p in ranked])
     crossings = (_concurrency_crossing(placement, rivals, workload), _link_crossing(rivals, workload))
     return (*sentences, *(crossing for crossing in crossings if crossing))
+
+
+def explain_planned_only(
+    planned: Sequence[tuple[Candidate, Placement]], chosen: Candidate | None, workload: Workload
+) -> tuple[str, ...]:
+    """The best of what can be planned but not run yet, and what it would gain."""
+    if not planned:
+        return ()
+    best, _ = planned[0]
+    made = _made(best)
+    gives = (
+        f"{made.output_tokens_per_s:,.0f} tokens/s, the first after {ms(made.ttft_s)}, each next one after "
+        f"{ms(made.tpot_s)}, {made.memory_bytes_per_device / 1e9:.1f} GB a card"
+    )
+    if chosen is None:
+        step = _what_a_step_is(best)
+        return (f"Planned only, this version does not run it: {best.layout.name} would give {gives}.", step)
+    ratio = score(_made(chosen), chosen.dims, workload) / score(made, best.dims, workload)
+    if ratio < _VISIBLE:
+        return ()
+    gain = {
+        Objective.LATENCY: f"answer in {1 / ratio:.0%} of the time",
+        Objective.THROUGHPUT: f"give {ratio:.2f} times the tokens a second",
+        Objective.COST: f"cost {1 / ratio:.0%} a token",
+    }[workload.objective]
+    return (f"Planned only, this version does not run it: {best.layout.name} would {gain}: {gives}.",)
 
 
 def _made(candidate: Candidate) -> Estimate:

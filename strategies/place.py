@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
+from strategies.cost_links import ByIdentity
 from strategies.cost_memory import Memory, memories
 from strategies.engines import CPU, OURS, Engine
 from strategies.engines import engine as engine_named
@@ -65,26 +66,13 @@ def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:
 
     Greedy: right where links come in islands (NVLink pairs, nodes), which is how machines are built.
     """
-    return _groups(Chosen(topology), dims.tp)[: dims.world_size]
-
-
-class Chosen:
-    """A topology as a key, by identity: comparing hundreds of devices and links takes longer than choosing."""
-
-    def __init__(self, topology: Topology) -> None:
-        self.topology = topology
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Chosen) and other.topology is self.topology
-
-    def __hash__(self) -> int:
-        return id(self.topology)
+    return _groups(ByIdentity(topology), dims.tp)[: dims.world_size]
 
 
 @functools.lru_cache(maxsize=64)
-def _groups(chosen: Chosen, tp: int) -> tuple[int, ...]:
+def _groups(key: ByIdentity, tp: int) -> tuple[int, ...]:
     """All devices in groups of tp, as far as they go; a group stays on one node where there are enough left."""
-    topology = chosen.topology
+    topology = key.topology
     left = sorted(range(len(topology.devices)), key=lambda i: (-topology.devices[i].bandwidth_bytes_per_s, i))
     ordered: list[int] = []
     while len(left) >= tp:

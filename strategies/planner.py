@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Topology
 from strategies.cost import estimate, score
-from strategies.explain import explain
+from strategies.explain import explain, explain_planned_only
+from strategies.formats import FORMATS, PLAIN, Format
 from strategies.place import place, rejection
-from strategies.plan import Candidate, Estimate, ParallelDims, Placement, Plan
+from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
+from strategies.runnable import why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
+
+MOST_TP = 16
+"""Ranks of a tp group on machines of many nodes: beyond, sums over the network cost more than they save."""
+
+MOST_EP = 64
+"""Ranks that experts are spread over: beyond, each holds few experts and all wait for the fullest."""
+
+_SEARCHED = ("fp8", "int8", "int4", "fp4", "fp8kv8", "int4kv8")
+_SEARCHED_WIDELY = ("fp8", "int4")  # on machines of over 64 devices
 
 
 def plan(
@@ -21,24 +33,39 @@ def plan(
     workload: Workload,
     dtype: str,
     *,
-    layouts: Sequence[ParallelDims] | None = None,
+    layouts: Sequence[Layout | ParallelDims] | None = None,
     max_model_len: int | None = None,
+    wide: bool = False,
 ) -> Plan:
     """The best layout for the workload's objective among `layouts`, or among all that the machine could hold.
 
-    Every candidate is kept: the feasible ones from best to worst, then the others with their reasons.
-    `max_model_len` is the longest sequence to make room for; by default the workload's own.
+    Every candidate is kept: the feasible ones that this version runs from best to worst, then those that it only plans,
+    then the others with their reasons. The chosen one can be run. `max_model_len` is the longest sequence to make room
+    for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well.
     """
-    tried = enumerate_layouts(len(topology.devices)) if layouts is None else layouts
-    judged = [_judge(spec, dims, topology, workload, dtype, max_model_len) for dims in tried]
+    if layouts is not None:
+        tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
+    else:
+        tried = [Layout(dims) for dims in enumerate_layouts(len(topology.devices))]
+    judged = [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in tried]
+    if wide and layouts is None:
+        others = beyond_plain(spec, topology, [layout.dims for layout in tried])
+        judged += [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in others]
+        if not any(c.feasible and c.layout.is_plain for c, _ in judged):
+            streamed = offloaded([c for c, _ in judged if not c.feasible])
+            judged += [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in streamed]
     feasible = [(c, p) for c, p in judged if p is not None and c.feasible]
     feasible.sort(key=lambda pair: _rank(pair[0], workload))
-    if feasible:
-        sentences = explain(feasible, workload)
-    else:
+    runs = [(c, p) for c, p in feasible if c.not_runnable is None]
+    planned = [(c, p) for c, p in feasible if c.not_runnable is not None]
+    sentences: tuple[str, ...] = ()
+    if runs:
+        sentences = explain(runs, workload)
+    elif not planned or spec.is_dense:
         sentences = _instead(spec, topology, workload, dtype, layouts, max_model_len)
-    candidates = (*(c for c, _ in feasible), *(c for c, _ in judged if not c.feasible))
-    return Plan(spec.name, topology.name, candidates, candidates[0] if feasible else None, sentences)
+    sentences += explain_planned_only(planned, runs[0][0] if runs else None, workload)
+    candidates = (*(c for c, _ in runs), *(c for c, _ in planned), *(c for c, _ in judged if not c.feasible))
+    return Plan(spec.name, topology.name, candidates, runs[0][0] if runs else None, sentences)
 
 
 def _instead(
@@ -46,7 +73,7 @@ def _instead(
     topology: Topology,
     workload: Workload,
     dtype: str,
-    layouts: Sequence[ParallelDims] | None,
+    layouts: Sequence[Layout | ParallelDims] | None,
     max_model_len: int | None,
 ) -> tuple[str, ...]:
     """What to do where nothing that was tried fits: take what was not asked for, or change what there is."""
@@ -61,36 +88,73 @@ def _instead(
 def enumerate_layouts(devices: int) -> list[ParallelDims]:
     """Every tp × pp × dp that so many devices can hold, small ones first: some may be better left out.
 
-    Over eight devices each size is a power of two or divides their number, lest there be hundreds.
+    Over eight devices each size is a power of two or divides their number, lest there be hundreds; over 64 what uses
+    less than half of them is left out too, and wide tp.
     """
     sizes = [n for n in range(1, devices + 1) if devices <= 8 or devices % n == 0 or n & (n - 1) == 0]
     every = [
         ParallelDims(tp, pp, dp)
         for tp, pp, dp in itertools.product(sizes, repeat=3)
         if tp * pp * dp <= devices
+        and (devices <= 64 or (2 * tp * pp * dp >= devices and tp <= MOST_TP and pp <= MOST_TP))
     ]
     return sorted(every, key=lambda dims: (dims.world_size, dims.pp, dims.dp))
 
 
+def beyond_plain(spec: ModelSpec, topology: Topology, tried: Sequence[ParallelDims]) -> list[Layout]:
+    """What else to search: formats on every split, experts kept whole."""
+    names = _SEARCHED if len(topology.devices) <= 64 else _SEARCHED_WIDELY
+    formats = [FORMATS[name] for name in names if _worth(FORMATS[name], topology)]
+    found = [Layout(dims, kept) for dims in tried for kept in formats]
+    if spec.experts is not None:
+        for dims in tried:
+            for ep in sorted(ep for ep in {dims.tp, dims.tp * dims.dp} if 1 < ep <= MOST_EP):
+                split = ParallelDims(dims.tp, dims.pp, dims.dp, ep)
+                found += [Layout(split, kept) for kept in (PLAIN, *formats)]
+    return found
+
+
+def offloaded(rejected: Sequence[Candidate]) -> list[Layout]:
+    """Of what does not fit, one device and one replica over all of them, with the rest in host memory."""
+    whole = [c for c in rejected if c.dims.dp == 1 and c.dims.ep == 1 and c.shards]
+    most = max((c.dims.world_size for c in whole), default=1)
+    return [Layout(c.dims, c.format, offload=True) for c in whole if c.dims.world_size in (1, most)]
+
+
+def _worth(kept: Format, topology: Topology) -> bool:
+    """Formats whose products a device cannot do in fewer bits gain nothing over int4, but memory by half."""
+    if topology.devices[0].kind == "cpu":
+        return False
+    return kept.compute is None or all(kept.compute in device.flops_per_s for device in topology.devices)
+
+
 def _judge(
     spec: ModelSpec,
-    dims: ParallelDims,
+    layout: Layout,
     topology: Topology,
     workload: Workload,
     dtype: str,
     max_model_len: int | None,
 ) -> tuple[Candidate, Placement | None]:
     """One layout: rejected with the reason, or estimated. No placement where it cannot be split so."""
+    bare = Candidate(
+        layout.dims,
+        None,
+        None,
+        format=layout.format,
+        offload=layout.offload,
+        not_runnable=why_not(spec, layout),
+    )
     try:
-        placement = place(spec, dims, dtype, topology)
+        placement = place(spec, layout, dtype, topology)
     except BadLayout as error:
-        return Candidate(dims, reason=str(error), estimate=None), None
+        return replace(bare, reason=str(error)), None
+    put = replace(bare, shards=placement.shards, devices=placement.devices)
     reason = rejection(placement, workload, max_model_len)
     if reason is not None:
-        return Candidate(dims, reason, None, placement.shards, (), placement.devices), placement
+        return replace(put, reason=reason), placement
     made = estimate(placement, workload)
-    notes = _notes(placement, made, workload)
-    return Candidate(dims, None, made, placement.shards, notes, placement.devices), placement
+    return replace(put, estimate=made, marked=tuple(_notes(placement, made, workload))), placement
 
 
 def _rank(candidate: Candidate, workload: Workload) -> tuple[float, int, int, int]:
@@ -100,16 +164,14 @@ def _rank(candidate: Candidate, workload: Workload) -> tuple[float, int, int, in
     return score(candidate.estimate, dims, workload), dims.world_size, dims.pp, dims.tp
 
 
-def _notes(placement: Placement, made: Estimate, workload: Workload) -> tuple[str, ...]:
-    notes = []
+def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator[str]:
     spec, dims = placement.spec, placement.dims
-    if dims.tp > spec.kv_heads:
-        notes.append(f"{spec.kv_heads} KV heads on {dims.tp} ranks: replicated")
-    elif spec.kv_heads % dims.tp:
+    if spec.latent is None and dims.tp > spec.kv_heads:
+        yield f"{spec.kv_heads} KV heads on {dims.tp} ranks: replicated"
+    elif spec.latent is None and spec.kv_heads % dims.tp:
         most = max(len(shard.kv_heads) for shard in placement.shards)
-        notes.append(f"{spec.kv_heads} KV heads over {dims.tp} ranks: the fullest holds {most}")
+        yield f"{spec.kv_heads} KV heads over {dims.tp} ranks: the fullest holds {most}"
     length = workload.prompt_tokens + workload.output_tokens
     at_once = min(made.kv_tokens // length, placement.engine.max_sequences) * dims.dp
     if at_once < workload.concurrency:
-        notes.append(f"room for {at_once} of {workload.concurrency} requests at once; the rest wait")
-    return tuple(notes)
+        yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"

@@ -1,4 +1,4 @@
-"""When no layout fits: how far from fitting it is, in context, in cards and in bits a weight."""
+"""When no layout fits: how far from fitting it is, in bits a weight, in context, in host memory and in cards."""
 
 from __future__ import annotations
 
@@ -7,30 +7,32 @@ from dataclasses import replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
+from strategies.cost import estimate
 from strategies.cost_memory import Memory, memories
 from strategies.engines import OURS, engine
-from strategies.place import count, gb, shards
-from strategies.plan import ParallelDims, Placement
+from strategies.formats import FORMATS, PLAIN, Format
+from strategies.place import count, gb, place, shards
+from strategies.plan import Layout, ParallelDims, Placement
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
 _MOST_CARDS = 64
 _MOST_TP = 8  # ranks of one node
-# Bits a weight takes with its scales: int8 by block, int4 in groups of 32 to 128 (GPTQ, AWQ, Q4_K files).
-_QUANTIZED_BITS = {"int8": 8.5, "int4": 4.5}
+_FEWER_BITS = ("int8", "int4")
 _ONE_REQUEST = Workload(concurrency=1)  # memory depends on a workload by its concurrency alone
 
 
 def ways_out(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> tuple[str, ...]:
-    """Sentences, nearest way first. `length` is the context, in tokens, that had to fit."""
+    """Sentences, cheapest first: a format, the context, host memory, more cards. `length`: what context had to fit."""
     best = max(topology.devices, key=lambda device: device.free_bytes)
-    held = [_replica(spec, tp, pp, dtype, best) for tp, pp in _splits(len(topology.devices))]
-    fitted = [placement for placement in held if placement is not None]
+    splits = list(_splits(len(topology.devices)))
+    fitted = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, best, PLAIN)) is not None]
     ways = [
+        *(_fewer_bits(spec, splits, dtype, best, FORMATS[name], length) for name in _FEWER_BITS),
         _shorter_context(fitted),
+        _offload(spec, topology, dtype, length),
         _more_memory(spec, dtype, best, len(topology.devices), length),
-        _fewer_bits(fitted, length),
     ]
-    return (f"No layout of {spec.name} fits {topology.name}.", *(way for way in ways if way))
+    return (f"No layout of {spec.name} in {dtype} fits {topology.name}.", *(way for way in ways if way))
 
 
 def _splits(devices: int) -> Iterator[tuple[int, int]]:
@@ -40,7 +42,7 @@ def _splits(devices: int) -> Iterator[tuple[int, int]]:
             yield tp, pp
 
 
-def _replica(spec: ModelSpec, tp: int, pp: int, dtype: str, device: Device) -> Placement | None:
+def _replica(spec: ModelSpec, tp: int, pp: int, dtype: str, device: Device, kept: Format) -> Placement | None:
     """A replica on tp × pp devices like `device`, for its memory; None where the model cannot be split."""
     n = tp * pp
     try:
@@ -48,28 +50,70 @@ def _replica(spec: ModelSpec, tp: int, pp: int, dtype: str, device: Device) -> P
     except BadLayout:
         return None
     machine = Topology("", tuple(replace(device, index=i) for i in range(n)))
-    return Placement(spec, ParallelDims(tp, pp), dtype, parts, machine, tuple(range(n)), engine(OURS))
+    return Placement(spec, ParallelDims(tp, pp), dtype, parts, machine, tuple(range(n)), engine(OURS), kept)
 
 
 def _needs(placement: Placement) -> list[Memory]:
     return memories(placement, _ONE_REQUEST)
 
 
-def _kv_tokens(needs: list[Memory], weight_ratio: float = 1.0) -> int:
-    """Tokens of KV cache that fit the fullest rank, were its weights so much smaller."""
-    return min((n.free - n.fixed + int(n.weights * (1 - weight_ratio))) // n.kv_per_token for n in needs)
+def _kv_tokens(placement: Placement) -> int:
+    """Tokens of KV cache that fit the fullest rank; negative where the weights do not."""
+    return min((n.free - n.fixed) // n.kv_per_token for n in _needs(placement))
+
+
+def _fewer_bits(
+    spec: ModelSpec, splits: list[tuple[int, int]], dtype: str, device: Device, kept: Format, length: int
+) -> str | None:
+    """What quantized weights would take; the layouts that run keep the model's precision."""
+    held = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, device, kept)) is not None]
+    if device.pool or not held:
+        return None
+    tokens, name, best = max(((_kv_tokens(p), p.dims.name, p) for p in held), key=lambda found: found[:2])
+    weights = sum(need.weights for need in _needs(best))
+    bits = 8 * kept.bytes_per_weight(dtype)
+    room = f"room for {tokens:,} tokens beside them over {name}" if tokens >= length else "still too much"
+    return (
+        f"Fewer bits: {kept.name} ({bits:.2g} bits a weight with its scales) would make the weights {gb(weights)}, "
+        f"{room}; planned only, this version does not run it."
+    )
 
 
 def _shorter_context(fitted: list[Placement]) -> str | None:
-    tokens, name = max(((_kv_tokens(_needs(p)), p.dims.name) for p in fitted), default=(0, ""))
+    tokens, name = max(((_kv_tokens(p), p.dims.name) for p in fitted), default=(0, ""))
     if tokens <= 0:
         return None
     return f"Shorter context: {name} has room for {tokens:,} tokens of prompt and output."
 
 
+def _offload(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> str | None:
+    """What stays in host memory travels at every step: the step cannot be shorter than its way over the slots."""
+    if topology.devices[0].pool:
+        return None
+    found = []
+    for dims in dict.fromkeys((ParallelDims(), ParallelDims(tp=len(topology.devices)))):
+        try:
+            placed = place(spec, Layout(dims, offload=True), dtype, topology)
+        except BadLayout:
+            continue
+        needs = memories(placed, _ONE_REQUEST)
+        if min(need.kv_tokens for need in needs) >= length:
+            made = estimate(
+                placed, Workload(prompt_tokens=max(1, length - 256), output_tokens=min(256, length))
+            )
+            found.append((made.tpot_s, placed.dims.name, sum(need.streamed for need in needs)))
+    if not found:
+        return None
+    tpot_s, name, streamed = min(found)
+    return (
+        f"Offload: {name}+offload would keep {gb(streamed)} in host memory and stream them at every step, "
+        f"{tpot_s:.1f} s a token; planned only, this version does not run it."
+    )
+
+
 def _more_memory(spec: ModelSpec, dtype: str, device: Device, have: int, length: int) -> str | None:
     if device.pool:
-        alone = _replica(spec, 1, 1, dtype, device)
+        alone = _replica(spec, 1, 1, dtype, device, PLAIN)
         assert alone is not None, "tp1 splits nothing"
         (need,) = _needs(alone)
         total = need.fixed + length * need.kv_per_token
@@ -78,31 +122,11 @@ def _more_memory(spec: ModelSpec, dtype: str, device: Device, have: int, length:
     for n in range(max(have, least) + 1, _MOST_CARDS + 1):
         even = [tp for tp in range(min(n, _MOST_TP), 0, -1) if n % tp == 0 and spec.kv_heads % tp == 0]
         for tp in even:
-            placement = _replica(spec, tp, n // tp, dtype, device)
-            if placement is not None and _kv_tokens(_needs(placement)) >= length:
+            placement = _replica(spec, tp, n // tp, dtype, device, PLAIN)
+            if placement is not None and _kv_tokens(placement) >= length:
                 fullest = max(m.fixed + length * m.kv_per_token for m in _needs(placement))
                 return (
                     f"More cards: {count(n, 'such card')} would hold it as {placement.dims.name}, "
                     f"{gb(fullest)} of the {gb(device.free_bytes)} free on each."
                 )
     return None
-
-
-def _fewer_bits(fitted: list[Placement], length: int) -> str | None:
-    """What quantized weights would take; the layouts planned here keep the model's precision."""
-    told = []
-    for kind, bits in _QUANTIZED_BITS.items():
-        found = []
-        for placement in fitted:
-            needs, ratio = _needs(placement), bits / 8 / BYTES_PER_ELEMENT[placement.dtype]
-            found.append(
-                (_kv_tokens(needs, ratio), ratio * sum(n.weights for n in needs), placement.dims.name)
-            )
-        tokens, weights, name = max(found, default=(0, 0.0, ""))
-        if not name:
-            return None
-        room = f"room for {tokens:,} tokens beside them over {name}" if tokens >= length else "still too much"
-        told.append(
-            f"{kind} ({bits} bits a weight with its scales) would make the weights {gb(weights)}, {room}"
-        )
-    return f"Fewer bits: {'; '.join(told)}. That is what it would need: layouts here do not quantize."

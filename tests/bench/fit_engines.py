@@ -29,10 +29,11 @@ from strategies import engines
 from strategies.cost_memory import Memory, memories
 from strategies.steady import steady
 
-FITTED = ("vllm", "trtllm", "sglang")
+FITTED = ("vllm", "trtllm", "trtllm-1.0", "sglang")
 LOSS_SCALE = 0.06  # of a logarithm, beyond which a row's pull no longer grows
-DENSE_WEIGHT, TTFT_WEIGHTS = 2.5, (0.7, 0.3)  # of dense rows; of their TTFT and of mixtures'
+DENSE_WEIGHT, TTFT_WEIGHTS = 2.5, (1.0, 0.3)  # of dense rows; of their TTFT and of mixtures'
 LOW_CONCURRENCY = 8
+BLACKWELL = ("NVIDIA B200", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")
 
 # kernel constant: (prior, its spread as a logarithm, least, most). Priors: utilisation of kernels in aiconfigurator's
 # tables (H100: 0.78 of bandwidth at one row, 0.75 to 0.80 of FLOP/s beyond 1024), all-reduce as measured alone.
@@ -40,6 +41,7 @@ KERNELS: Mapping[str, tuple[float, float, float, float]] = {
     "weights.16": (0.80, 0.06, 0.55, 0.92),
     "weights.8": (0.75, 0.12, 0.5, 0.92),
     "weights.4": (0.65, 0.12, 0.4, 0.9),
+    "reads_on.blackwell": (1.0, 0.08, 0.8, 1.3),
     "compute.16": (0.70, 0.06, 0.4, 0.85),
     "compute.8": (0.55, 0.12, 0.3, 0.8),
     "compute.4": (0.45, 0.12, 0.2, 0.7),
@@ -90,7 +92,7 @@ class Sample:
 
     @property
     def engine(self) -> str:
-        return self.row["backend"]
+        return self.case.placement.engine.name
 
     @property
     def low(self) -> bool:
@@ -140,7 +142,9 @@ class Constants:
         value = dict(zip(self.names, np.exp(x), strict=True))
         for name in KERNELS:
             key, _, width = name.partition(".")
-            if width:
+            if width == "blackwell":
+                rows["kernels"][key] = dict.fromkeys(BLACKWELL, float(value[name]))
+            elif width:
                 rows["kernels"][key][int(width)] = float(value[name])
             else:
                 rows["kernels"][key] = float(value[name])
@@ -152,13 +156,15 @@ class Constants:
 
     def touches(self, name: str) -> Callable[[Sample], bool]:
         """Which rows a constant can change."""
-        engine, _, _ = name.partition(".")
+        engine, _, _ = name.rpartition(".")
         if engine in self.fitted:
             return lambda s: s.engine == engine
         if name.startswith(("expert_", "experts_", "exchange", "default.experts")):
             return lambda s: not s.dense
         if name.startswith("latent"):
             return lambda s: s.case.placement.spec.latent is not None
+        if name == "reads_on.blackwell":
+            return lambda s: s.case.placement.device(0, 0).name in BLACKWELL
         if name in ("weights.8", "weights.4", "compute.8", "compute.4"):
             width = int(name[-1])
             return lambda s: s.case.placement.format.width == width
@@ -239,7 +245,7 @@ def fit(samples: Sequence[Sample], constants: Constants, start: np.ndarray, roun
             damping *= 4
         else:
             break
-        if gained < 1e-3 * best:
+        if gained < 2e-4 * best:
             break
     return x
 
@@ -292,7 +298,7 @@ def main() -> None:
         for value in sorted({s.row[column] for s in samples}):
             own = [s for s in samples if s.row[column] == value]
             others = [s for s in samples if s.row[column] != value]
-            names = [e for e in FITTED if column == "system" or e != value]
+            names = [e for e in FITTED if column == "system" or e.split("-")[0] != value]
             few = Constants(names)
             chosen = np.array([x[constants.names.index(n)] for n in few.names])
             y = fit(others, few, chosen, 5)
@@ -309,9 +315,11 @@ def _from_file(constants: Constants, x: np.ndarray) -> np.ndarray:
     rows = yaml.safe_load(Path(engines._FILE).read_text(encoding="utf-8"))
     default = rows["engines"]["default"]
     for j, name in enumerate(constants.names):
-        head, _, tail = name.partition(".")
-        if name in KERNELS:
-            x[j] = math.log(rows["kernels"][head][int(tail)] if tail else rows["kernels"][head])
+        head, _, tail = name.rpartition(".")
+        if tail == "blackwell":
+            x[j] = math.log(rows["kernels"][head][BLACKWELL[0]])
+        elif name in KERNELS:
+            x[j] = math.log(rows["kernels"][head][int(tail)] if head else rows["kernels"][tail])
         elif head == "default":
             x[j] = math.log(default[tail])
         else:

@@ -66,6 +66,7 @@ BY_HAND = replace(
     engine("shardwise"),
     kernels=Kernels(
         weights={16: 0.80},
+        reads_on={},
         compute={16: 0.60},
         expert_weights={},
         expert_compute={},

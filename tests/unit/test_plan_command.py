@@ -42,10 +42,12 @@ def test_json_is_one_object_of_the_contracts_shape(capsys):
     assert found["machine"] == "2xh100"
     workload = {"prompt_tokens": 1024, "output_tokens": 256, "concurrency": 8, "objective": "latency"}
     assert found["workload"] == workload
-    assert {c["layout"] for c in found["candidates"]} == {"tp1", "tp2", "pp2", "dp2"}
+    plain = {c["layout"] for c in found["candidates"] if "+" not in c["layout"]}
+    assert plain == {"tp1", "tp2", "pp2", "dp2"}
     assert found["chosen"] == found["candidates"][0]["layout"]
     for candidate in found["candidates"]:
-        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown"]
+        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown", "planned_only"]
+        assert (candidate["planned_only"] is None) == ("+" not in candidate["layout"])
         assert candidate["feasible"]
         assert candidate["reason"] is None
         assert set(candidate["predicted"]) == PREDICTED
@@ -69,6 +71,8 @@ def test_nothing_feasible_is_exit_3_with_the_reasons(capsys):
     found = json.loads(out)
     assert (code, found["chosen"]) == (3, None)
     for candidate in found["candidates"]:
+        if "+" in candidate["layout"]:
+            continue
         assert (candidate["feasible"], candidate["predicted"], candidate["breakdown"]) == (False, None, None)
         assert "141.1 GB of bfloat16 weights over" in candidate["reason"]
     code, out, _ = shardwise(capsys, "llama-3.3-70b", "--on", "dual-4090")
@@ -113,7 +117,8 @@ def test_without_a_recipe_it_plans_for_this_machine(capsys, tmp_path, monkeypatc
 def test_max_model_len_makes_room_for_a_longer_sequence(capsys):
     argv = ("llama-3.1-8b", "--on", "dual-4090", "--max-model-len", "131072", "--json")
     _, out, _ = shardwise(capsys, *argv)
-    feasible = {c["layout"]: c["feasible"] for c in json.loads(out)["candidates"]}
+    found = json.loads(out)["candidates"]
+    feasible = {c["layout"]: c["feasible"] for c in found if "+" not in c["layout"]}
     assert feasible == {"tp1": False, "dp2": False, "tp2": True, "pp2": True}
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from cluster.errors import ShardwiseError
 from orchestrator.request import Completion, FinishReason, Request, TokenLogprobs
@@ -34,18 +35,44 @@ class Update:
 OnUpdate = Callable[[Update], None]
 
 
+class Mailbox:
+    """Updates for one reader, of one request or of several. It sleeps and wakes once for all that came meanwhile."""
+
+    def __init__(self) -> None:
+        self._ready: list[tuple[int, Update]] = []
+        self._awaited: asyncio.Future[None] | None = None
+
+    def take(self) -> list[tuple[int, Update]]:
+        """What has come since the last time, each with its request's number."""
+        ready, self._ready = self._ready, []
+        return ready
+
+    def more(self) -> asyncio.Future[None]:
+        """Done once there is more to take, or something has ended."""
+        self._awaited = asyncio.get_running_loop().create_future()
+        return self._awaited
+
+    def put(self, number: int, update: Update) -> None:
+        self._ready.append((number, update))
+        self.wake()
+
+    def wake(self) -> None:
+        if self._awaited is not None and not self._awaited.done():
+            self._awaited.set_result(None)
+
+
 class Answers:
-    """The answers to one request: all at the end (`await answers.all()`), or as they come (`stream`)."""
+    """The answers to one request: all at the end (`await answers.all()`), or as they come (`listen`)."""
 
     def __init__(self, n: int, drop: Callable[[Answers], None], on_update: OnUpdate | None) -> None:
         """`drop` is called where somebody no longer wants them."""
         self._drop, self._on_update = drop, on_update
         self._finished: list[Completion | None] = [None] * n
         self._left = n
-        self._is_over = False
+        self.is_over = False
+        self.error: ShardwiseError | None = None  # what ended it
         self._all: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
-        self._ready: list[Update] = []
-        self._awaited: asyncio.Future[None] | None = None
+        self._mailbox: Mailbox | None = None
         self.timer: asyncio.TimerHandle | None = None  # the deadline's
         self.ongoing: list[Ongoing] = []
 
@@ -56,33 +83,14 @@ class Answers:
         finally:
             self.drop()
 
-    def stream(self) -> AsyncIterator[list[Update]]:
-        """Lists of updates until all is said. To be called in the turn of the loop in which they were asked for.
-
-        Leaving it early drops the request. Raises what ended it.
-        """
-        self._on_update = self._ready.append
-        return self._stream()
-
-    async def _stream(self) -> AsyncIterator[list[Update]]:
-        try:
-            while True:
-                if self._ready:
-                    ready = self._ready.copy()
-                    self._ready.clear()
-                    yield ready
-                elif self._all.done():
-                    self._all.result()
-                    return
-                else:
-                    self._awaited = asyncio.get_running_loop().create_future()
-                    await self._awaited
-        finally:
-            self.drop()
+    def listen(self, mailbox: Mailbox, number: int) -> None:
+        """Updates go there. To be called in the turn of the loop in which they were asked for."""
+        self._mailbox = mailbox
+        self._on_update = partial(mailbox.put, number)
 
     def drop(self) -> None:
         """Nobody wants the rest."""
-        if not self._is_over:
+        if not self.is_over:
             self._all.cancel()
             self._end()
             self._drop(self)
@@ -92,34 +100,31 @@ class Answers:
     def say(self, update: Update) -> None:
         if self._on_update is not None:
             self._on_update(update)
-            self._wake()
 
     def finish(self, choice: int, completion: Completion) -> None:
         self._finished[choice] = completion
         self._left -= 1
-        if not self._left and not self._is_over:
+        if not self._left and not self.is_over:
             if not self._all.done():  # cancelled, and about to be dropped
                 self._all.set_result([done for done in self._finished if done is not None])
             self._end()
 
     def fail(self, error: ShardwiseError) -> None:
-        if self._is_over:
+        if self.is_over:
             return
+        self.error = error
         if not self._all.done():
             self._all.set_exception(error)
             self._all.exception()  # asked here, lest asyncio complain where nobody waits any more
         self._end()
 
     def _end(self) -> None:
-        self._is_over = True
+        self.is_over = True
         if self.timer is not None:
             self.timer.cancel()
             self.timer = None
-        self._wake()
-
-    def _wake(self) -> None:
-        if self._awaited is not None and not self._awaited.done():
-            self._awaited.set_result(None)
+        if self._mailbox is not None:
+            self._mailbox.wake()
 
 
 @dataclass(slots=True, eq=False)

@@ -27,6 +27,7 @@ from launch.api.service import Service
 from orchestrator.request import SamplingParams, check_tokens
 
 LOAD_TIMEOUT_S = 2.0  # for replicas to say what they do, when metrics are read
+_NO_TELEMETRY: Any = {"tracing": False, "metrics": False, "logs": False}  # ours is at /metrics
 _NO_SAMPLING = SamplingParams()
 _RESPONSES: dict[int | str, dict[str, Any]] = {"4XX": {"description": "An error, as OpenAI tells it"}}
 
@@ -41,7 +42,9 @@ def create_app(
     batches: Batches | None = None,
 ) -> ASGIApp:
     """`loopback_only`: without keys, requests must name the loopback interface as their host."""
-    app = FastAPI(title="shardwise", version=_version(), docs_url=None, redoc_url=None)
+    app = FastAPI(
+        title="shardwise", version=_version(), docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY
+    )
     errors.install(app)
     _add_models(app, service)
     _add_tokens(app, service)
@@ -76,15 +79,6 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "max_model_len": service.coordinator.limits.max_model_len,
         }
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [card(name) for name in service.names]})
-
-    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
-    async def model(name: str) -> Response:
-        service.check_model(name)
-        return _json(card(name))
-
     @app.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         terms = terms_of(asked, service, request.state.client)
@@ -94,6 +88,15 @@ def _add_models(app: FastAPI, service: Service) -> None:
     async def text_completions(request: Request, asked: CompletionRequest) -> Response:
         terms = terms_of(asked, service, request.state.client)
         return await respond(request, asked, await begin_completions(asked, service, terms))
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [card(name) for name in service.names]})
+
+    @app.get("/v1/models/{name:path}", responses=_RESPONSES)
+    async def model(name: str) -> Response:
+        service.check_model(name)
+        return _json(card(name))
 
 
 def _add_tokens(app: FastAPI, service: Service) -> None:

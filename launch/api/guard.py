@@ -15,6 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from launch.api.errors import ApiError
+from launch.api.streaming import RAW_SEND
 
 _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
@@ -83,7 +84,7 @@ class Guard:
             return
         scope.setdefault("state", {})
         scope["state"]["client"] = client
-        scope["state"]["request_id"] = request_id.decode()
+        scope["state"][RAW_SEND] = send
         limit = self._limit(scope["path"])
         await self._app(scope, _Bounded(receive, limit, self._limits).receive, send_with_id)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Protocol, TypeVar
 
 from fastapi import Request
@@ -12,9 +12,10 @@ from starlette.types import Receive, Scope, Send
 
 from cluster.errors import ShardwiseError
 from launch.api.errors import ApiError, api_error
-from orchestrator.answer import Answers, Update
+from orchestrator.answer import Answers, Mailbox, Update
 
 CLIENT_LEFT = 499  # nginx's; nobody sees it
+RAW_SEND = "raw_send"  # in a request's state: the server's own `send`
 DONE = b"data: [DONE]\n\n"
 T = TypeVar("T")
 
@@ -32,63 +33,57 @@ class EventStream(Response):
     """Begins with the first token: what fails before it has a status of its own."""
 
     def __init__(self, answers: Sequence[Answers], events: Events, headers: dict[str, str]) -> None:
+        """To be made in the turn of the loop in which the answers were asked for."""
         super().__init__(status_code=200, headers=headers, media_type="text/event-stream")
         del self.headers["content-length"]
         self.headers["cache-control"] = "no-cache"
         self.headers["x-accel-buffering"] = "no"
-        self._answers, self._events = answers, events
-        self._updates = merged([one.stream() for one in answers])
+        self._answers, self._events, self._mailbox = answers, events, Mailbox()
+        for number, one in enumerate(answers):
+            one.listen(self._mailbox, number)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         watch = watched(receive, self._answers)
+        # In a task of its own: a token else wakes every layer of the application between here and the socket.
+        telling = asyncio.create_task(self._tell(scope, receive, send))
         try:
-            await self._send(scope, receive, send)
+            await telling
         finally:
+            telling.cancel()
             watch.cancel()
             for one in self._answers:
                 one.drop()
 
-    async def _send(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
-            said = await anext(self._updates, None)
+            said = await self._next()
         except ShardwiseError as error:
             await api_error(error).response()(scope, receive, send)
             return
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+        send = scope["state"].get(RAW_SEND, send)  # once begun, nothing on the way has a say in it
         update, last = self._events.update, b""
         try:
-            while said is not None:
-                asked, updates = said
-                body = b"".join([update(asked, one) for one in updates])
+            while said:
+                body = b"".join([update(number, one) for number, one in said])
                 if body:
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                said = await anext(self._updates, None)
+                said = self._mailbox.take() or await self._next()
             last = self._events.end()
         except ShardwiseError as error:
             last = b"data: " + api_error(error).body + b"\n\n"
         await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
 
-
-async def merged(
-    streams: Sequence[AsyncIterator[list[Update]]],
-) -> AsyncIterator[tuple[int, list[Update]]]:
-    """Several requests' updates as one stream, whichever comes first, each with its request's number."""
-    if len(streams) == 1:
-        async for updates in streams[0]:
-            yield 0, updates
-        return
-    waits = {asyncio.ensure_future(anext(stream, None)): i for i, stream in enumerate(streams)}
-    try:
-        while waits:
-            done, _ = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
-            for wait in done:
-                i, found = waits.pop(wait), wait.result()
-                if found is not None:
-                    yield i, found
-                    waits[asyncio.ensure_future(anext(streams[i], None))] = i
-    finally:
-        for wait in waits:
-            wait.cancel()
+    async def _next(self) -> list[tuple[int, Update]]:
+        """Some updates; none once all is said. Raises what ended it."""
+        while not (said := self._mailbox.take()):
+            for one in self._answers:
+                if one.error is not None:
+                    raise one.error
+            if all(one.is_over for one in self._answers):
+                break
+            await self._mailbox.more()
+        return said
 
 
 def watched(receive: Receive, answers: Sequence[Answers]) -> asyncio.Task[None]:

@@ -26,6 +26,9 @@ FORMAT = 2
 NOISY = 0.5
 """Scatter above which a profile is called rough: quiet machines showed 0.06 to 0.16, busy ones 0.9 to 1.3."""
 
+ALIKE = 0.8
+"""Of one pair's copies to another's: within this they are links of one kind."""
+
 LINE_BYTES = 2 << 20
 """Up to here a gloo message's time is a line of its size; beyond, caches end."""
 
@@ -239,7 +242,7 @@ def apply(profile: MachineProfile, topology: Topology, dtype: str) -> Topology:
         return replace(topology, devices=devices)
     tried = topology.link(0, 1).kind
     links = {
-        pair: _measured_link(profile, link) if link.kind is tried else link
+        pair: _measured_link(profile, link, _beside_the_first(profile, pair)) if link.kind is tried else link
         for pair, link in topology.links.items()
     }
     return replace(topology, devices=devices, links=links)
@@ -280,17 +283,30 @@ def _pool_rates(profile: MachineProfile) -> Rates:
     )
 
 
-def _measured_link(profile: MachineProfile, link: Link) -> Link:
+def _beside_the_first(profile: MachineProfile, pair: tuple[int, int]) -> float:
+    """A pair's copies over those of the first two devices, whose collectives were timed; 1 at most or unknown."""
+    rates = {
+        (a, b): min(
+            (c.bytes_per_s for c in profile.pair_copies if {c.source, c.target} == {a, b}), default=None
+        )
+        for a, b in ((0, 1), pair)
+    }
+    first, own = rates[0, 1], rates[pair]
+    return 1.0 if first is None or own is None else min(1.0, own / first)
+
+
+def _measured_link(profile: MachineProfile, link: Link, share: float) -> Link:
     """A group of any size is priced at the least all-reduce bandwidth that a measured one had.
 
-    The curves themselves go with it, for whoever prices by message and path.
+    The curves themselves go with it, for whoever prices by message and path; but not where the pair is slower than
+    the one that they were taken of, whose bandwidth it has only a `share` of.
     """
     assert profile.send_recv is not None
     return replace(
         link,
         latency_s=profile.send_recv.latency_s,
-        bytes_per_s=min(found.bytes_per_s for found in profile.all_reduce.values()),
+        bytes_per_s=share * min(found.bytes_per_s for found in profile.all_reduce.values()),
         all_reduce_latency_s={ranks: found.latency_s for ranks, found in profile.all_reduce.items()},
-        curves=profile.curves,
+        curves=profile.curves if share > ALIKE else (),
         provenance=Provenance.MEASURED,
     )

@@ -16,6 +16,7 @@ from cluster.paths import Curve, Op, Path, curve_of, fit
 from cluster.profile import (
     FORMAT,
     MachineProfile,
+    PairCopy,
     Rates,
     apply,
     changes,
@@ -180,6 +181,20 @@ def test_apply_leaves_links_of_another_kind_alone() -> None:
     assert measured.link(0, 1).kind is LinkKind.NVLINK
     assert measured.link(0, 1).provenance is Provenance.MEASURED
     assert measured.link(1, 2) == here.link(1, 2)
+
+
+def test_a_pair_across_sockets_is_as_slow_as_its_copies_were() -> None:
+    """Three cards on PCIe, the third on the other processor."""
+    cards = [FakeGpu("NVIDIA L40S", 46068, f"00000000:{bus}:00.0") for bus in ("01", "02", "81")]
+    here = discover(binding=FakeNvml(cards))
+    rate = {(0, 1): 20e9, (1, 0): 24e9, (0, 2): 6e9, (2, 0): 5e9, (1, 2): 22e9, (2, 1): 19e9}
+    copies = tuple(PairCopy(a, b, bytes_per_s) for (a, b), bytes_per_s in rate.items())
+    changed = profile_of(rates=(rates(1),) * 3, pool_at_once={}, pair_copies=copies)
+    measured = apply(changed, here, "float32")
+    assert [measured.links[pair].bytes_per_s for pair in ((0, 1), (0, 2), (1, 2))] == pytest.approx(
+        [1e9, 0.25e9, 0.95e9]
+    )
+    assert [bool(measured.links[pair].curves) for pair in ((0, 1), (0, 2), (1, 2))] == [True, False, True]
 
 
 def test_scatter_is_gloos_distance_from_a_line() -> None:

@@ -8,28 +8,29 @@ from contextlib import contextmanager
 
 from cluster.discover import discover
 from cluster.paths import Path
-from cluster.proof import Proof
+from cluster.proof import kept
 from cluster.prove import proved
+from cluster.topology import Topology
 from launch.options import EngineOptions
 from launch.predict import cache_directory
 from launch.progress import Progress
 
 
-def proof_of(options: EngineOptions, devices: int, progress: Progress) -> Proof | None:
-    """Kept, or made now; None where there is nothing to prove: CPUs, one GPU, or a cluster elsewhere."""
+def linked(options: EngineOptions, devices: int) -> Topology | None:
+    """The GPUs here; None where there is nothing to prove: CPUs, one GPU, or a cluster elsewhere."""
     if options.device != "cuda" or devices < 2 or options.address is not None:
         return None
-    topology = discover(
-        device="cuda", peer_access=options.peer_access, visible=os.environ.get("CUDA_VISIBLE_DEVICES")
-    )
-    return proved(topology, cache_directory(), progress.say)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return discover(device="cuda", peer_access=options.peer_access, visible=visible)
 
 
 @contextmanager
 def only_proved(options: EngineOptions, devices: int, progress: Progress) -> Iterator[None]:
-    """What is started inside inherits the environment that keeps NCCL to the ways that work here."""
-    proof = proof_of(options, devices, progress)
-    told = {} if proof is None else dict(proof.environment)
+    """Proves the links if they never were. What is started inside inherits the environment that keeps NCCL to those
+    that work.
+    """
+    topology = linked(options, devices)
+    told = {} if topology is None else dict(proved(topology, cache_directory(), progress.say).environment)
     before = {name: os.environ.get(name) for name in told}
     os.environ.update(told)
     try:
@@ -42,7 +43,8 @@ def only_proved(options: EngineOptions, devices: int, progress: Progress) -> Ite
                 os.environ[name] = value
 
 
-def peers_proved(options: EngineOptions, devices: int, progress: Progress) -> bool:
-    """Whether small sums may go through the GPUs' own memory."""
-    proof = proof_of(options, devices, progress)
+def peers_trusted(options: EngineOptions, devices: int) -> bool:
+    """Whether small sums may go through the GPUs' own memory: not where the proof failed."""
+    topology = linked(options, devices)
+    proof = None if topology is None else kept(cache_directory(), topology)
     return options.peer_access and (proof is None or Path.PEER in proof.paths)

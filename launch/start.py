@@ -11,7 +11,7 @@ from typing import Protocol
 from cluster.channel import Via
 from cluster.errors import BadLayout
 from cluster.gang import Call, Gang, Member, results
-from launch.links import only_proved, peers_proved
+from launch.links import only_proved, peers_trusted
 from launch.options import EngineOptions
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
@@ -154,7 +154,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         join_timeout_s=JOIN_TIMEOUT_S,
-        peer_access=peers_proved(options, dims.world_size, Progress(quiet=True)),
+        peer_access=peers_trusted(options, dims.world_size),
     )
 
 

@@ -12,7 +12,7 @@ from cluster.paths import Path
 from cluster.proof import Outcome, Proof, Step
 from cluster.prove import NO_PEERS
 from launch import links
-from launch.links import only_proved, peers_proved
+from launch.links import only_proved, peers_trusted
 from launch.options import EngineOptions
 from launch.progress import Progress
 from tests.fake_nvml import dual_h100
@@ -34,6 +34,7 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Proof]:
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
     monkeypatch.setattr(links, "discover", lambda **asked: discover(binding=dual_h100(), **asked))
     monkeypatch.setattr(links, "proved", lambda topology, cache, say: now["now"])
+    monkeypatch.setattr(links, "kept", lambda cache, topology: now.get("now"))
     return now
 
 
@@ -41,8 +42,8 @@ def test_sound_links_change_nothing(found: dict[str, Proof]) -> None:
     found["now"] = proof(Outcome.PASSED, {})
     with only_proved(GPUS, 2, QUIET):
         assert "NCCL_P2P_DISABLE" not in os.environ
-    assert peers_proved(GPUS, 2, QUIET)
-    assert not peers_proved(replace(GPUS, peer_access=False), 2, QUIET)
+    assert peers_trusted(GPUS, 2)
+    assert not peers_trusted(replace(GPUS, peer_access=False), 2)
 
 
 def test_what_starts_over_bad_links_is_told_and_nothing_after_it(found: dict[str, Proof]) -> None:
@@ -50,7 +51,7 @@ def test_what_starts_over_bad_links_is_told_and_nothing_after_it(found: dict[str
     with only_proved(GPUS, 2, QUIET):
         assert os.environ["NCCL_P2P_DISABLE"] == "1"
     assert "NCCL_P2P_DISABLE" not in os.environ
-    assert not peers_proved(GPUS, 2, QUIET)
+    assert not peers_trusted(GPUS, 2)
 
 
 @pytest.mark.parametrize(
@@ -60,4 +61,4 @@ def test_nothing_is_proved_of_cpus_one_gpu_or_a_cluster_elsewhere(
     found: dict[str, Proof], options: EngineOptions, devices: int
 ) -> None:
     with only_proved(options, devices, QUIET):
-        assert peers_proved(options, devices, QUIET)
+        assert peers_trusted(options, devices)

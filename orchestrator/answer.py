@@ -39,6 +39,7 @@ class Mailbox:
     """Updates for one reader, of one request or of several. It sleeps and wakes once for all that came meanwhile."""
 
     def __init__(self) -> None:
+        self.senders = 0  # requests that are not over; none where one of them failed
         self._ready: list[tuple[int, Update]] = []
         self._awaited: asyncio.Future[None] | None = None
 
@@ -54,6 +55,11 @@ class Mailbox:
 
     def put(self, number: int, update: Update) -> None:
         self._ready.append((number, update))
+        self.wake()
+
+    def leave(self, *, failed: bool) -> None:
+        """A request is over."""
+        self.senders = 0 if failed else max(0, self.senders - 1)
         self.wake()
 
     def wake(self) -> None:
@@ -86,6 +92,7 @@ class Answers:
     def listen(self, mailbox: Mailbox, number: int) -> None:
         """Updates go there. To be called in the turn of the loop in which they were asked for."""
         self._mailbox = mailbox
+        mailbox.senders += 1
         self._on_update = partial(mailbox.put, number)
 
     def drop(self) -> None:
@@ -124,7 +131,7 @@ class Answers:
             self.timer.cancel()
             self.timer = None
         if self._mailbox is not None:
-            self._mailbox.wake()
+            self._mailbox.leave(failed=self.error is not None)
 
 
 @dataclass(slots=True, eq=False)

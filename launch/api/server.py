@@ -13,6 +13,7 @@ import uvicorn
 
 from launch.api.app import create_app
 from launch.api.batches import Batches
+from launch.api.connection import BoundedConnection
 from launch.api.files import FileStore
 from launch.api.service import Service
 from launch.progress import Progress
@@ -46,11 +47,12 @@ async def serve_http(
     is_loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     config = uvicorn.Config(
         create_app(service, keys=keys, loopback_only=is_loopback, files=files, batches=batches),
-        http="httptools",
+        http=BoundedConnection,
         lifespan="off",
         log_level="warning" if not access_log else "info",
         access_log=access_log,
         server_header=False,
+        proxy_headers=False,  # nobody is believed who says that he speaks for another
         timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=LAST_WRITES_S,  # type: ignore[arg-type]  # any number will do
     )

@@ -55,35 +55,31 @@ class EventStream(Response):
                 one.drop()
 
     async def _tell(self, scope: Scope, receive: Receive, send: Send) -> None:
+        mailbox, update = self._mailbox, self._events.update
+        is_begun, last = False, b""
         try:
-            said = await self._next()
-        except ShardwiseError as error:
-            await api_error(error).response()(scope, receive, send)
-            return
-        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        send = scope["state"].get(RAW_SEND, send)  # once begun, nothing on the way has a say in it
-        update, last = self._events.update, b""
-        try:
-            while said:
-                body = b"".join([update(number, one) for number, one in said])
-                if body:
+            while (said := mailbox.take()) or mailbox.senders:
+                if not said:
+                    await mailbox.more()
+                    continue
+                if not is_begun:
+                    is_begun = True
+                    start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+                    await send(start)
+                    send = scope["state"].get(
+                        RAW_SEND, send
+                    )  # once begun, nothing on the way has a say in it
+                if body := b"".join([update(number, one) for number, one in said]):
                     await send({"type": "http.response.body", "body": body, "more_body": True})
-                said = self._mailbox.take() or await self._next()
+            if error := next((one.error for one in self._answers if one.error is not None), None):
+                raise error
             last = self._events.end()
         except ShardwiseError as error:
+            if not is_begun:
+                await api_error(error).response()(scope, receive, send)
+                return
             last = b"data: " + api_error(error).body + b"\n\n"
         await send({"type": "http.response.body", "body": last + DONE, "more_body": False})
-
-    async def _next(self) -> list[tuple[int, Update]]:
-        """Some updates; none once all is said. Raises what ended it."""
-        while not (said := self._mailbox.take()):
-            for one in self._answers:
-                if one.error is not None:
-                    raise one.error
-            if all(one.is_over for one in self._answers):
-                break
-            await self._mailbox.more()
-        return said
 
 
 def watched(receive: Receive, answers: Sequence[Answers]) -> asyncio.Task[None]:

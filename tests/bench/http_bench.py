@@ -293,8 +293,8 @@ def over_http(what: str, step_s: float, profile: str | None, ask: Any) -> dict[s
         finally:
             server.terminate()
             server.join()
-        used = sum(map(int, after_s)) - sum(map(int, before_s))
-        found["server's CPU s"] = used / 100
+        for name, after, before in zip(("user", "system"), after_s, before_s, strict=True):
+            found[f"server's CPU s, {name}"] = (int(after) - int(before)) / 100  # of a hundred a second
     return {f"{what}: {name}": value for name, value in found.items()}
 
 

@@ -48,7 +48,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A tensor that is being received or summed (satisfies collectives.Incoming)."""
+    """A tensor that is being summed (satisfies collectives.Incoming)."""
 
     tensor: torch.Tensor
     work: dist.Work | None
@@ -193,10 +193,6 @@ class TorchCollectives:
         self.previous_rank = rank - tp if rank >= tp else None
         self.next_rank = rank + tp if rank + tp < tp * pp else None
         self._device = device
-        pipelined_on_gpu = pp > 1 and device.type == "cuda"
-        self._arrivals = (
-            torch.cuda.Stream(device) if pipelined_on_gpu else None  # type: ignore[no-untyped-call]
-        )  # runs nothing else
         self._sending: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
@@ -216,19 +212,17 @@ class TorchCollectives:
     def recv(self, shape: tuple[int, ...], dtype: torch.dtype, src: int) -> torch.Tensor:
         """The next tensor from `src`, in the order in which it sent them.
 
-        On a GPU it may come while earlier work still computes: behind that, the sender's kernel would spin and hold
-        processors of its GPU until this one has caught up.
+        On a GPU its kernel runs once all before it on the stream has, so that it holds no processor that the layers
+        of an earlier batch could use. The sender's does meanwhile, if it is ahead, and then it can spare them.
         """
+        return self._recv(shape, dtype, src, None)
+
+    def _recv(
+        self, shape: tuple[int, ...], dtype: torch.dtype, src: int, group: dist.ProcessGroup | None
+    ) -> torch.Tensor:
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
         try:
-            if self._arrivals is None:
-                tensor = torch.empty(shape, dtype=dtype, device=self._device)
-                dist.recv(tensor, src)
-                return tensor
-            with torch.cuda.stream(self._arrivals):
-                tensor = torch.empty(shape, dtype=dtype, device=self._device)
-                coming = Incoming(tensor, dist.irecv(tensor, src))
-            coming.landed()
-            tensor.record_stream(torch.cuda.current_stream())
+            dist.recv(tensor, src, group=group)
         except RuntimeError as error:
             raise _gang_died(f"receive of {list(shape)} from rank {src}", self.rank, error) from error
         return tensor
@@ -237,13 +231,9 @@ class TorchCollectives:
         """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
         self._send(tensor, self._first, self._ends)
 
-    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
-        """On the first stage: starts receiving what the last sends, in its order."""
-        tensor = torch.empty(shape, dtype=dtype, device=self._device)
-        try:
-            return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
-        except RuntimeError as error:
-            raise _gang_died(f"receive of {list(shape)} from rank {self._last}", self.rank, error) from error
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """On the first stage: the next tensor that the last sends."""
+        return self._recv(shape, dtype, self._last, self._ends)
 
     def leave(self) -> None:
         """Finish what is being sent and cut the wires. A peer that died is no error here."""
@@ -340,7 +330,7 @@ def _try_wires(collectives: TorchCollectives, tp: int, device: torch.device) -> 
     if collectives.world_size > tp and collectives.next_rank is None:
         collectives.send_to_first(torch.tensor([float(rank)], device=device))
     if collectives.world_size > tp and collectives.previous_rank is None:
-        got = int(collectives.recv_from_last((1,), torch.float32).landed().item())
+        got = int(collectives.recv_from_last((1,), torch.float32).item())
         if got != rank + collectives.world_size - tp:
             raise GangDied(f"rank {rank}: received {got} from the last stage, not its rank: {_CORRUPT}")
 

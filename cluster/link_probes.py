@@ -14,6 +14,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from cluster.children import say
 from cluster.collectives import one_shot
 from cluster.collectives.one_shot import Members, OneShot, Unusable
 from cluster.collectives.torch_dist import RankGroup
@@ -102,6 +103,8 @@ class _Group:
         """`make(bytes)` gives what does the operation once. Eager, and where there are GPUs in a graph too."""
         if op not in self.asked.ops or (op is Op.SEND_RECV and self.ranks > 2):
             return []
+        if self.rank == 0:
+            say(f"{op.replace('_', '-')} of {self.ranks} ranks by {path}")
         sizes = [s for s in self.asked.sizes if most_bytes is None or s <= most_bytes]
         modes = (False, True) if self.device.type == "cuda" else (False,)
         found: dict[bool, list[Point]] = {mode: [] for mode in modes}

@@ -235,8 +235,6 @@ class Bench:
             slow_s=SLOW_S[kind],
             rates_together=self._on_cpu,
         )
-        what = ops[0].replace("_", "-") if len(ops) == 1 or path is not Path.GLOO else "collectives"
-        self._progress(f"{what} of {ranks} ranks by {path}")
         jobs = [(target, meeting, asked) for target, meeting in self._met(ranks)]
         try:
             found = self._ranks.each(sweep, jobs, SWEEP_LIMIT_S + (PROBE_LIMIT_S if self._on_cpu else 0))
@@ -245,8 +243,9 @@ class Bench:
                 raise GangDied(
                     f"measuring {ranks} ranks of {self._topology.name} by {path}: {error}"
                 ) from error
-            swept.absent[f"{what} of {ranks} ranks by {path}"] = str(error)
-            self._progress(f"that cannot be measured: {error}")
+            what = f"{', '.join(ops).replace('_', '-')} of {ranks} ranks by {path}"
+            swept.absent[what] = str(error)
+            self._progress(f"{what} cannot be measured: {error}")
             return
         swept.curves += found[0].curves
         swept.absent |= found[0].absent

@@ -43,6 +43,7 @@ class EngineOptions:
     peer_access: bool  # False: NCCL_P2P_DISABLE is set
     gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
     enforce_eager: bool = False  # no CUDA graphs
+    grammars: bool = False  # answers will be asked to have a form
 
     @property
     def most_context(self) -> int:

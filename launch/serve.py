@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
+import importlib
 import ipaddress
 import os
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,9 +108,10 @@ def run(args: argparse.Namespace) -> int:
     form_of("", args.tool_call_parser)  # raises where there is none of that name
     listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
     with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
-        options = engine_options(args)
+        options = replace(engine_options(args), grammars=True)
         check_blocks(options)
         text = text_of(options.source)
+        threading.Thread(target=importlib.import_module, args=("xgrammar",), daemon=True).start()  # seconds
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
         return _serve(args, listener, store, keys, options, text, chosen, workload, progress)

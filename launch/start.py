@@ -153,6 +153,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         graphs=not options.enforce_eager,
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
+        grammars=options.grammars,
         join_timeout_s=JOIN_TIMEOUT_S,
         peer_access=peers_trusted(options, dims.world_size),
     )

@@ -35,6 +35,10 @@ class Constraints:
     def _compiler(self) -> Compiler:
         return self._make_compiler()
 
+    def warm_up(self) -> None:
+        """Imports and tables take seconds: better before the first grammar than with it."""
+        self._compiling.submit(lambda: self._compiler)
+
     def submit(self, request: Request) -> None:
         with self._lock:
             self._pending.add(request.id)

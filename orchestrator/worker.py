@@ -66,6 +66,7 @@ class EngineConfig:
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
+    grammars: bool = False  # make ready for them before the first comes
     peer_access: bool = True  # between GPUs, where there is any; False: small sums go through host memory
 
 
@@ -103,6 +104,8 @@ class Worker:
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
         """Meet the other ranks of the replica."""
         self.config, self.shard = config, shard
+        if config.grammars and shard.rank == 0:
+            self._constraints.warm_up()
         on_gpu = config.device == "cuda"
         self.device = torch.device("cuda", device_index) if on_gpu else torch.device("cpu")
         if on_gpu:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,7 +12,8 @@ from dataclasses import dataclass, replace
 from cluster import catalog
 from cluster.errors import BadRequest, UserError
 from cluster.topology import LinkKind, Topology
-from strategies.cost import estimate
+from launch.config import MAX_DEVICES
+from strategies.cost import estimate, limit_tokens_per_s
 from strategies.cost_memory import memories
 from strategies.engines import Engine, engine
 from strategies.formats import FORMATS, PLAIN, Format
@@ -33,7 +35,7 @@ Row = Mapping[str, str]
 
 # What a published checkpoint's name may end in, beyond the model's own: its format, its tuning, its date.
 _ENDINGS = re.compile(
-    r"[-_](nvfp4|mxfp4|fp4|fp8|fp8-dynamic|int8|int4|w4a16|w4a8|w8a8|w8a16|awq|gptq|gguf|bf16|fp16|dynamic|quantized"
+    r"[-_](nvfp4-v\d|nvfp4|mxfp4|fp4|fp8|fp8-dynamic|int8|int4|w4a16|w4a8|w8a8|w8a16|awq|gptq|gguf|bf16|fp16|dynamic|quantized"
     r"|instruct|chat|base|it|hf|2507|0528|0324|\d{4})$",
     re.IGNORECASE,
 )
@@ -67,6 +69,7 @@ class Prediction:
     tpot_ms: float | None = None
     value: float | None = None
     reason: str = ""
+    limit_tokens_per_s: float | None = None  # of output, that the data sheets allow at the row's load
 
     def cells(self, columns: Sequence[str]) -> dict[str, str]:
         made = {
@@ -97,10 +100,36 @@ class Case:
 
 def predict_serving(row: Row) -> Prediction:
     try:
-        made = predict(serving_case(row))
+        case = serving_case(row)
+        made = predict(case)
     except UserError as error:
         return Prediction(reason=str(error))
-    return Prediction(ttft_ms=made.ttft_s * 1e3, tpot_ms=made.tpot_s * 1e3)
+    limit = limit_tokens_per_s(case.placement, case.workload)
+    return Prediction(made.ttft_s * 1e3, made.tpot_s * 1e3, limit_tokens_per_s=limit)
+
+
+def is_held_out(row: Row) -> bool:
+    """Whether a row is of the third that constants are not fitted to: by a hash of its id."""
+    return int(hashlib.sha256(row.get("id", "").encode()).hexdigest(), 16) % 3 == 0
+
+
+def beats_limit(row: Row, made: Prediction) -> bool:
+    """Whether a serving row claims more tokens a second than bandwidth and FLOP/s allow at the load that it states."""
+    first_ms, token_ms = number(row.get("ttft_ms", "")), number(row.get("tpot_ms", ""))
+    if first_ms is None or token_ms is None or made.limit_tokens_per_s is None:
+        return False
+    output, at_once = _whole(row, "osl"), _whole(row, "concurrency")
+    life_s = (first_ms + (output - 1) * token_ms) / 1e3
+    return life_s > 0 and at_once * output / life_s > made.limit_tokens_per_s
+
+
+def number(text: str) -> float | None:
+    """Of a cell; None where it is empty or no finite number."""
+    try:
+        value = float(text)
+    except ValueError:
+        return None
+    return value if math.isfinite(value) else None
 
 
 def predict_layout(row: Row) -> Prediction:
@@ -253,6 +282,10 @@ def _workload(row: Row, *, steady: bool) -> Workload:
 def _placement(
     spec: ModelSpec, dims: ParallelDims, kept: Format, with_engine: Engine, gpu: str, kind: LinkKind | None
 ) -> Placement:
+    if dims.world_size > MAX_DEVICES:
+        raise BadRequest(
+            f"{dims.name} takes {dims.world_size} devices; at most {MAX_DEVICES} are planned for"
+        )
     machine = _machine(gpu.strip(), dims.world_size, kind, with_engine.memory_share)
     dtype = "bfloat16" if "bfloat16" in machine.devices[0].flops_per_s else "float16"
     put = place(spec, Layout(dims, kept), dtype, machine, with_engine)

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import hashlib
 import math
 import statistics
 import time
@@ -24,7 +23,7 @@ from typing import Any
 import numpy as np
 import yaml
 
-from launch.measured import Case, serving_case
+from launch.measured import Case, is_held_out, serving_case
 from strategies import engines
 from strategies.cost_memory import Memory, memories
 from strategies.steady import steady
@@ -99,8 +98,8 @@ class Sample:
         return self.case.workload.concurrency <= LOW_CONCURRENCY
 
     @property
-    def fold(self) -> int:
-        return int(hashlib.sha256(self.row["id"].encode()).hexdigest(), 16) % 3
+    def held_out(self) -> bool:
+        return is_held_out(self.row)
 
 
 def read(path: str) -> list[Sample]:
@@ -282,8 +281,8 @@ def main() -> None:
     constants = Constants(FITTED)
     start = constants.prior.copy()
     start = _from_file(constants, start)
-    train = [s for s in samples if s.fold]
-    held = [s for s in samples if not s.fold]
+    train = [s for s in samples if not s.held_out]
+    held = [s for s in samples if s.held_out]
     x = fit(train, constants, start, args.rounds)
     for name, some in (("fitted", train), ("held out", held), ("all", samples)):
         print(f"{name}: {figures(some, predict(some, constants.rows(x), FITTED))}", flush=True)

@@ -435,4 +435,4 @@ async def test_accounts_end_at_nothing() -> None:
         dropped.cancel()
         assert await b.aborted.get() == third.id
         for lane in serving._lanes:
-            assert (lane.requests, lane.tokens, lane.unstarted_tokens) == (0, 0, 0)
+            assert (lane.requests, lane.tokens, lane.unstarted, lane.unstarted_tokens) == (0, 0, 0, 0)

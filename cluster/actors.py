@@ -1,4 +1,6 @@
-"""Ray: reserve devices, host one object on each, see who dies, leave nothing behind. Alone in importing ray.
+"""Ray: reserve devices, host one object on each, see who dies, leave nothing behind.
+
+With ray_server.py alone in importing ray.
 
     with Cluster.embedded(num_cpu_devices=2) as cluster:
         (gang,) = cluster.acquire(Worker, [2], "cpu", timeout_s=60)
@@ -13,27 +15,21 @@ connect to, our actors go and nothing else.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import secrets
-import signal
 import socket
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import ray
-import ray._private.utils
 import ray._private.worker
 import ray.exceptions
 import ray.util
-from ray._private.node import Node
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import GangDied, PlacementFailed
@@ -49,31 +45,27 @@ from cluster.gang import (
     read_last_words,
     results,
 )
-from cluster.guard import Guard
 from cluster.life import Life, machine
 from cluster.placement import refusal
+from cluster.ray_server import PrivateRay, join
 
-_NAMESPACE = "shardwise"
-_OBJECT_STORE_BYTES = 80 * 2**20  # Ray's least is 75 MiB; tensors never travel through it
 _CALLS_AT_ONCE = 8  # of a worker; one more waits for the actor's death
 _RELEASE_S = 3.0  # devices of a gang just killed are free again after some 0.2 s
 _LOOK_S = 0.05  # between looks at what is free
 _CONNECT_S = 3.0
 _KILL_S = 5.0
-_LONGEST_TEMP = 24  # characters: Ray's socket paths below it must stay under 108 (sun_path, man 7 unix)
 _RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
 _SPINS = "3000"
 """How long threads of a matrix product spin for each other before they sleep. Where another program wants a core,
 libgomp's default (for ever, nearly) let a decode step take 800 ms; this, 130; 60 and 64 on idle cores (2, Xeon)."""
-_TOKEN = secrets.token_hex(32)
 
 
 class Cluster:
     """A Ray cluster, ours or somebody's. One at a time in a process; open it in the main thread."""
 
-    def __init__(self, guard: Guard | None, restore: Mapping[str, str | None]) -> None:
-        self._guard = guard
-        self._restore = restore
+    def __init__(self, own: PrivateRay | None) -> None:
+        """`own`: what was started for it; None where it is somebody's."""
+        self._own = own
         self._gangs: list[RayGang] = []
 
     @classmethod
@@ -82,23 +74,7 @@ class Cluster:
 
         A CPU device is a slot for one rank, not a core. num_gpus: None for those that are here.
         """
-        directory = _private_directory()
-        guard = Guard(directory)  # first, so that a kill during the start leaves nothing either
-        cluster = cls(guard, _set_environment(_EMBEDDED_ENVIRONMENT))
-        try:
-            with _only_what_places_actors():
-                _init(
-                    address="local",
-                    num_cpus=num_cpu_devices,
-                    num_gpus=num_gpus,
-                    include_dashboard=False,
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    _temp_dir=directory,
-                )
-        except BaseException:
-            cluster.close()
-            raise
-        return cluster
+        return cls(PrivateRay(num_cpu_devices, num_gpus))
 
     @classmethod
     def connect(cls, address: str) -> Cluster:
@@ -106,20 +82,8 @@ class Cluster:
 
         Raises PlacementFailed, in seconds, when there is none or it does not let us in.
         """
-        if address.startswith("ray://"):
-            raise PlacementFailed(
-                f"{address}: Ray's client protocol carries no streams. Run this on a node of the cluster "
-                "and give the head's address as HOST:PORT, or auto."
-            )
-        if address != "auto":
-            _knock(address)
-        try:
-            _init(address=address)
-        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-            ray.shutdown()
-            reason = str(error).strip().splitlines()[0]
-            raise PlacementFailed(f"no Ray cluster to join at {address}: {reason}") from None
-        return cls(None, {})
+        join(address)
+        return cls(None)
 
     def __enter__(self) -> Cluster:
         return self
@@ -162,10 +126,10 @@ class Cluster:
         """Kill our gangs; end the cluster if it is ours. Returns when nothing is left; can be repeated."""
         for gang in self._gangs:
             gang.kill()
-        ray.shutdown()
-        if self._guard:
-            self._guard.finish()
-            _set_environment(self._restore)
+        if self._own is None:
+            ray.shutdown()
+        else:
+            self._own.close()
 
 
 class RayGang:
@@ -402,91 +366,3 @@ def _fetch_last_words(member: Member) -> str:
         name = Path(member.log).name
         return last_words("".join(get_log(node_id=member.node_id, filename=name, tail=100, timeout=5)))
     return f"(in {member.log} on {member.node})"
-
-
-# -- starting and ending Ray --
-
-_QUIET: dict[str, Any] = {
-    "namespace": _NAMESPACE,
-    "log_to_driver": False,
-    "configure_logging": False,
-    "logging_level": logging.ERROR,
-}
-
-_EMBEDDED_ENVIRONMENT = {
-    "RAY_AUTH_MODE": "token",
-    "RAY_AUTH_TOKEN": _TOKEN,
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_prestart_worker_first_driver": "0",  # idle workers, one a slot, that no actor of ours could use:
-    "RAY_enable_worker_prestart": "0",  # ours want an environment of their own
-}
-
-
-def _set_environment(values: Mapping[str, str | None]) -> dict[str, str | None]:
-    """Set (or, for None, unset) what Ray's servers inherit and its client reads; returns what was there.
-
-    Ray reads these once, when it is first imported; this makes it read them again, as ray.init does for its
-    defaults.
-    """
-    from ray._raylet import AuthenticationTokenLoader, Config  # type: ignore[attr-defined]
-
-    before = {name: os.environ.get(name) for name in values}
-    for name, value in values.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-    Config.initialize("")
-    AuthenticationTokenLoader.instance().reset_cache()
-    return before
-
-
-def _init(**settings: Any) -> None:
-    """ray.init that leaves the process its SIGTERM handler, and its standard output to results.
-
-    Ray sets a handler that exits with code 15, and prints the news of every dead worker. We raise it.
-    """
-    on_sigterm = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(**settings, **_QUIET)
-    finally:
-        signal.signal(signal.SIGTERM, on_sigterm)
-    ray._private.worker._worker_logs_enabled = False
-
-
-@contextmanager
-def _only_what_places_actors() -> Iterator[None]:
-    """Has Ray start no server for a dashboard, no autoscaler and no reader of logs, and a small agent.
-
-    ray.init waits for the first and the last of these though include_dashboard is False: 7.1 s of a start where
-    4.4 do, and 1.6 s of an end where 0.5 do (2 cores of a Xeon, Ray 2.60). Ray has no setting for it.
-    """
-    with ExitStack() as changed:
-        for name in ("start_api_server", "start_monitor", "start_log_monitor"):
-            if hasattr(Node, name):  # else this Ray starts other things, and all of them
-                changed.enter_context(patch.object(Node, name, lambda node, **_: None))
-        if hasattr(ray._private.utils, "get_dashboard_dependency_error"):
-            missing = ImportError("nobody asked for a dashboard")
-            changed.enter_context(
-                patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: missing)
-            )
-        yield
-
-
-def _private_directory() -> str:
-    """Short, since Ray puts sockets deep below it, and ours alone (mode 0700)."""
-    system = tempfile.gettempdir()
-    return tempfile.mkdtemp(
-        prefix=f"sw-{os.getpid()}-", dir=system if len(system) <= _LONGEST_TEMP else "/tmp"
-    )
-
-
-def _knock(address: str) -> None:
-    """Is there anybody? Ray itself would try for half a minute."""
-    host, _, port = address.rpartition(":")
-    try:
-        socket.create_connection((host, int(port)), timeout=_CONNECT_S).close()
-    except (OSError, ValueError) as error:
-        raise PlacementFailed(
-            f"no Ray cluster answers at {address}: {error}. Give HOST:PORT of its head, as ray start says."
-        ) from None

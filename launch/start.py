@@ -124,7 +124,7 @@ def deployment(
             owned.callback(gang.kill)
         placed = [Placed(gang, _ranks(gang)) for gang in gangs]
         progress.say(f"{dims.name}: connecting its ranks")
-        _join(placed, shards, _engine_config(options, dims))
+        _join(placed, shards, _engine_config(options, dims), dims, progress)
         weight_bytes = _load(placed, dims, progress)
         if options.device == "cuda":
             _choose_attention(placed, dims, progress)
@@ -159,7 +159,14 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
     )
 
 
-def _join(placed: Sequence[Placed], shards: Sequence[Shard], config: EngineConfig) -> None:
+def _join(
+    placed: Sequence[Placed],
+    shards: Sequence[Shard],
+    config: EngineConfig,
+    dims: ParallelDims,
+    progress: Progress,
+) -> None:
+    """Each replica's ranks meet; how a stage's small sums go is told where it has several ranks."""
     calls: list[Call] = []
     for replica in placed:
         host = _host(replica)
@@ -167,7 +174,10 @@ def _join(placed: Sequence[Placed], shards: Sequence[Shard], config: EngineConfi
         for rank, shard in enumerate(shards):
             device = replica.member(rank).device
             calls.append(replica.call(rank, "join", config, shard, f"tcp://{host}:{port}", device))
-    results(calls, JOIN_TIMEOUT_S + CALL_TIMEOUT_S)
+    paths = results(calls, JOIN_TIMEOUT_S + CALL_TIMEOUT_S)
+    if dims.tp > 1:
+        for path in dict.fromkeys(paths):
+            progress.say(f"{dims.name}: small sums through {path}")
 
 
 def _host(replica: Placed) -> str:

@@ -101,8 +101,8 @@ class Worker:
     def free_port(self, host: str) -> int:
         return free_port(host)
 
-    def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> None:
-        """Meet the other ranks of the replica."""
+    def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> str:
+        """Meet the other ranks of the replica. → how the small sums of this rank's stage go."""
         self.config, self.shard = config, shard
         if config.grammars and shard.rank == 0:
             self._constraints.warm_up()
@@ -127,6 +127,7 @@ class Worker:
             config.join_timeout_s,
             peer_access=config.peer_access,
         )
+        return self.collectives.stage.path
 
     @_on_its_device
     def load(self) -> int:

@@ -230,9 +230,7 @@ class Coordinator:
                 return
             one, lane = self._waiting.pop(), self._lanes[choose(rooms)]
             one.replica, one.given_s = lane.number, time.perf_counter()
-            lane.requests += 1
-            lane.tokens += one.tokens_left
-            lane.unstarted_tokens += one.prompt_tokens
+            lane.give(one.prompt_tokens, one.tokens_left)
             lane.submit(one.request)
 
     async def _gather(self, lane: Lane) -> None:
@@ -283,10 +281,8 @@ class Coordinator:
 
     def _begin(self, lane: Lane, one: Ongoing, now_s: float) -> None:
         one.first_token_s = now_s
-        prompt = one.prompt_tokens
-        lane.tokens -= prompt
-        lane.unstarted_tokens -= prompt
-        self.meter.first_token(prompt, one.given_s - one.asked_s, now_s - one.asked_s)
+        lane.begin(one.prompt_tokens)
+        self.meter.first_token(one.prompt_tokens, one.given_s - one.asked_s, now_s - one.asked_s)
 
     def _finish(self, one: Ongoing, reason: FinishReason, now_s: float) -> None:
         self._forget(one)
@@ -300,11 +296,8 @@ class Coordinator:
         if one.replica < 0:
             self._waiting.discard(one)
         else:
-            lane = self._lanes[one.replica]
-            lane.requests -= 1
-            lane.tokens -= one.tokens_left
-            if not one.token_ids:
-                lane.unstarted_tokens -= one.prompt_tokens
+            is_begun = bool(one.token_ids)
+            self._lanes[one.replica].end(one.prompt_tokens, one.tokens_left, is_begun=is_begun)
             self._waiting.charge(one.client, len(one.token_ids))
         if not self._open:
             self._idle.set()

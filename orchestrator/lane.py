@@ -23,14 +23,39 @@ class Lane:
         """`on_refused` hears of requests that the replica did not take."""
         self.number, self.replica, self._on_refused = number, replica, on_refused
         self.error: ShardwiseError | None = None  # why it is dead
-        self.requests = self.tokens = self.unstarted_tokens = 0
+        self.requests = self.tokens = self.unstarted = self.unstarted_tokens = 0
         self._new: dict[str, Request] = {}
         self._unwanted: list[str] = []
         self._sending: asyncio.Task[None] | None = None
 
     @property
     def outstanding(self) -> Outstanding:
-        return Outstanding(self.number, self.requests, self.tokens, self.unstarted_tokens)
+        return Outstanding(self.number, self.requests, self.tokens, self.unstarted, self.unstarted_tokens)
+
+    # -- the account --
+
+    def give(self, prompt_tokens: int, tokens_left: int) -> None:
+        self.requests += 1
+        self.tokens += tokens_left
+        self.unstarted += 1
+        self.unstarted_tokens += prompt_tokens
+
+    def begin(self, prompt_tokens: int) -> None:
+        """Its first token is here."""
+        self.tokens -= prompt_tokens
+        self._started(prompt_tokens)
+
+    def end(self, prompt_tokens: int, tokens_left: int, *, is_begun: bool) -> None:
+        self.requests -= 1
+        self.tokens -= tokens_left
+        if not is_begun:
+            self._started(prompt_tokens)
+
+    def _started(self, prompt_tokens: int) -> None:
+        self.unstarted -= 1
+        self.unstarted_tokens -= prompt_tokens
+
+    # -- the wire --
 
     def submit(self, request: Request) -> None:
         self._new[request.id] = request

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 AHEAD = 0.25  # of a replica's sequences: so many requests more wait there, lest a slot stand free for a step
 STEPS_OF_PROMPTS = 4  # so many steps' budgets of prompts wait there: two steps in flight, and the next two
 BATCH_STEPS_OF_PROMPTS = 2
+LEAST_UNSTARTED = 32  # so many may wait however long they are: of most of a prompt the prefix cache may know
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,7 +18,8 @@ class Outstanding:
     replica: int
     requests: int
     tokens: int  # prompt and still possible output: what is left for it to do at most
-    unstarted_tokens: int = 0  # of prompts that have no first token yet
+    unstarted: int = 0  # that have no first token yet
+    unstarted_tokens: int = 0  # of their prompts
 
 
 def choose(replicas: Sequence[Outstanding]) -> int:
@@ -35,6 +37,7 @@ def has_room(
     """
     ahead = 0 if is_batch else max(1, int(max_num_seqs * AHEAD))
     steps = BATCH_STEPS_OF_PROMPTS if is_batch else STEPS_OF_PROMPTS
-    return (
-        replica.requests < max_num_seqs + ahead and replica.unstarted_tokens < steps * max_num_batched_tokens
+    starts_soon = replica.unstarted < LEAST_UNSTARTED or (
+        replica.unstarted_tokens < steps * max_num_batched_tokens
     )
+    return replica.requests < max_num_seqs + ahead and starts_soon

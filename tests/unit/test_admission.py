@@ -88,9 +88,17 @@ def test_everybody_is_served_once_and_the_account_ends_at_nothing(asked: list[tu
         (Outstanding(0, 0, 0), True),
         (Outstanding(0, 9, 0), True),
         (Outstanding(0, 10, 0), False),  # eight, and a quarter of them ahead
-        (Outstanding(0, 1, 0, unstarted_tokens=399), True),
-        (Outstanding(0, 1, 0, unstarted_tokens=400), False),  # four steps of prompts
+        (Outstanding(0, 1, 0, unstarted=1, unstarted_tokens=9999), True),
     ],
 )
 def test_room_at_a_replica(outstanding: Outstanding, room: bool) -> None:
     assert has_room(outstanding, max_num_seqs=8, max_num_batched_tokens=100) == room
+
+
+@pytest.mark.parametrize(
+    ("unstarted", "tokens", "room"), [(32, 399, True), (32, 400, False), (31, 400, True)]
+)
+def test_a_replica_holds_a_few_steps_of_prompts(unstarted: int, tokens: int, room: bool) -> None:
+    outstanding = Outstanding(0, 40, 0, unstarted, tokens)
+    assert has_room(outstanding, max_num_seqs=64, max_num_batched_tokens=100) == room
+    assert not has_room(outstanding, max_num_seqs=40, max_num_batched_tokens=100, is_batch=True)

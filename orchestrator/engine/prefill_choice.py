@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from orchestrator.step import Step, whole_prompts
 
 PROMPTS, PROMPT_TOKENS = 4, 1024  # what is timed, unless a step takes fewer tokens
 WARM_UPS, RUNS = 2, 5
+HOLD_UP_CYCLES = 20_000_000  # some 10 ms, in which the host starts all runs
 APART = 0.02
 """Relative L2 distance between the two beyond which FlashInfer's is wrong: both round to bfloat16's 8 bits, which
 leaves some 0.004; a page or a mask mistaken leaves 0.1 and more."""
@@ -96,17 +98,18 @@ class Trial:
 
 
 def _median_ms(call: Callable[[], None]) -> float:
+    """Of the GPU alone: it is held up until the host has started all, as in a step, where the host is ahead of it."""
     for _ in range(WARM_UPS):
         call()
-    found: list[float] = []
-    for _ in range(RUNS):
-        start, end = _event(), _event()
-        start.record()
+    events = [_event() for _ in range(RUNS + 1)]
+    torch.cuda._sleep(HOLD_UP_CYCLES)  # type: ignore[no-untyped-call]
+    events[0].record()
+    for event in events[1:]:
         call()
-        end.record()
-        end.synchronize()
-        found.append(start.elapsed_time(end))
-    return statistics.median(found)
+        event.record()
+    events[-1].synchronize()
+    median_ms: float = statistics.median(a.elapsed_time(b) for a, b in pairwise(events))
+    return median_ms
 
 
 def _event() -> torch.cuda.Event:

@@ -22,8 +22,8 @@ from orchestrator.replica import Replica
 from orchestrator.request import Request
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.text import Message, Text
+from tests.byte_text import BYTES
 from tests.fakes import TalkingReplica
-from tests.unit.test_text import BYTES
 
 P = ParamSpec("P")
 LIMITS = SchedulerConfig(num_blocks=64, block_size=16, max_model_len=512, max_num_seqs=4)

@@ -15,9 +15,9 @@ from cluster.errors import GangDied
 from launch.api.guard import HttpLimits
 from orchestrator.admission import QueueLimits
 from orchestrator.request import FinishReason, Request, Token, TokenLogprobs
+from tests.byte_text import BYTES
 from tests.fakes import FakeReplica, TalkingReplica
 from tests.served_api import EOS, Served, chat_text, in_loop, says, served
-from tests.unit.test_text import BYTES
 
 SAID = "Hello, you."
 KEY = "sk-0123456789abcdef"

@@ -15,8 +15,8 @@ from orchestrator.answer import Mailbox, Terms, Update
 from orchestrator.coordinator import Coordinator
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams
 from orchestrator.scheduler import SchedulerConfig
+from tests.byte_text import BYTES
 from tests.fakes import FakeReplica
-from tests.unit.test_text import BYTES
 
 LIMITS = SchedulerConfig(num_blocks=8, block_size=16, max_model_len=128)
 EOS, VOCAB = 200, 257

@@ -14,7 +14,7 @@ from orchestrator.grammar import ALL, Compiler, check
 from orchestrator.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams, Token
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Row, Step, StepResult
-from tests.unit.test_text import BYTES
+from tests.byte_text import BYTES
 
 EOS = 256
 VOCAB = 300  # some beyond the tokenizer's, as models have

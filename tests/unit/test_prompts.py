@@ -9,7 +9,7 @@ import pytest
 from cluster.errors import BadRequest
 from launch.prompts import Prompt, check, from_file, from_texts
 from orchestrator.request import SamplingParams
-from tests.unit.test_text import BYTES
+from tests.byte_text import BYTES
 
 DEFAULTS = SamplingParams(max_tokens=9, temperature=0.5)
 

@@ -10,12 +10,13 @@ import transformers
 from gguf import GGUFWriter
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
 
 from cluster.errors import BadModel, BadRequest
 from launch.models import resolve
 from orchestrator.text import AnswerText, Detokenizer, StopFinder, Text, text_of
 from strategies.source import ModelSource, SourceKind
+from tests.byte_text import BYTES
 
 EMOJI = "Hello 🤗🏳️‍🌈 日本 été, naïve — ok"
 
@@ -25,19 +26,6 @@ def smollm2() -> Text:
     text = text_of(resolve("smollm2"))
     assert text is not None
     return text
-
-
-def _bytes_only() -> Text:
-    """A tokenizer of one token a byte: every character beyond ASCII is spread over tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<end>"])
-    return Text("bytes", tokenizer, None)
-
-
-BYTES = _bytes_only()
 
 
 @given(st.text())

@@ -1,0 +1,44 @@
+"""A server with a replica that answers by itself, as a process: `python -m tests.fake_server DIRECTORY STEP_S`.
+
+It says where it listens on standard output.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import sys
+from pathlib import Path
+
+from launch.api.batches import Batches
+from launch.api.files import FileStore
+from launch.api.server import serve_http
+from launch.api.service import Service
+from launch.progress import Progress
+from orchestrator.coordinator import Coordinator
+from tests.fakes import TalkingReplica
+from tests.served_api import EOS, FACTS, LIMITS, PLAN, VOCAB, chat_text, says
+
+
+async def main(root: Path, step_s: float) -> None:
+    (root / "files").mkdir(exist_ok=True)
+    listener = socket.create_server(("127.0.0.1", 0))
+    replica = TalkingReplica(says("Hello"), step_s=step_s)
+    async with Coordinator([replica], LIMITS, vocab=VOCAB, eos_ids=(EOS,), text=chat_text()) as coordinator:
+        service = Service(coordinator, ["bytes"], PLAN, FACTS)
+        files = FileStore(root / "files")
+        batches = Batches(root / "batches", files, service, {"model": "bytes"})
+        print(f"http://127.0.0.1:{listener.getsockname()[1]}", flush=True)
+        await serve_http(
+            service,
+            listener,
+            keys=[],
+            progress=Progress(quiet=True),
+            drain_s=5,
+            files=files,
+            batches=batches,
+        )
+
+
+if __name__ == "__main__":
+    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2])))

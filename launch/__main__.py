@@ -19,6 +19,8 @@ COMMANDS = {
     "compare": "predict, measure and check every layout on this machine",
     "generate": "answer prompts, under any layout",
     "validate": "the cost model beside figures that others measured, and its error",
+    "claims": "what deployment guides promise, and what physics gives",
+    "advise": "which machine to buy or rent for so many requests a day",
     "serve": "serve a model over OpenAI's HTTP API, under any layout",
     "batch": "answer a file of requests, by a server or in this process",
     "profile": "prove the links of this machine and time all that plans are made of",

@@ -33,7 +33,7 @@ class _Life:
 def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Workload) -> Served:
     """What one replica's requests see, and its own rate."""
     engine, prompt, output = place.engine, workload.prompt_tokens, workload.output_tokens
-    offered = workload.concurrency / place.dims.dp
+    offered = max(1.0, workload.concurrency / place.dims.dp)  # of a replica that has any
     # Sequences grow: on average one holds its prompt and half of its output.
     room = min(need.kv_tokens for need in needs) / (prompt + output / 2)
     most = max(1.0, min(offered, room, engine.max_sequences))

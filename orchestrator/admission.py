@@ -42,7 +42,7 @@ class FairQueue(Generic[T]):
             tuple[bool, str], OrderedDict[int, T]
         ] = {}  # (is_batch, client) -> what it waits for
         self._served: dict[str, int] = {}  # client -> tokens; of those that wait or lately did
-        self.tokens = 0
+        self.live = self.live_tokens = 0  # requests that are not of batches, and the tokens of their prompts
         self._count = 0
 
     def __len__(self) -> int:
@@ -54,8 +54,7 @@ class FairQueue(Generic[T]):
             self._lines[line] = OrderedDict()
             self._level(item.client)
         self._lines[line][id(item)] = item
-        self._count += 1
-        self.tokens += item.prompt_tokens
+        self._note(item, 1)
 
     @property
     def next_is_batch(self) -> bool:
@@ -94,5 +93,10 @@ class FairQueue(Generic[T]):
         del self._lines[line][id(item)]
         if not self._lines[line]:
             del self._lines[line]
-        self._count -= 1
-        self.tokens -= item.prompt_tokens
+        self._note(item, -1)
+
+    def _note(self, item: T, change: int) -> None:
+        self._count += change
+        if not item.is_batch:
+            self.live += change
+            self.live_tokens += change * item.prompt_tokens

@@ -127,6 +127,15 @@ class Coordinator:
         self._dispatch()
         return answers
 
+    def check_open(self) -> None:
+        """Raises what `ask` would of any request whatsoever: quick, where there are more than can be looked at."""
+        try:
+            self._check_open()
+            self._check_queue(1, 0)
+        except ShardwiseError as error:
+            self.meter.refused[type(error).__name__] += 1
+            raise
+
     # -- asked by whoever runs it --
 
     def drain(self) -> None:
@@ -172,10 +181,7 @@ class Coordinator:
         terms: Terms,
     ) -> list[Request]:
         """The request as its n sequences. Each sampled one has a seed, so that it can be run again."""
-        if self.is_draining:
-            raise Draining("the server is shutting down; ask another, or this one once it is back")
-        if not self.is_alive:
-            raise next(lane.error for lane in self._lanes if lane.error is not None)
+        self._check_open()
         ids = list(prompt_token_ids)
         check_tokens(ids, sampling, vocab=self.vocab, has_tokenizer=self.text is not None)
         check_length(len(ids), sampling.max_tokens, self.limits)
@@ -198,14 +204,20 @@ class Coordinator:
             for i in range(sampling.n)
         ]
 
+    def _check_open(self) -> None:
+        if self.is_draining:
+            raise Draining("the server is shutting down; ask another, or this one once it is back")
+        if not self.is_alive:
+            raise next(lane.error for lane in self._lanes if lane.error is not None)
+
     def _check_queue(self, requests: int, prompt_tokens: int) -> None:
-        """One that finds nobody waiting is taken, however long it is."""
+        """One that finds nobody waiting is taken, however long it is. Batches bound themselves."""
         waiting, limits = self._waiting, self._queue_limits
-        if not len(waiting):
+        if not waiting.live:
             return
         asked = (
-            ("requests", len(waiting), requests, limits.requests),
-            ("prompt tokens", waiting.tokens, requests * prompt_tokens, limits.tokens),
+            ("requests", waiting.live, requests, limits.requests),
+            ("prompt tokens", waiting.live_tokens, requests * prompt_tokens, limits.tokens),
         )
         for what, have, new, most in asked:
             if most is not None and have + new > most:

@@ -53,7 +53,8 @@ def create_app(
     if files is not None and batches is not None:
         add_files(app, files)
         add_batches(app, batches)
-    return Guard(app, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
+    check_open = service.coordinator.check_open
+    return Guard(app, check_open, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
 
 
 def _version() -> str:

@@ -8,19 +8,21 @@ import hmac
 import re
 import time
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from launch.api.errors import ApiError
+from cluster.errors import ShardwiseError
+from launch.api.errors import ApiError, api_error
 from launch.api.streaming import RAW_SEND
 
 _SANE_ID = re.compile(rb"[\x21-\x7e]{1,128}")
 _LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _KEYED = ("/v1", "/tokenize", "/detokenize", "/plan")  # everything else tells nothing that a key protects
 _UPLOADS = "/v1/files"
+_GENERATING = ("/v1/chat/completions", "/v1/completions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,10 +61,22 @@ def _digest(key: bytes) -> bytes:
 
 
 class Guard:
-    def __init__(self, app: ASGIApp, *, keys: Keys, limits: HttpLimits, loopback_only: bool) -> None:
-        """`loopback_only`: without keys on a loopback bind, other names for it are refused: a web page elsewhere
-        could reach us under its own name (DNS rebinding)."""
-        self._app, self._keys, self._limits, self._loopback_only = app, keys, limits, loopback_only
+    def __init__(
+        self,
+        app: ASGIApp,
+        check_open: Callable[[], None],
+        *,
+        keys: Keys,
+        limits: HttpLimits,
+        loopback_only: bool,
+    ) -> None:
+        """`check_open` raises where no request would be taken: under ten times the load there is no time to read them.
+
+        `loopback_only`: without keys on a loopback bind, other names for it are refused: a web page elsewhere
+        could reach us under its own name (DNS rebinding).
+        """
+        self._app, self._check_open = app, check_open
+        self._keys, self._limits, self._loopback_only = keys, limits, loopback_only
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -79,8 +93,10 @@ class Guard:
 
         try:
             client = self._check(scope, headers)
-        except ApiError as error:
-            await error.response()(scope, receive, send_with_id)
+            if scope["path"] in _GENERATING and scope["method"] == "POST":
+                self._check_open()
+        except (ApiError, ShardwiseError) as error:
+            await api_error(error).response()(scope, receive, send_with_id)
             return
         scope.setdefault("state", {})
         scope["state"]["client"] = client

@@ -66,7 +66,7 @@ def test_leaving_the_queue() -> None:
         queue.push(item)
     assert queue.discard(items[0])
     assert not queue.discard(items[0])
-    assert (len(queue), queue.tokens, queue.pop()) == (1, 7, items[1])
+    assert (len(queue), queue.live_tokens, queue.pop()) == (1, 7, items[1])
     with pytest.raises(IndexError):
         queue.pop()
 
@@ -77,9 +77,10 @@ def test_everybody_is_served_once_and_the_account_ends_at_nothing(asked: list[tu
     items = [Item(*one) for one in asked]
     for item in items:
         queue.push(item)
-    assert queue.tokens == sum(item.prompt_tokens for item in items)
+    assert queue.live_tokens == sum(item.prompt_tokens for item in items if not item.is_batch)
+    assert (len(queue), queue.live) == (len(items), sum(not item.is_batch for item in items))
     assert {id(queue.pop()) for _ in items} == {id(item) for item in items}
-    assert (len(queue), queue.tokens) == (0, 0)
+    assert (len(queue), queue.live, queue.live_tokens) == (0, 0, 0)
 
 
 @pytest.mark.parametrize(

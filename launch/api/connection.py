@@ -8,7 +8,8 @@ from typing import Any
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 MOST_HEAD_BYTES = 128 * 2**10  # far over what the application lets pass, which can answer it in words
-HEAD_S = 30.0  # from the first byte that is awaited to the last of the head
+HEAD_S = 30.0  # from a head's first byte to its last
+IDLE_S = 75.0  # until the first byte of all; uvicorn's timeout_keep_alive has the later ones
 
 
 class BoundedConnection(HttpToolsProtocol):
@@ -20,7 +21,7 @@ class BoundedConnection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        self._wait_for_head()
+        self._wait(IDLE_S)
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_waiting()
@@ -28,9 +29,9 @@ class BoundedConnection(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         if self._reads_head:
+            if not self._head_bytes:
+                self._wait(HEAD_S)
             self._head_bytes += len(data)
-            if self._patience is None:  # the next request of a connection that was kept
-                self._wait_for_head()
         super().data_received(data)
         if self._reads_head and self._head_bytes > MOST_HEAD_BYTES:
             self.transport.close()
@@ -44,8 +45,9 @@ class BoundedConnection(HttpToolsProtocol):
         super().on_message_complete()
         self._reads_head = True
 
-    def _wait_for_head(self) -> None:
-        self._patience = self.loop.call_later(HEAD_S, self.transport.close)
+    def _wait(self, seconds: float) -> None:
+        self._stop_waiting()
+        self._patience = self.loop.call_later(seconds, self.transport.close)
 
     def _stop_waiting(self) -> None:
         if self._patience is not None:

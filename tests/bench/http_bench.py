@@ -19,6 +19,8 @@ import struct
 import tempfile
 import time
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,13 +30,18 @@ from launch.api.metrics import Facts
 from launch.api.server import serve_http
 from launch.api.service import Service
 from launch.progress import Progress
+from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
 from orchestrator.request import FinishReason, Request, SamplingParams, Token
+from orchestrator.router import AHEAD
 from orchestrator.scheduler import Load, SchedulerConfig
 from orchestrator.text import Text
 
 STEPS = 100_000
 LIMITS = SchedulerConfig(num_blocks=10**6, max_num_seqs=4096, max_model_len=4096)
+FEW = replace(LIMITS, max_num_seqs=32)  # for a replica that can be overloaded
+QUEUE = QueueLimits(requests=64)
+TOKENS = 16  # of an answer
 
 
 class Numbers:
@@ -54,10 +61,10 @@ class Numbers:
 
 
 class Ticking:
-    """A replica that gives every request a token a step."""
+    """A replica that gives every request a token a step, `most` of them at a time."""
 
-    def __init__(self, step_s: float, times: mmap.mmap | None = None) -> None:
-        self._step_s, self._times = step_s, times
+    def __init__(self, step_s: float, most: int, times: mmap.mmap | None = None) -> None:
+        self._step_s, self._most, self._times = step_s, most, times
         self._left: dict[str, int] = {}
         self._work = asyncio.Event()
 
@@ -78,7 +85,7 @@ class Ticking:
             await asyncio.sleep(due_s - time.monotonic())
             tokens = []
             step = (step + 1) % STEPS
-            for request_id, left in list(self._left.items()):
+            for request_id, left in list(islice(self._left.items(), self._most)):
                 reason = FinishReason.LENGTH if left == 1 else None
                 tokens.append(Token(request_id, step, reason))
                 if reason is None:
@@ -95,8 +102,10 @@ class Ticking:
         return Load(0, len(self._left), 0, 0, 0)
 
 
-def coordinator(replica: Ticking) -> Coordinator:
-    return Coordinator([replica], LIMITS, vocab=STEPS, text=cast(Text, Numbers()))
+def coordinator(step_s: float, limits: SchedulerConfig, times: mmap.mmap | None = None) -> Coordinator:
+    replica = Ticking(step_s, limits.max_num_seqs, times)
+    queue = QueueLimits() if limits is LIMITS else QUEUE
+    return Coordinator([replica], limits, vocab=STEPS, text=cast(Text, Numbers()), queue=queue)
 
 
 # --- the coordinator alone --------------------------------------------------------------------------------------
@@ -104,7 +113,7 @@ def coordinator(replica: Ticking) -> Coordinator:
 
 async def _coordinator_cost(requests: int, tokens: int) -> float:
     """CPU seconds of so many requests at once."""
-    async with coordinator(Ticking(0.0)) as made:
+    async with coordinator(0.0, LIMITS) as made:
         sampling = SamplingParams(max_tokens=tokens)
         begun_s = time.process_time()
         await asyncio.gather(*(made.complete([1] * 128, sampling) for _ in range(requests)))
@@ -127,11 +136,13 @@ def coordinator_cost() -> dict[str, float]:
 # --- over HTTP -----------------------------------------------------------------------------------------------------
 
 
-def _serve(listener: socket.socket, step_s: float, times_path: str, profile: str | None) -> None:
+def _serve(
+    listener: socket.socket, step_s: float, limits: SchedulerConfig, times_path: str, profile: str | None
+) -> None:
     async def serve() -> None:
         with Path(times_path).open("r+b") as file:
             times = mmap.mmap(file.fileno(), 0)
-        async with coordinator(Ticking(step_s, times)) as made:
+        async with coordinator(step_s, limits, times) as made:
             service = Service(made, ["m"], {}, Facts("m", "tp1", 1, {}))
             await serve_http(service, listener, keys=[], progress=Progress(quiet=True), drain_s=1)
 
@@ -233,13 +244,13 @@ class Whole(asyncio.Protocol):
 
 
 async def _requests(
-    port: int, rate: float | None, seconds: float, tokens: int, ideal_s: float
+    port: int, rate: float | None, seconds: float, tokens: int, ideal_s: float, connections: int = 64
 ) -> dict[str, float]:
-    """`rate` a second, whether the last were answered or not; None: as many as 64 connections take."""
+    """`rate` a second, whether the last were answered or not; None: as many as the connections take."""
     loop = asyncio.get_running_loop()
     body = json.dumps({"prompt": "x" * 64, "max_tokens": tokens}).encode()
     free: asyncio.LifoQueue[Whole] = asyncio.LifoQueue()
-    for _ in range(64 if rate is None else 256):
+    for _ in range(connections if rate is None else 256):
         _, made = await loop.create_connection(lambda: Whole(body), "127.0.0.1", port)
         free.put_nowait(made)
     late_s: list[float] = []
@@ -258,7 +269,7 @@ async def _requests(
             while time.monotonic() - begun_s < seconds:
                 await one()
 
-        asked = [asyncio.create_task(closed()) for _ in range(64)]
+        asked = [asyncio.create_task(closed()) for _ in range(connections)]
     else:
         for i in range(int(rate * seconds)):
             await asyncio.sleep(max(0.0, begun_s + i / rate - time.monotonic()))
@@ -273,22 +284,84 @@ async def _requests(
     }
 
 
-def over_http(what: str, step_s: float, profile: str | None, ask: Any) -> dict[str, float]:
+async def _overload(port: int, pid: int, seconds: float, step_s: float) -> dict[str, float]:
+    """Ten times what the replica can do, beside a queue that is full and refuses nobody."""
+    loop = asyncio.get_running_loop()
+    body = json.dumps({"prompt": "x" * 64, "max_tokens": TOKENS}).encode()
+    full = FEW.max_num_seqs + max(1, int(FEW.max_num_seqs * AHEAD)) + (QUEUE.requests or 0)
+    free: asyncio.LifoQueue[Whole] = asyncio.LifoQueue()
+    for _ in range(4 * full):
+        _, made = await loop.create_connection(lambda: Whole(body), "127.0.0.1", port)
+        free.put_nowait(made)
+    late_s: dict[bytes, list[float]] = {b"200": [], b"429": []}
+
+    async def one() -> None:
+        connection = await free.get()
+        begun_s = time.monotonic()
+        status = await connection.ask()
+        late_s[status].append(time.monotonic() - begun_s)
+        free.put_nowait(connection)
+
+    async def again_and_again(end_s: float) -> None:
+        while time.monotonic() < end_s:
+            await one()
+
+    end_s = time.monotonic() + seconds / 2
+    await asyncio.gather(*(again_and_again(end_s) for _ in range(full)))
+    # All of them came at once at first, so that the later ones are what a full queue costs.
+    full_s = sorted(late_s[b"200"][full:])
+    refused_before = len(late_s[b"429"])
+    late_s = {b"200": [], b"429": []}
+    before_mb, rate = _resident_mb(pid), 10 * FEW.max_num_seqs / (TOKENS * step_s)
+    begun_s, asked = time.monotonic(), set[asyncio.Task[None]]()
+    for i in range(int(rate * seconds)):
+        await asyncio.sleep(max(0.0, begun_s + i / rate - time.monotonic()))
+        task = asyncio.create_task(one())
+        asked.add(task)
+        task.add_done_callback(asked.discard)
+    took_s = time.monotonic() - begun_s
+    await asyncio.gather(*asked)
+    taken, refused = sorted(late_s[b"200"]), sorted(late_s[b"429"])
+    decode_s = (TOKENS - 1) * step_s
+    ttft_full, ttft = (found[int(len(found) * 0.99)] - decode_s for found in (full_s, taken))
+    return {
+        "refused while the queue was just full": refused_before,
+        "asked/s": (len(taken) + len(refused)) / took_s,
+        "taken/s": len(taken) / took_s,
+        "429 p50 ms": refused[len(refused) // 2] * 1e3,
+        "429 p99 ms": refused[int(len(refused) * 0.99)] * 1e3,
+        "TTFT p99 of a full queue, ms": ttft_full * 1e3,
+        "TTFT p99 of what was taken, ms": ttft * 1e3,
+        "their ratio": ttft / ttft_full,
+        "memory of the server before, MB": before_mb,
+        "memory of the server after, MB": _resident_mb(pid),
+    }
+
+
+def _resident_mb(pid: int) -> float:
+    found = re.search(r"VmRSS:\s+(\d+)", Path(f"/proc/{pid}/status").read_text())
+    assert found is not None
+    return int(found[1]) / 1e3
+
+
+def over_http(
+    what: str, step_s: float, profile: str | None, ask: Any, limits: SchedulerConfig = LIMITS
+) -> dict[str, float]:
     with tempfile.NamedTemporaryFile() as file:
         file.write(bytes(8 * STEPS))
         file.flush()
         times = mmap.mmap(file.fileno(), 0)
         listener = socket.create_server(("127.0.0.1", 0), backlog=2048)
         server = multiprocessing.get_context("fork").Process(
-            target=_serve, args=(listener, step_s, file.name, profile)
+            target=_serve, args=(listener, step_s, limits, file.name, profile)
         )
         server.start()
         port = listener.getsockname()[1]
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
-                loop.run(_requests(port, None, 0.5, 2, 0.0))  # warm
+                loop.run(_requests(port, None, 0.5, 2, 0.0, connections=8))  # warm
                 before_s = Path(f"/proc/{server.pid}/stat").read_text().split()[13:15]
-                found = loop.run(ask(port, times))
+                found = loop.run(ask(port, times, server.pid))
                 after_s = Path(f"/proc/{server.pid}/stat").read_text().split()[13:15]
         finally:
             server.terminate()
@@ -300,9 +373,10 @@ def over_http(what: str, step_s: float, profile: str | None, ask: Any) -> dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=("coordinator", "streams", "rate", "most"))
+    parser.add_argument("--only", choices=("coordinator", "streams", "rate", "most", "overload"))
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--seconds", type=float, default=10.0, help="of the overload")
     parser.add_argument("--profile", help="a file for cProfile's figures of the server")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
@@ -312,15 +386,20 @@ def main() -> None:
         found |= coordinator_cost()
     if args.only in (None, "streams"):
         name = f"{args.streams} streams"
-        found |= over_http(name, step_s, args.profile, lambda p, t: _streams(p, t, args.streams, args.tokens))
+        found |= over_http(
+            name, step_s, args.profile, lambda p, t, _: _streams(p, t, args.streams, args.tokens)
+        )
     if args.only in (None, "rate"):
         found |= over_http(
-            "400 req/s", 0.005, args.profile, lambda p, _: _requests(p, 400, 5, 16, 16 * 0.005)
+            "400 req/s", 0.005, args.profile, lambda p, *_: _requests(p, 400, 5, 16, 16 * 0.005)
         )
     if args.only in (None, "most"):
         found |= over_http(
-            "64 at once", 0.001, args.profile, lambda p, _: _requests(p, None, 5, 16, 16 * 0.001)
+            "64 at once", 0.001, args.profile, lambda p, *_: _requests(p, None, 5, 16, 16 * 0.001)
         )
+    if args.only in (None, "overload"):
+        overload = lambda p, _, pid: _overload(p, pid, args.seconds, 0.05)  # noqa: E731
+        found |= over_http("10 × capacity", 0.05, args.profile, overload, FEW)
     for name, value in found.items():
         print(f"{name:60} {value:10.2f}")
 

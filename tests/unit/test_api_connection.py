@@ -66,6 +66,7 @@ async def test_headers_without_end_are_cut_off() -> None:
 
 def test_a_head_that_never_comes_costs_its_connection(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "HEAD_S", 0.05)
+    monkeypatch.setattr(connection, "IDLE_S", 0.05)
 
     @in_loop
     async def wait() -> None:

@@ -6,8 +6,10 @@ import argparse
 import asyncio
 import shutil
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from launch.batch import check_output, errors_path, told_of
@@ -26,6 +28,7 @@ LOOK_S = 0.25  # between two looks at how far it is
 def run_here(args: argparse.Namespace, source: Source) -> int:
     import msgspec
 
+    from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
     from launch.progress import Progress
     from launch.serve import conditions_of, planned
@@ -39,6 +42,8 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
     endpoint = endpoint_of(source)
     dims, options = layout(args), engine_options(args)
     check_blocks(options)
+    generation = read_generation(options.source)
+    options = replace(options, spec=generation.applied(options.spec), grammars=True)
     directory: Path = args.job_dir or args.output.with_suffix(".job")
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -65,7 +70,10 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
         cluster(options, candidate.dims.world_size, progress) as found,
         deployment(found, candidate.dims, options, progress, shards=candidate.shards) as served,
     ):
-        counts = asyncio.run(_answer(path, endpoint, examined, directory, served, options, text, progress))
+        answering = _answer(
+            path, endpoint, examined, directory, served, options, generation.sampling, text, progress
+        )
+        counts = asyncio.run(answering)
     for name, to in ((OUTPUT, args.output), (ERRORS, errors_path(args.output))):
         if name == OUTPUT or counts["failed"]:
             shutil.copyfile(directory / name, to)
@@ -80,6 +88,7 @@ async def _answer(
     directory: Path,
     served: Deployment,
     options: EngineOptions,
+    defaults: Mapping[str, Any],
     text: Text | None,
     progress: Progress,
 ) -> dict[str, int]:
@@ -95,7 +104,7 @@ async def _answer(
         progress.say(f"{before} of {examined.lines} requests were answered before")
     async with served.coordinator(options, text) as coordinator:
         facts = Facts(options.source.name, served.dims.name, served.dims.world_size, {})
-        service = Service(coordinator, [options.source.name], {}, facts)
+        service = Service(coordinator, [options.source.name], {}, facts, defaults=defaults)
         window = 2 * served.limits.max_num_seqs * served.dims.dp
         job = Job(path, examined, journal, answerer(service, endpoint, ""), window=window)
         running = asyncio.create_task(job.run())

@@ -21,6 +21,7 @@ from cluster.errors import BadLayout, NoFeasiblePlan, UserError
 if TYPE_CHECKING:
     from cluster.topology import Topology
     from launch.api.metrics import Facts
+    from launch.generation_config import GenerationConfig
     from launch.options import EngineOptions
     from launch.progress import Progress
     from orchestrator.text import Text
@@ -68,6 +69,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="files and batches; default: one a port, in ~/.local/state",
     )
+    http.add_argument(
+        "--no-generation-config",
+        action="store_true",
+        help="OpenAI's sampling defaults, not those of the model's generation_config.json",
+    )
     http.add_argument("--access-log", action="store_true", help="a line a request")
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument(
@@ -96,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from launch.api.tools import form_of
+    from launch.generation_config import GenerationConfig
+    from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
     from launch.progress import Progress
@@ -110,11 +118,13 @@ def run(args: argparse.Namespace) -> int:
     with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
         options = replace(engine_options(args), grammars=True)
         check_blocks(options)
+        generation = GenerationConfig() if args.no_generation_config else read_generation(options.source)
+        options = replace(options, spec=generation.applied(options.spec))
         text = text_of(options.source)
         threading.Thread(target=importlib.import_module, args=("xgrammar",), daemon=True).start()  # seconds
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
-        return _serve(args, listener, store, keys, options, text, chosen, workload, progress)
+        return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
 
 
 def _check_bounds(args: argparse.Namespace) -> None:
@@ -232,6 +242,7 @@ def _serve(
     store: Path,
     keys: list[str],
     options: EngineOptions,
+    generation: GenerationConfig,
     text: Text | None,
     chosen: Layout,
     workload: Workload,
@@ -260,7 +271,13 @@ def _serve(
             queue = QueueLimits(args.max_queue, args.max_queue_tokens)
             async with served.coordinator(options, text, queue) as coordinator:
                 service = Service(
-                    coordinator, names, told, facts, args.request_timeout, args.tool_call_parser
+                    coordinator,
+                    names,
+                    told,
+                    facts,
+                    args.request_timeout,
+                    args.tool_call_parser,
+                    generation.sampling,
                 )
                 files = FileStore(store / "files")
                 conditions = conditions_of(options)

@@ -43,7 +43,7 @@ def sampling_of(
 ) -> SamplingParams:
     """`max_tokens` None: as many as the context holds. Raises BadRequest."""
     room = max(1, context_of(service) - prompt_tokens)
-    sampling = sampling_params(asked, room if max_tokens is None else max_tokens, logprobs)
+    sampling = sampling_params(asked, room if max_tokens is None else max_tokens, logprobs, service.defaults)
     if not asked.bad_words:
         return sampling
     return msgspec.structs.replace(sampling, bad_words_ids=_bad_words(asked.bad_words, service.text()))

@@ -5,6 +5,7 @@ A field that we do not know is let through, as vLLM does, and named in the respo
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
@@ -205,18 +206,20 @@ class DetokenizeRequest(Open):
     tokens: TokenIds
 
 
-def sampling_params(asked: Sampling, max_tokens: int, logprobs: int | None) -> SamplingParams:
-    """OpenAI's defaults where nothing is said. Raises BadRequest."""
+def sampling_params(
+    asked: Sampling, max_tokens: int, logprobs: int | None, defaults: Mapping[str, Any]
+) -> SamplingParams:
+    """Where nothing is said the model's defaults, then OpenAI's. Raises BadRequest."""
     _refuse_what_we_lack(asked)
     stop = asked.stop if asked.stop is not None else ()
     return SamplingParams(
         max_tokens=max_tokens,
         min_tokens=_or(asked.min_tokens, 0),
-        temperature=_or(asked.temperature, 1.0),
-        top_k=_or(asked.top_k, 0),
-        top_p=_or(asked.top_p, 1.0),
-        min_p=_or(asked.min_p, 0.0),
-        repetition_penalty=_or(asked.repetition_penalty, 1.0),
+        temperature=_or(asked.temperature, defaults.get("temperature", 1.0)),
+        top_k=_or(asked.top_k, defaults.get("top_k", 0)),
+        top_p=_or(asked.top_p, defaults.get("top_p", 1.0)),
+        min_p=_or(asked.min_p, defaults.get("min_p", 0.0)),
+        repetition_penalty=_or(asked.repetition_penalty, defaults.get("repetition_penalty", 1.0)),
         presence_penalty=_or(asked.presence_penalty, 0.0),
         frequency_penalty=_or(asked.frequency_penalty, 0.0),
         seed=asked.seed,

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from cluster.errors import BadRequest
 from launch.api.errors import ApiError
@@ -24,6 +25,7 @@ class Service:
     facts: Facts
     timeout_s: float | None = None  # a request's deadline where it brings none
     tool_parser: str | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)  # of sampling fields
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property

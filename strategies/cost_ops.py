@@ -22,6 +22,7 @@ PROBED_COMPUTE = 0.80
 MOST = 0.98  # of any rate that a kernel is taken to reach
 ROUNDING = 3.0  # exponent of the mean that joins bytes' and FLOPs' times
 LEAST_ROWS = 8  # of a tensor core's tile
+WIDENED = 0.85  # of plain products' FLOP/s that kernels reach which widen small weights first (Marlin at large batches)
 WEIGHT_ONLY_TILE = 16  # rows that kernels of small weights pad an expert's tokens to, at least (Marlin)
 LATENT_COMPUTE = 0.5  # of FLOP/s that decode attention over a latent cache reaches: all heads share one row
 
@@ -134,7 +135,10 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
     read = n_bytes / r.reading(k.weights[p.width] * engine.reads * r.reads)
     slower = 1 + (engine.prompts - 1) * prompt_share
-    computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, k.compute[p.width] / slower)
+    share = k.compute[p.width]
+    if p.width is not Width.FULL and p.compute in BYTES_PER_ELEMENT:  # small weights, widened in the kernel
+        share = k.compute[Width.FULL] * WIDENED
+    computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, share / slower)
     return joined(read, computed)
 
 
@@ -169,7 +173,10 @@ def experts_s(place: Placement, shard: Shard, tokens: float, r: Rates, compute: 
     )
     tile = k.expert_tile if kept.compute is not None else WEIGHT_ONLY_TILE
     flops = own * 2 * params * max(each, tile)
-    computed = flops / r.computing(compute, k.expert_compute[kept.width])
+    share = k.expert_compute[kept.width]
+    if kept.compute is None and kept.width is not Width.FULL:
+        share = k.expert_compute[Width.FULL] * WIDENED
+    computed = flops / r.computing(compute, share)
     read, extra = joined(read * engine.experts, computed * engine.experts)
     moved = 3 * everyone * e.per_token / dims.ep * place.spec.hidden * BYTES_PER_ELEMENT[place.dtype]
     return mixtures * (read + moved / r.bandwidth), mixtures * extra

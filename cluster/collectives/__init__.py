@@ -53,8 +53,8 @@ class Collectives(Protocol):
     def send_to_first(self, tensor: torch.Tensor) -> None:
         """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
 
-    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """On the first stage: the next tensor that the last sends."""
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
+        """On the first stage: starts receiving what the last sends, in its order."""
 
     def leave(self) -> None:
         """Cut the wires. Nothing may be sent or received after it."""

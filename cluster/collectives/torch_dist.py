@@ -48,7 +48,7 @@ def free_port(host: str = "127.0.0.1") -> int:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """A tensor that is being summed (satisfies collectives.Incoming)."""
+    """A tensor that is being received or summed (satisfies collectives.Incoming)."""
 
     tensor: torch.Tensor
     work: dist.Work | None
@@ -215,14 +215,9 @@ class TorchCollectives:
         On a GPU its kernel runs once all before it on the stream has, so that it holds no processor that the layers
         of an earlier batch could use. The sender's does meanwhile, if it is ahead, and then it can spare them.
         """
-        return self._recv(shape, dtype, src, None)
-
-    def _recv(
-        self, shape: tuple[int, ...], dtype: torch.dtype, src: int, group: dist.ProcessGroup | None
-    ) -> torch.Tensor:
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
         try:
-            dist.recv(tensor, src, group=group)
+            dist.recv(tensor, src)
         except RuntimeError as error:
             raise _gang_died(f"receive of {list(shape)} from rank {src}", self.rank, error) from error
         return tensor
@@ -231,9 +226,17 @@ class TorchCollectives:
         """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
         self._send(tensor, self._first, self._ends)
 
-    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        """On the first stage: the next tensor that the last sends."""
-        return self._recv(shape, dtype, self._last, self._ends)
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
+        """On the first stage: starts receiving what the last sends, in its order.
+
+        It must be started though nothing needs it yet: the last stage's kernel spins until it is, and what waits there
+        for the whole device, as pinning memory may, would wait for ever.
+        """
+        tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        try:
+            return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
+        except RuntimeError as error:
+            raise _gang_died(f"receive of {list(shape)} from rank {self._last}", self.rank, error) from error
 
     def leave(self) -> None:
         """Finish what is being sent and cut the wires. A peer that died is no error here."""
@@ -330,7 +333,7 @@ def _try_wires(collectives: TorchCollectives, tp: int, device: torch.device) -> 
     if collectives.world_size > tp and collectives.next_rank is None:
         collectives.send_to_first(torch.tensor([float(rank)], device=device))
     if collectives.world_size > tp and collectives.previous_rank is None:
-        got = int(collectives.recv_from_last((1,), torch.float32).item())
+        got = int(collectives.recv_from_last((1,), torch.float32).landed().item())
         if got != rank + collectives.world_size - tp:
             raise GangDied(f"rank {rank}: received {got} from the last stage, not its rank: {_CORRUPT}")
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cluster.collectives import Collectives
+from cluster.collectives import Collectives, Incoming
 from orchestrator.engine import ops
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
@@ -54,9 +54,7 @@ H100 some 12 ms, no longer than launching 300 kernels one by one takes the host.
 OVERLAP_TOKENS = 2048
 """Steps of so many tokens run in two parts where ranks sum up, so that one's sums travel while the other computes."""
 
-MOST_ON_THEIR_WAY = 4
-"""Steps whose tokens the first stage has not taken in, since no step needed them: fewer than the last stage may have
-sent in vain."""
+MOST_ON_THEIR_WAY = 16  # steps whose tokens the first stage has not looked at: no step needed them
 
 
 def decode_sizes(max_num_seqs: int) -> list[int]:
@@ -93,8 +91,8 @@ class CudaRunner:
         self._sizes = decode_sizes(self._max_num_seqs)
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
         self._make_buffers()
-        # Slots of the steps whose tokens are still to be received from the last stage.
-        self._on_their_way: deque[list[int]] = deque()
+        # Tokens from the last stage, and their slots.
+        self._on_their_way: deque[tuple[list[int], Incoming]] = deque()
 
     def _make_buffers(self) -> None:
         """What captured steps read and write: always at the same places, since graphs hold them."""
@@ -313,20 +311,19 @@ class CudaRunner:
         """On the first stage: what the step samples comes back from the last."""
         slots = [row.slot for row in rows if row.samples]
         if self.shard.is_first and slots:
-            self._on_their_way.append(slots)
+            self._on_their_way.append((slots, self.collectives.recv_from_last((len(slots),), torch.int64)))
 
     def _await_tokens(self, rows: Sequence[Row]) -> None:
-        """Receives the tokens that these rows need, and those before them; no earlier, lest NCCL's kernel hold a
-        processor of the GPU for as long as they are not there: FlashInfer's attention took half as long again."""
+        """Puts down what has come of tokens that these rows need, and what came before it."""
         if not self._on_their_way:
             return
         unknown = {row.slot for row in rows if self.slots.is_ahead(row)}
-        needed = [i for i, slots in enumerate(self._on_their_way) if not unknown.isdisjoint(slots)]
+        needed = [i for i, (slots, _) in enumerate(self._on_their_way) if not unknown.isdisjoint(slots)]
         late = len(self._on_their_way) - MOST_ON_THEIR_WAY
         for _ in range(max(late, needed[-1] + 1 if needed else 0)):
-            slots = self._on_their_way.popleft()
-            tokens_R = self.collectives.recv_from_last((len(slots),), torch.int64)
-            self._keep(tokens_R, to_device(np.array(slots, dtype=np.int32), self._device))
+            slots, incoming = self._on_their_way.popleft()
+            index = to_device(np.array(slots, dtype=np.int32), self._device)
+            self._keep(incoming.landed(), index)
 
     def _send(self, hidden_TE: Tensor) -> None:
         assert self.collectives.next_rank is not None

@@ -5,18 +5,17 @@ from __future__ import annotations
 import argparse
 import fcntl
 import hashlib
-import importlib
 import ipaddress
 import os
 import socket
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import BadLayout, NoFeasiblePlan, UserError
+from cluster.errors import BadLayout, BadRequest, NoFeasiblePlan, UserError
 
 if TYPE_CHECKING:
     from cluster.topology import Topology
@@ -121,10 +120,20 @@ def run(args: argparse.Namespace) -> int:
         generation = GenerationConfig() if args.no_generation_config else read_generation(options.source)
         options = replace(options, spec=generation.applied(options.spec))
         text = text_of(options.source)
-        threading.Thread(target=importlib.import_module, args=("xgrammar",), daemon=True).start()  # seconds
+        threading.Thread(target=_warm_up, args=(text,), daemon=True).start()
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
         return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
+
+
+def _warm_up(text: Text | None) -> None:
+    """What the first request else waits for, and everybody with it: imports and tables, seconds of them."""
+    import xgrammar  # noqa: F401  brings transformers
+
+    if text is not None:
+        len(text.pieces or ())
+        with suppress(BadRequest):  # it may have no template, or one that wants more
+            text.encode_chat([{"role": "user", "content": "Hello"}])
 
 
 def _check_bounds(args: argparse.Namespace) -> None:

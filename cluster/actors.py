@@ -122,6 +122,10 @@ class Cluster:
         self._gangs += gangs
         return gangs
 
+    def count(self, device: str) -> int:
+        """Devices of all nodes, free or not."""
+        return int(ray.cluster_resources().get(_RESOURCE[device], 0))
+
     def close(self) -> None:
         """Kill our gangs; end the cluster if it is ours. Returns when nothing is left; can be repeated."""
         for gang in self._gangs:

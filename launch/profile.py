@@ -41,6 +41,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write it there too, for `plan --on FILE` anywhere: .json has all, .yaml is a recipe to edit",
     )
     parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        help="describe the nodes of this Ray cluster instead, without timing them: with --out FILE.yaml",
+    )
+    parser.add_argument(
         "--device",
         choices=("auto", "cpu", "cuda"),
         default="auto",
@@ -51,6 +56,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     out = _checked(args.out)
     progress = Progress()
+    if args.address is not None:
+        return _report_nodes(args, out, progress)
     topology = discover(
         device=None if args.device == "auto" else args.device,
         peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
@@ -67,6 +74,23 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(to_json(profile, proof), indent=1))
     else:
         show(profile, proof)
+    return 0
+
+
+def _report_nodes(args: argparse.Namespace, out: File | None, progress: Progress) -> int:
+    """The nodes of a Ray cluster as one machine, by what their drivers say: nothing is timed."""
+    from launch.nodes import cluster_machine
+
+    if out is None or out.suffix != ".yaml":
+        raise UserError(f"--address {args.address} times nothing: add --out FILE.yaml, a recipe to plan on")
+    topology = cluster_machine(args.address, None if args.device == "auto" else args.device, progress)
+    text = to_recipe(
+        topology, f"By what the nodes of {args.address} report: nothing is measured, least the network."
+    )
+    write_whole(text.encode(), out)
+    print(
+        json.dumps({"machine": topology.name, "out": str(out)}) if args.json else text, end="\n" * args.json
+    )
     return 0
 
 

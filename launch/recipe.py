@@ -17,8 +17,9 @@ def to_recipe(topology: Topology, comment: str) -> str:
     """YAML with every figure of devices and links. Raises BadRecipe where nodes differ, which a recipe cannot say."""
     machine: dict[str, Any] = {"name": topology.name}
     nodes = list(dict.fromkeys(device.node for device in topology.devices))
-    rows = [[_device(d) for d in topology.devices if d.node == node] for node in nodes]
-    if any(row != rows[0] for row in rows):
+    counts = {len([d for d in topology.devices if d.node == node]) for node in nodes}
+    rows = _like_the_fullest([[_device(d) for d in topology.devices if d.node == node] for node in nodes])
+    if len(counts) > 1 or any(row != rows[0] for row in rows):
         raise BadRecipe(f"{topology.name} has nodes that differ; a recipe describes nodes that are alike")
     if len(nodes) > 1:
         machine["nodes"] = len(nodes)
@@ -28,6 +29,12 @@ def to_recipe(topology: Topology, comment: str) -> str:
         {"machine": machine}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
     )
     return "".join(f"# {line}\n" for line in comment.splitlines()) + text
+
+
+def _like_the_fullest(nodes: list[list[dict[str, Any]]]) -> list[list[dict[str, Any]]]:
+    """Memory that others hold differs from node to node: each device is given what its fullest counterpart has left."""
+    held = [max(row["reserved_gb"] for row in places) for places in zip(*nodes, strict=False)]
+    return [[{**row, "reserved_gb": gb} for row, gb in zip(node, held, strict=False)] for node in nodes]
 
 
 def _device(device: Device) -> dict[str, Any]:

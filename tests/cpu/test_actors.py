@@ -14,7 +14,11 @@ import pytest
 from cluster import guard
 from cluster.actors import Cluster
 from cluster.channel import Via
+from cluster.discover import discover
 from cluster.errors import BadLayout, GangDied, PlacementFailed, WorkerFailed
+from cluster.topology import LinkKind
+from launch.nodes import ask_nodes
+from launch.progress import Progress
 from tests.hosted import Parrot, Talker, Unwilling
 from tests.hosts import PATIENCE_S, gone, head_address, second_node
 
@@ -203,8 +207,9 @@ def test_no_cluster_there_is_said_in_seconds(address, message):
     assert time.monotonic() - start_s < 5
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def two_nodes(cluster):
+    """For the last tests here: the others count the slots of one node."""
     with second_node(2):
         yield
 
@@ -226,3 +231,23 @@ def test_a_gang_on_two_nodes_talks_over_sockets_and_dies_as_one(cluster, lasting
     with pytest.raises(GangDied, match=r"worker 3 .* died: killed or crashed"):
         gang.call(1, "recv", PATIENCE_S).result(PATIENCE_S)
     assert gone(gang)
+
+
+def test_each_node_is_asked_what_it_has(cluster, two_nodes):
+    """Of slots that the other tests leave free, two on either."""
+
+    class Free:
+        acquire = staticmethod(cluster.acquire)
+
+        def count(self, device):
+            return 4 if device == "cpu" else 0
+
+    machine = ask_nodes(Free(), "both", None, Progress(quiet=True))
+    nodes = [device.node for device in machine.devices]
+    here = discover(device="cpu").devices
+    assert len(set(nodes)) == 2
+    assert len(nodes) == 2 * len(here)
+    assert {device.memory_bytes for device in machine.devices} == {here[0].memory_bytes}
+    assert machine.link(0, len(nodes) - 1).kind is LinkKind.NETWORK
+    if len(here) > 1:
+        assert machine.link(0, 1).kind is LinkKind.LOOPBACK

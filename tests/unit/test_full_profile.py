@@ -192,7 +192,7 @@ def test_json_is_one_object_with_the_proof(
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(profile_command, "discover", lambda **asked: discover(1, binding=dual_h100()))
-    asked = argparse.Namespace(json=True, refresh=False, out=None, device="auto")
+    asked = argparse.Namespace(json=True, refresh=False, out=None, address=None, device="auto")
     assert profile_command.run(asked) == 0
     printed = json.loads(capsys.readouterr().out)
     assert printed["machine"] == "1 × NVIDIA H100 80GB HBM3"
@@ -207,6 +207,7 @@ def test_json_is_one_object_with_the_proof(
         ("--out /nowhere/box.json", "it must be a .json or .yaml file in a directory that exists"),
         ("--out box.txt", "it must be a .json or .yaml file"),
         ("--device cuda", "use --device cpu"),
+        ("--address 10.0.0.1:6379", "add --out FILE.yaml"),
         ("--devices cpu", "the nearest is --device"),
     ],
 )

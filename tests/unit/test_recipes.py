@@ -201,9 +201,20 @@ def test_a_machine_written_as_a_recipe_is_read_back(name, tmp_path):
 
 def test_nodes_that_differ_cannot_be_written():
     machine = read_machine("two-h100-nodes")
-    smaller = replace(machine.devices[0], free_bytes=1)
     with pytest.raises(BadRecipe, match="nodes that differ"):
-        to_recipe(replace(machine, devices=(smaller, *machine.devices[1:])), "")
+        to_recipe(replace(machine, devices=machine.devices[1:]), "")
+    slower = replace(machine.devices[0], bandwidth_bytes_per_s=1e12)
+    with pytest.raises(BadRecipe, match="nodes that differ"):
+        to_recipe(replace(machine, devices=(slower, *machine.devices[1:])), "")
+
+
+def test_nodes_whose_free_memory_differs_are_written_as_the_fullest(tmp_path):
+    machine = read_machine("two-h100-nodes")
+    fuller = replace(machine.devices[9], free_bytes=50 * 10**9)
+    devices = (*machine.devices[:9], fuller, *machine.devices[10:])
+    back = read(tmp_path, to_recipe(replace(machine, devices=devices), ""))
+    assert [back.devices[n].free_bytes for n in (1, 9)] == pytest.approx([50 * 10**9] * 2, abs=2)
+    assert back.devices[0].free_bytes == pytest.approx(machine.devices[0].free_bytes, abs=2)
 
 
 def test_a_profile_stands_for_the_machine_that_was_measured(tmp_path, capsys):

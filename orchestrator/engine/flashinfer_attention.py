@@ -43,6 +43,7 @@ class Pages:
     page_offsets_R1: NDArray[np.int32]  # of each row's first page, in pages_P
     pages_P: NDArray[np.int32]  # the blocks of each row's keys, up to its last token in this step
     last_lengths_R: NDArray[np.int32]  # keys in each row's last page
+    lengths_R: NDArray[np.int32]  # keys of each row
 
 
 def pages_of(rows: Sequence[Row], slots: Slots) -> Pages:
@@ -55,6 +56,7 @@ def pages_of(rows: Sequence[Row], slots: Slots) -> Pages:
         page_offsets_R1=_offsets(pages),
         pages_P=np.concatenate(tables).astype(np.int32),
         last_lengths_R=ends - (pages - 1) * size,
+        lengths_R=ends,
     )
 
 
@@ -116,6 +118,9 @@ class _Plan:
         page_offsets_R1 = pinned(pages.page_offsets_R1, self._device)
         pages_P = pinned(pages.pages_P, self._device)
         last_lengths_R = pinned(pages.last_lengths_R, self._device)
+        # Which it could work out, but in memory that is not pinned: to copy that, CUDA waits for all that the stream
+        # has to do, and the host is no longer ahead.
+        lengths_R = pinned(pages.lengths_R, self._device)
         for window, wrapper in self._wrappers.items():
             wrapper.plan(
                 offsets_R1,
@@ -128,6 +133,7 @@ class _Plan:
                 page_size=block_size,
                 causal=True,
                 sm_scale=spec.head_dim**-0.5,
+                seq_lens=lengths_R,
                 window_left=-1 if window is None else window - 1,  # the keys beside the query's own
                 q_data_type=self._dtype,
                 kv_data_type=self._dtype,

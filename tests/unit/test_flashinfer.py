@@ -146,6 +146,7 @@ def test_a_plan_tells_each_rows_tokens_and_pages(flashinfer: Any) -> None:
     assert wrapper.page_offsets == [0, 2, 5, 8]
     assert wrapper.pages == [9, 2, 13, 1, 6, 7, 0, 3]
     assert wrapper.last == [3, 3, 4]
+    assert wrapper.asked["seq_lens"].tolist() == [7, 11, 12]
 
 
 @pytest.mark.parametrize("windows", [(), (5, None)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -43,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--on", metavar="RECIPE", help="a recipe's path or name; default: this machine")
     add_workload_arguments(parser)
+    for flag, of in (("--max-ttft-ms", "the first token"), ("--max-tpot-ms", "each next token")):
+        parser.add_argument(
+            flag, type=float, metavar="MS", help=f"choose no layout that takes longer to {of}"
+        )
     dtypes = ("auto", *BYTES_PER_ELEMENT)
     parser.add_argument(
         "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
@@ -91,7 +96,14 @@ def workload_of(args: argparse.Namespace) -> Workload:
         value = getattr(args, flag)
         if value < 1:
             raise BadRequest(f"--{flag.replace('_', '-')} is {value}; it must be at least 1")
-    return Workload(args.prompt_tokens, args.output_tokens, args.concurrency, Objective(args.objective))
+    limits = []
+    for flag in ("max_ttft_ms", "max_tpot_ms"):
+        limit = getattr(args, flag, None)
+        if limit is not None and not (math.isfinite(limit) and limit > 0):
+            raise BadRequest(f"--{flag.replace('_', '-')} is {limit:g}; it must be above 0")
+        limits.append(None if limit is None else limit / 1e3)
+    lengths = (args.prompt_tokens, args.output_tokens, args.concurrency)
+    return Workload(*lengths, Objective(args.objective), most_ttft_s=limits[0], most_tpot_s=limits[1])
 
 
 def named_layouts(names: str | None) -> list[Layout] | None:
@@ -164,7 +176,6 @@ def candidate_to_json(candidate: Candidate) -> dict[str, object]:
         "reason": candidate.reason,
         "predicted": _predicted(candidate),
         "breakdown": _shares(candidate),
-        "planned_only": candidate.not_runnable,
     }
 
 
@@ -217,7 +228,7 @@ def show(made: Plan, workload: Workload, title: str) -> None:
     parts += rejections(made)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
-    elif any(candidate.feasible for candidate in made.candidates):
+    elif not any(candidate.feasible and candidate.not_runnable is None for candidate in made.candidates):
         parts.append("Nothing that this version runs fits; what is marked * is planned only.")
     parts.append(bullets(made.explanation))
     wide = Console(highlight=False, markup=False)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import pairwise
 
+from cluster.topology import Provenance
 from strategies.cost import estimate, score
 from strategies.place import count
 from strategies.plan import Candidate, Estimate, Placement
@@ -34,7 +36,33 @@ def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -
         sentences.append(_why_it_lost(best, ranked[1][0], workload))
     rivals = _rivals([p for _, p in ranked])
     crossings = (_concurrency_crossing(placement, rivals, workload), _link_crossing(rivals, workload))
-    return (*sentences, *(crossing for crossing in crossings if crossing))
+    told = [crossing for crossing in crossings if crossing]
+    return (*sentences, *told, _how_sure(placement))
+
+
+_SPREAD = {Provenance.MEASURED: 10, Provenance.TABLE: 15, Provenance.DATASHEET: 25}
+"""Percent that predictions may be off by where a machine's figures come from so (docs/accuracy.md)."""
+_SOURCES = {
+    Provenance.MEASURED: "what was measured here",
+    Provenance.TABLE: "tables of like ones",
+    Provenance.DATASHEET: "their data sheets",
+}
+
+
+def _how_sure(placement: Placement) -> str:
+    """Where the figures of devices and links come from, and how far off predictions made of them may be."""
+    devices = {placement.topology.devices[i].provenance for i in placement.devices}
+    links = {placement.topology.link(a, b).provenance for a, b in pairwise(placement.devices)}
+    said = f"Devices are taken by {_joined(devices)}"
+    if links:
+        said += f", links by {_joined(links)}"
+    spread = max(_SPREAD[source] for source in devices | links)
+    way = "" if spread == _SPREAD[Provenance.MEASURED] else "; `shardwise profile` on the machine narrows it"
+    return f"{said}: times may be {spread} % off{way}."
+
+
+def _joined(sources: set[Provenance]) -> str:
+    return " and ".join(_SOURCES[source] for source in sorted(sources))
 
 
 def explain_planned_only(

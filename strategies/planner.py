@@ -9,7 +9,7 @@ from dataclasses import replace
 from cluster.errors import BadLayout
 from cluster.topology import Topology
 from strategies.cost import estimate, score
-from strategies.explain import explain, explain_planned_only
+from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
@@ -57,15 +57,23 @@ def plan(
     feasible = [(c, p) for c, p in judged if p is not None and c.feasible]
     feasible.sort(key=lambda pair: _rank(pair[0], workload))
     runs = [(c, p) for c, p in feasible if c.not_runnable is None]
+    chosen = runs[0][0] if runs and not over_limits(runs[0][0].estimate, workload) else None
     planned = [(c, p) for c, p in feasible if c.not_runnable is not None]
     sentences: tuple[str, ...] = ()
     if runs:
         sentences = explain(runs, workload)
+        if chosen is None:
+            nearest = runs[0][0]
+            missed = " and ".join(over_limits(nearest.estimate, workload))
+            sentences = (
+                f"No layout that runs keeps the limits; {nearest.dims.name} is nearest: {missed}.",
+                *sentences,
+            )
     elif not planned or spec.is_dense:
         sentences = _instead(spec, topology, workload, dtype, layouts, max_model_len)
     sentences += explain_planned_only(planned, runs[0][0] if runs else None, workload)
     candidates = (*(c for c, _ in runs), *(c for c, _ in planned), *(c for c, _ in judged if not c.feasible))
-    return Plan(spec.name, topology.name, candidates, runs[0][0] if runs else None, sentences)
+    return Plan(spec.name, topology.name, candidates, chosen, sentences)
 
 
 def _instead(
@@ -157,11 +165,30 @@ def _judge(
     return replace(put, estimate=made, marked=tuple(_notes(placement, made, workload))), placement
 
 
-def _rank(candidate: Candidate, workload: Workload) -> tuple[float, int, int, int]:
-    """Ties go to fewer devices, then to the layout with fewer parts that talk."""
-    assert candidate.estimate is not None
-    dims = candidate.dims
-    return score(candidate.estimate, dims, workload), dims.world_size, dims.pp, dims.tp
+def _rank(candidate: Candidate, workload: Workload) -> tuple[float, float, int, int, int]:
+    """What keeps the limits first; ties go to fewer devices, then to the layout with fewer parts that talk."""
+    made, dims = candidate.estimate, candidate.dims
+    assert made is not None
+    over = max(
+        made.ttft_s / workload.most_ttft_s if workload.most_ttft_s else 0.0,
+        made.tpot_s / workload.most_tpot_s if workload.most_tpot_s else 0.0,
+        1.0,
+    )
+    return over, score(made, dims, workload), dims.world_size, dims.pp, dims.tp
+
+
+def over_limits(made: Estimate | None, workload: Workload) -> list[str]:
+    """What an estimate misses of the workload's limits, in words; nothing where it keeps them."""
+    if made is None:
+        return []
+    told = []
+    for name, value, limit in (
+        ("first token", made.ttft_s, workload.most_ttft_s),
+        ("each next one", made.tpot_s, workload.most_tpot_s),
+    ):
+        if limit is not None and value > limit:
+            told.append(f"{name} after {ms(value)}, the limit is {ms(limit)}")
+    return told
 
 
 def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator[str]:
@@ -175,3 +202,4 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
     at_once = min(made.kv_tokens // length, placement.engine.max_sequences) * dims.dp
     if at_once < workload.concurrency:
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
+    yield from over_limits(made, workload)

@@ -172,5 +172,7 @@ class Workload:
     objective: Objective = Objective.LATENCY
     steady: bool = False  # so many in flight all the time, each that ends replaced; else they arrive together
     ragged: bool = (
-        False  # answers of many lengths about the mean, so that a batch that arrived together drains slowly
+        False  # answers of many lengths about the mean: a batch that arrived together drains slowly
     )
+    most_ttft_s: float | None = None  # a layout whose requests wait longer is not chosen
+    most_tpot_s: float | None = None

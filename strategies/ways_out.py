@@ -32,7 +32,7 @@ def ways_out(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> tu
         _offload(spec, topology, dtype, length),
         _more_memory(spec, dtype, best, len(topology.devices), length),
     ]
-    return (f"No layout of {spec.name} in {dtype} fits {topology.name}.", *(way for way in ways if way))
+    return (f"No layout of {spec.name} fits {topology.name} in {dtype}.", *(way for way in ways if way))
 
 
 def _splits(devices: int) -> Iterator[tuple[int, int]]:

@@ -46,8 +46,7 @@ def test_json_is_one_object_of_the_contracts_shape(capsys):
     assert plain == {"tp1", "tp2", "pp2", "dp2"}
     assert found["chosen"] == found["candidates"][0]["layout"]
     for candidate in found["candidates"]:
-        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown", "planned_only"]
-        assert (candidate["planned_only"] is None) == ("+" not in candidate["layout"])
+        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown"]
         assert candidate["feasible"]
         assert candidate["reason"] is None
         assert set(candidate["predicted"]) == PREDICTED

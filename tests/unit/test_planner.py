@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 
 from cluster import catalog
-from cluster.topology import LinkKind, Topology
+from cluster.topology import LinkKind, Provenance, Topology
 from strategies.cost import estimate
 from strategies.place import choose_devices, place
 from strategies.plan import ParallelDims, Plan
 from strategies.planner import enumerate_layouts, plan
 from strategies.read_spec import builtin
 from strategies.spec import ModelSpec, Objective, Workload
-from tests.unit.machines import LLAMA_8B, LLAMA_70B, SMOL, box, with_devices
+from tests.unit.machines import LLAMA_8B, LLAMA_70B, SMOL, box, with_devices, with_links
 
 
 def names(made: Plan) -> list[str]:
@@ -273,3 +273,34 @@ def test_64_mixed_nodes_of_eight_are_planned_in_under_ten_seconds():
         }
         assert len(nodes) == 1 or made.chosen.dims.tp > 8
     assert time.process_time() - start < 10
+
+
+def test_limits_come_before_the_objective():
+    machine, asked = box("h100", 8), Workload(concurrency=16, objective=Objective.COST)
+    free = plan(LLAMA_70B, machine, asked, "bfloat16").chosen.estimate
+    limit = free.tpot_s * 0.7
+    made = plan(LLAMA_70B, machine, replace(asked, most_tpot_s=limit), "bfloat16")
+    assert made.chosen is not None and made.chosen.estimate.tpot_s <= limit
+    kept = [c.estimate for c in made.candidates if c.feasible and c.estimate.tpot_s <= limit]
+    cheapest = min(estimate.usd_per_million_tokens for estimate in kept)
+    assert made.chosen.estimate.usd_per_million_tokens == cheapest > free.usd_per_million_tokens
+    none = plan(LLAMA_70B, machine, replace(asked, most_ttft_s=1e-3), "bfloat16")
+    assert none.chosen is None
+    assert re.match(
+        r"No layout that runs keeps the limits; \S+ is nearest: first token after", none.explanation[0]
+    )
+
+
+def test_figures_say_where_they_come_from():
+    made = plan(LLAMA_8B, box("h100", 2), Workload(), "bfloat16")
+    assert made.explanation[-1].startswith(
+        "Devices are taken by their data sheets, links by tables of like ones"
+    )
+    assert "25 % off" in made.explanation[-1]
+    known = with_links(box("h100", 2), provenance=Provenance.MEASURED)
+    said = plan(
+        LLAMA_8B, with_devices(known, provenance=Provenance.MEASURED), Workload(), "bfloat16"
+    ).explanation
+    assert said[-1] == (
+        "Devices are taken by what was measured here, links by what was measured here: times may be 10 % off."
+    )

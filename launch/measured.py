@@ -16,7 +16,7 @@ from launch.config import MAX_DEVICES
 from strategies.cost import estimate, limit_tokens_per_s
 from strategies.cost_memory import memories
 from strategies.engines import Engine, engine
-from strategies.formats import FORMATS, PLAIN, Format
+from strategies.formats import FORMATS, PLAIN, Format, Width
 from strategies.place import gb, place
 from strategies.plan import Estimate, Layout, ParallelDims, Placement
 from strategies.read_spec import builtin
@@ -166,6 +166,8 @@ def serving_case(row: Row) -> Case:
     spec, kept, with_engine = _known(row["model_path"], row["precision"], name)
     if with_engine.eight_bit_kv and kept is not PLAIN:
         kept = replace(kept, kv_bytes=1.0)
+    if kept.width is Width.FOUR:  # published mixtures in 4 bits keep attention in 16
+        kept = replace(kept, experts_only=True)
     dims = serving_dims(row, spec)
     return Case(_placement(spec, dims, kept, with_engine, row["system"], None), _workload(row, steady=True))
 

@@ -140,7 +140,7 @@ def pairs_ranked(pairs: Pairs) -> tuple[int, int]:
     """
     groups: dict[str, list[tuple[float, float | None]]] = {}
     for row, made in pairs:
-        measured = number(row["value"])
+        measured = number(row.get("value", ""))
         if row["group"] and measured is not None:
             groups.setdefault(row["group"], []).append((measured, made.value))
     right = ranked = 0

@@ -15,6 +15,7 @@ from cluster.errors import BadRequest, NoFeasiblePlan
 from cluster.topology import Topology
 from launch.models import spec_of
 from launch.plan import choose_dtype
+from launch.progress import Progress
 from strategies.cost import estimate
 from strategies.formats import FORMATS, PLAIN
 from strategies.money import Cost, Prices, break_even_days, owned, rented
@@ -102,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     spec = spec_of(args.model)
     workload = Workload(args.prompt_tokens, args.output_tokens, steady=True)
     per_s = args.requests_per_day / 86400
+    Progress().say(f"pricing {spec.name} on the catalogue's cards, up to {max(_CARDS)} of each")
     made = offers(spec, workload, per_s, args.peak, prices, args.budget)
     if not made:
         raise NoFeasiblePlan(_nothing(spec, args.budget))

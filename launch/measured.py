@@ -22,13 +22,14 @@ from strategies.plan import Estimate, Layout, ParallelDims, Placement
 from strategies.read_spec import builtin
 from strategies.spec import ModelSpec, Workload
 
+# What a prediction needs. What was measured (ttft_ms and tpot_ms, or value) may be missing, cell by cell or all of it.
 SERVING_COLUMNS = (
     "backend", "model_path", "system", "precision", "isl", "osl", "concurrency", "tp_size", "pp_size",
-    "attention_dp_size", "moe_tp_size", "moe_ep_size", "ttft_ms", "tpot_ms",
+    "attention_dp_size", "moe_tp_size", "moe_ep_size",
 )  # fmt: skip
 LAYOUT_COLUMNS = (
     "group", "gpu", "gpus", "link", "model_path", "weights", "engine", "tp", "pp", "dp", "isl", "osl",
-    "concurrency", "load", "metric", "value",
+    "concurrency", "load", "metric",
 )  # fmt: skip
 
 Row = Mapping[str, str]
@@ -82,7 +83,7 @@ class Prediction:
 
     def figures(self, row: Row) -> Iterator[tuple[str, str, float | None]]:
         """(metric, column of the measured figure, predicted)."""
-        if "tpot_ms" in row:
+        if "system" in row:
             yield "ttft", "ttft_ms", self.ttft_ms
             yield "tpot", "tpot_ms", self.tpot_ms
         else:

@@ -25,9 +25,12 @@ from launch.measured import (
     predict_layout,
     predict_serving,
 )
+from launch.progress import Progress
 
 if TYPE_CHECKING:
     from rich.table import Table
+
+MANY_ROWS = 500  # beyond which pricing takes seconds
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     header, rows = read(Path(args.file))
     kind = kind_of(header, args.file)
-    pairs = [(row, kind.predict(row)) for row in rows]
+    pairs = predict_all(kind, rows)
     if args.out:
         write(Path(args.out), header, kind, pairs)
     summary = summarise(kind.name, pairs)
@@ -73,6 +76,17 @@ def run(args: argparse.Namespace) -> int:
     else:
         show(summary)
     return 0
+
+
+def predict_all(kind: Kind, rows: Sequence[Row]) -> list[tuple[Row, Prediction]]:
+    """Every row with its prediction; a bar where there are so many that it takes seconds."""
+    with Progress(quiet=len(rows) < MANY_ROWS).bar(f"pricing {len(rows):,} rows", unit_is_bytes=False) as bar:
+        pairs = []
+        for i, row in enumerate(rows):
+            pairs.append((row, kind.predict(row)))
+            if i % 50 == 0:
+                bar.update(i, len(rows))
+        return pairs
 
 
 # --- files --------------------------------------------------------------------------------------------------

@@ -46,6 +46,10 @@ def test_rows_without_measured_figures_are_predicted_too(capsys, tmp_path: Path)
     assert json.loads(out)["errors"]["tpot_dense"]["rows"] == 0
     (row,) = csv.DictReader(written.open())
     assert float(row["predicted_tpot_ms"]) > 0
+    given.write_text((SERVING + ROW).replace(",ttft_ms,tpot_ms", "").replace(",126,10.73", ""))
+    assert shardwise(capsys, str(given), "--out", str(written))[0] == 0
+    (blind,) = csv.DictReader(written.open())
+    assert blind["predicted_tpot_ms"] == row["predicted_tpot_ms"]
 
 
 def test_pairs_are_ranked_within_a_group_and_refusals_count_as_wrong():

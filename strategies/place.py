@@ -28,10 +28,11 @@ def place(
     dtype: str,
     topology: Topology,
     engine: Engine | None = None,
+    workload: Workload = Workload(),  # noqa: B008 (frozen)
 ) -> Placement:
     """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split.
 
-    `engine`: ours by default.
+    `engine`: ours by default. `workload` decides what the head weighs where stages are cut.
     """
     layout = Layout(layout) if isinstance(layout, ParallelDims) else layout
     dims = layout.dims
@@ -49,16 +50,24 @@ def place(
     stages = [devices[s * dims.tp : (s + 1) * dims.tp] for s in range(dims.pp)]
     rates = [min(topology.devices[i].bandwidth_bytes_per_s for i in stage) for stage in stages]
     speeds = tuple(max(rates) if rate > EQUAL_SPEED * max(rates) else rate for rate in rates)
-    parts = shards(spec, dims.tp, dims.pp, speeds)
+    sequences = -(-workload.concurrency // dims.dp)
+    of_replica = Workload(workload.prompt_tokens, workload.output_tokens, sequences)
+    parts = shards(spec, dims.tp, dims.pp, speeds, of_replica)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
     return Placement(spec, dims, dtype, parts, topology, devices, engine, layout.format, layout.offload)
 
 
 @functools.lru_cache(maxsize=256)
-def shards(spec: ModelSpec, tp: int, pp: int, speeds: tuple[float, ...]) -> tuple[Shard, ...]:
+def shards(
+    spec: ModelSpec,
+    tp: int,
+    pp: int,
+    speeds: tuple[float, ...],
+    workload: Workload = Workload(),  # noqa: B008 (frozen)
+) -> tuple[Shard, ...]:
     """Of one replica; remembered, for the layouts of one machine ask for the same again and again."""
-    return shard_replica(spec, ParallelDims(tp, pp), speeds)
+    return shard_replica(spec, ParallelDims(tp, pp), speeds, workload)
 
 
 def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:

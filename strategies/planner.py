@@ -154,7 +154,7 @@ def _judge(
         not_runnable=why_not(spec, layout),
     )
     try:
-        placement = place(spec, layout, dtype, topology)
+        placement = place(spec, layout, dtype, topology, workload=workload)
     except BadLayout as error:
         return replace(bare, reason=str(error)), None
     put = replace(bare, shards=placement.shards, devices=placement.devices)

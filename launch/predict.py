@@ -14,6 +14,7 @@ from cluster.topology import Topology
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
+from strategies.engines import CPU, OURS, engine, with_limits
 from strategies.pipeline import shard_replica
 from strategies.plan import Candidate, ParallelDims, Plan
 from strategies.planner import plan
@@ -50,8 +51,15 @@ def cache_directory() -> Path:
 def predict(
     options: EngineOptions, topology: Topology, workload: Workload, layouts: Sequence[ParallelDims] | None
 ) -> Plan:
+    ours = with_limits(
+        engine(CPU if options.device == "cpu" else OURS),
+        chunk_tokens=options.max_num_batched_tokens,
+        max_sequences=options.max_num_seqs,
+    )
     length = options.max_model_len
-    return plan(options.spec, topology, workload, options.dtype, layouts=layouts, max_model_len=length)
+    return plan(
+        options.spec, topology, workload, options.dtype, layouts=layouts, max_model_len=length, engine=ours
+    )
 
 
 def choose(options: EngineOptions, prompts: Sequence[Prompt]) -> Candidate:

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.topology import LinkKind, Provenance, Topology
+from orchestrator.scheduler import SchedulerConfig
 from strategies import cost_links, cost_memory
 from strategies.cost import estimate
 from strategies.cost_memory import memories
@@ -14,7 +15,7 @@ from strategies.cost_steps import decode_step_s, prefill_s
 from strategies.engines import Engine, Kernels, engine, with_limits
 from strategies.place import place, rejection
 from strategies.plan import Estimate, Layout, Placement
-from strategies.spec import Experts, Latent, ModelSpec, Objective, Workload
+from strategies.spec import ModelSpec, Objective, Workload
 from tests.unit.machines import LLAMA_8B, LLAMA_70B, SMOL, box, link, with_devices, with_links
 
 
@@ -133,6 +134,12 @@ def test_data_sheets_alone_predict_vllm_on_two_h100s(layout, kind, tpot_ms, toke
     if tokens_per_s is not None:
         batch = predict(LLAMA_8B, layout, machine, engine("vllm"), concurrency=256)
         assert batch.output_tokens_per_s == pytest.approx(tokens_per_s, rel=0.25)
+
+
+@pytest.mark.parametrize("name", ["shardwise", "cpu"])
+def test_our_engine_is_priced_as_its_scheduler_comes(name):
+    ours, config = engine(name), SchedulerConfig(num_blocks=1)
+    assert (ours.chunk_tokens, ours.max_sequences) == (config.max_num_batched_tokens, config.max_num_seqs)
 
 
 # Ours on the same machine, 2026-11-22 (docs/performance.md): ms from token to token of one sequence at a context of
@@ -365,108 +372,3 @@ def test_a_breakdown_is_the_step_and_memory_is_what_is_free(machine, layout, wor
     assert min(made.breakdown.values()) >= 0
     assert made.tpot_s >= sum(made.breakdown.values()) * (1 - 1e-9)
     assert made.memory_bytes_per_device <= max(need.free for need in memories(placement, workload))
-
-
-# --- the laws, of formats, mixtures and a load that never ends ----------------------------------------------
-
-MIXTURE = replace(
-    SMOL, name="mixture", experts=Experts(count=16, per_token=2, intermediate=512, shared=1, dense_layers=1)
-)
-LATENT = replace(MIXTURE, name="latent", kv_heads=9, latent=Latent(64, 128, 32, 16, 32))
-kinds = given(
-    spec=st.sampled_from([SMOL, MIXTURE, LATENT]),
-    key=st.sampled_from(["rtx-4090", "h100", "b200", "l40s"]),
-    layout=st.sampled_from(["tp1", "tp2", "dp2", "pp2", "tp3", "tp2dp2", "dp4"]),
-    suffix=st.sampled_from(["", "+fp8", "+int8", "+int4", "+fp8kv8"]),
-    by=st.sampled_from(["shardwise", "vllm", "trtllm", "sglang", "unheard-of"]),
-    workload=st.builds(
-        Workload,
-        prompt_tokens=st.integers(1, 9000),
-        output_tokens=st.integers(1, 2000),
-        concurrency=st.integers(1, 3000),
-        steady=st.booleans(),
-        ragged=st.booleans(),
-    ),
-    factor=st.floats(1.0, 20.0),
-)
-
-
-@settings(max_examples=80, deadline=None)
-@kinds
-def test_nothing_passes_the_limit_and_all_times_are_times(spec, key, layout, suffix, by, workload, factor):
-    machine = with_links(box(key, 4), bytes_per_s=1e11 * factor)
-    made = estimate(place(spec, Layout.parse(layout + suffix), "bfloat16", machine, engine(by)), workload)
-    assert 0 < made.share_of_limit <= 1
-    assert made.ttft_s > 0 and made.tpot_s > 0 and made.output_tokens_per_s > 0
-    assert min(made.breakdown.values()) >= 0
-
-
-@settings(max_examples=60, deadline=None)
-@kinds
-def test_faster_links_memory_and_cores_never_slow_a_step(spec, key, layout, suffix, by, workload, factor):
-    machine = box(key, 4)
-    put_so = place(spec, Layout.parse(layout + suffix), "bfloat16", machine, engine(by))
-    before = estimate(put_so, replace(workload, steady=False))
-    device = machine.devices[0]
-    wider = with_links(machine, bytes_per_s=next(iter(machine.links.values())).bytes_per_s * factor)
-    faster = with_devices(machine, bandwidth_bytes_per_s=device.bandwidth_bytes_per_s * factor)
-    stronger = with_devices(machine, flops_per_s={d: f * factor for d, f in device.flops_per_s.items()})
-    for better in (wider, faster, stronger):
-        assert no_slower(estimate(replace(put_so, topology=better), replace(workload, steady=False)), before)
-
-
-def test_fewer_bits_take_less_memory_and_no_longer_to_decode():
-    machine = box("h100", 1)
-    plain, eight, four = (predict(LLAMA_8B, name, machine) for name in ("tp1", "tp1+fp8", "tp1+int4"))
-    assert plain.tpot_s > eight.tpot_s > four.tpot_s
-    assert plain.memory_bytes_per_device > eight.memory_bytes_per_device > four.memory_bytes_per_device
-    assert predict(LLAMA_8B, "tp1+kv8", machine, concurrency=64).breakdown["kv"] == pytest.approx(
-        predict(LLAMA_8B, "tp1", machine, concurrency=64).breakdown["kv"] / 2
-    )
-
-
-def test_a_load_that_never_ends_obeys_littles_law():
-    machine = box("h100", 1)
-    for at_once in (1, 16, 128):
-        made = predict(LLAMA_8B, "tp1", machine, engine("vllm"), concurrency=at_once, steady=True)
-        life_s = made.ttft_s - engine("vllm").first_s + 255 * made.tpot_s
-        assert made.output_tokens_per_s * life_s == pytest.approx(at_once * 256, rel=0.03)
-
-
-def test_a_server_in_front_bounds_the_rate_and_makes_requests_wait():
-    by = replace(engine("vllm"), token_out_s=500e-6)
-    machine = box("h100", 8)
-    made = predict(LLAMA_8B, "tp8", machine, by, concurrency=256, steady=True)
-    free = predict(LLAMA_8B, "tp8", machine, replace(by, token_out_s=0.0), concurrency=256, steady=True)
-    assert made.output_tokens_per_s == pytest.approx(2000, rel=0.1)
-    assert made.ttft_s > 5 * free.ttft_s
-    assert made.tpot_s < free.tpot_s
-
-
-def test_answers_of_many_lengths_leave_the_batch_thin_at_its_end():
-    machine = box("h100", 1)
-    even, ragged = (
-        predict(LLAMA_8B, "tp1", machine, engine("vllm"), concurrency=150, ragged=r) for r in (False, True)
-    )
-    assert 0.3 < ragged.output_tokens_per_s / even.output_tokens_per_s < 0.8
-
-
-def test_offloading_costs_the_way_over_the_slot():
-    machine = box("rtx-4090", 1)
-    made = predict(LLAMA_70B, "tp1+int8+offload", machine)
-    placed = put(LLAMA_70B, "tp1+int8+offload", machine)
-    streamed = memories(placed, Workload())[0].streamed
-    assert made.tpot_s == pytest.approx(streamed / machine.devices[0].host_bytes_per_s, rel=0.02)
-    four = predict(LLAMA_70B, "dp4+int8+offload", box("rtx-4090", 4), concurrency=4)
-    assert four.tpot_s > 1.5 * made.tpot_s  # one host's memory serves them all
-
-
-def test_small_sums_take_one_kernel_where_there_is_a_path():
-    nvlink = box("h100", 8).link(0, 1)
-    small = cost_links.all_reduce_s(nvlink, 8, 8192)
-    assert small < cost_links.all_reduce_latency_s(nvlink, 8) / 2
-    host = box("rtx-4090", 2).link(0, 1)
-    assert cost_links.all_reduce_s(host, 2, 8192, mapped=True) < cost_links.all_reduce_s(host, 2, 8192) / 2
-    # aiconfigurator's tables, H100, 16 MB over 2, 4 and 8 ranks by NCCL: 82, 99 and 122 µs.
-    for ranks, microseconds in ((2, 82), (4, 99), (8, 122)):
-        assert cost_links.all_reduce_s(nvlink, ranks, 2**24) * 1e6 == pytest.approx(microseconds, rel=0.25)

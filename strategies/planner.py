@@ -9,6 +9,7 @@ from dataclasses import replace
 from cluster.errors import BadLayout
 from cluster.topology import Topology
 from strategies.cost import estimate, score
+from strategies.engines import Engine
 from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
 from strategies.place import place, rejection
@@ -36,24 +37,30 @@ def plan(
     layouts: Sequence[Layout | ParallelDims] | None = None,
     max_model_len: int | None = None,
     wide: bool = False,
+    engine: Engine | None = None,
 ) -> Plan:
     """The best layout for the workload's objective among `layouts`, or among all that the machine could hold.
 
     Every candidate is kept: the feasible ones that this version runs from best to worst, then those that it only plans,
     then the others with their reasons. The chosen one can be run. `max_model_len` is the longest sequence to make room
-    for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well.
+    for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well. `engine`:
+    ours as it comes by default.
     """
     if layouts is not None:
         tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
     else:
         tried = [Layout(dims) for dims in enumerate_layouts(len(topology.devices))]
-    judged = [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in tried]
+
+    def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
+        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine)
+
+    judged = [judge(layout) for layout in tried]
     if wide and layouts is None:
         others = beyond_plain(spec, topology, [layout.dims for layout in tried])
-        judged += [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in others]
+        judged += [judge(layout) for layout in others]
         if not any(c.feasible and c.layout.is_plain for c, _ in judged):
             streamed = offloaded([c for c, _ in judged if not c.feasible])
-            judged += [_judge(spec, layout, topology, workload, dtype, max_model_len) for layout in streamed]
+            judged += [judge(layout) for layout in streamed]
     feasible = [(c, p) for c, p in judged if p is not None and c.feasible]
     feasible.sort(key=lambda pair: _rank(pair[0], workload))
     runs = [(c, p) for c, p in feasible if c.not_runnable is None]
@@ -143,6 +150,7 @@ def _judge(
     workload: Workload,
     dtype: str,
     max_model_len: int | None,
+    engine: Engine | None,
 ) -> tuple[Candidate, Placement | None]:
     """One layout: rejected with the reason, or estimated. No placement where it cannot be split so."""
     bare = Candidate(
@@ -154,7 +162,7 @@ def _judge(
         not_runnable=why_not(spec, layout),
     )
     try:
-        placement = place(spec, layout, dtype, topology, workload=workload)
+        placement = place(spec, layout, dtype, topology, engine, workload)
     except BadLayout as error:
         return replace(bare, reason=str(error)), None
     put = replace(bare, shards=placement.shards, devices=placement.devices)

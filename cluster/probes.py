@@ -54,6 +54,7 @@ class Target:
         uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]
         device = torch.device("cuda", uuids.index(self.uuid))
         torch.cuda.set_device(device)
+        torch.cuda.empty_cache()  # what an earlier job of this process left
         return device
 
 

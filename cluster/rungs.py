@@ -49,6 +49,7 @@ def peer_writes(targets: Sequence[Target]) -> str | None:
 
 def _copy_kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor], None]:
     major, minor = torch.cuda.get_device_capability(device)
+    torch.zeros(1, device=device)  # a context, which the module is loaded into
     with torch.cuda.device(device):
         kernel = cuda.Kernel(cuda.load(cuda.compile_source(_SOURCE, f"sm_{major}{minor}", {})), "copy")
 

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import ipaddress
 import os
+import resource
 import socket
 import threading
 from collections.abc import Iterator
@@ -37,6 +38,7 @@ class Layout:
     topology: Topology | None
 
 
+MOST_FILES = 65_536
 LEAST_KEY = 16  # characters: shorter ones can be guessed
 
 
@@ -109,6 +111,7 @@ def run(args: argparse.Namespace) -> int:
     from orchestrator.text import text_of
 
     _check_bounds(args)
+    _raise_open_files()
     keys = read_keys(args.api_key_file)
     workload = workload_of(args)
     dims = layout(args)
@@ -124,6 +127,14 @@ def run(args: argparse.Namespace) -> int:
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
         return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
+
+
+def _raise_open_files() -> None:
+    """A connection is a file, and many systems give a process 1024 unless it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _warm_up(text: Text | None) -> None:

@@ -104,13 +104,13 @@ async def answers(asked: list[tuple[str, dict[str, Any]]]) -> None:
         assert api.coordinator.open_requests == 0
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 @given(st.lists(ASKED, min_size=5, max_size=5))
 def test_anything_may_be_sent(asked: list[tuple[str, dict[str, Any]]]) -> None:
     asyncio.run(answers(asked))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.binary(max_size=200), st.sampled_from(["application/json", "text/plain", ""]))
 def test_any_bytes_may_be_sent(content: bytes, kind: str) -> None:
     async def send() -> None:

@@ -79,18 +79,13 @@ def _call(name: str, *arguments: object) -> None:
 # -- memory: addresses are the device's, as integers --
 
 
-def allocate_zeroed(n_bytes: int) -> int:
-    """Device memory that other processes may be given. It lives as long as this process."""
+def allocate(n_bytes: int, filled_with: int) -> int:
+    """Device memory that other processes may be given, of such bytes. It lives as long as this process."""
     address = c_uint64()
     _call("cuMemAlloc_v2", byref(address), n_bytes)
-    fill(address.value, n_bytes, 0)
-    return address.value
-
-
-def fill(address: int, n_bytes: int, byte: int) -> None:
-    """Done on return."""
-    _call("cuMemsetD8_v2", address, byte, n_bytes)
+    _call("cuMemsetD8_v2", address, filled_with, n_bytes)
     _call("cuCtxSynchronize")
+    return address.value
 
 
 def export(address: int) -> bytes:

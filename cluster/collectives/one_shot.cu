@@ -1,23 +1,17 @@
-// One-shot all-reduce over the GPUs of one host.
+// One-shot all-reduce over the GPUs of one host. Every rank pushes its own input to where its peers read, polls what
+// all of them pushed, and adds in float32 in rank order: the same bits everywhere. A launch is a numbered step.
+// Two protocols say how a reader knows that data has come; all ranks choose by the message's size and the transport.
 //
-// Every rank pushes its own input to where its peers read, polls what all of them pushed, and adds in float32 in rank
-// order: the same bits everywhere. A launch is a step, and has a sequence number. Three protocols say how a reader
-// knows that data has come; the message's size and the transport choose one, alike on all ranks.
-//
-// - LL, NCCL's name for it: packets of 16 bytes, (data, flag, data, flag) by 4 bytes, where the flag is the sequence
-//   number. Each flag vouches for the 4 bytes before it, so it is enough that stores of 8 bytes are seen whole, and no
-//   fence or barrier is needed. It costs twice the bytes.
 // - Lamport, as TensorRT-LLM calls it: data alone, into memory that holds NOTHING, a word that is never sent. Each word
-//   of 4 bytes vouches for itself. The reader writes NOTHING back, so each must have a copy of its own that is near:
-//   for peer memory, not for the host's.
-// - Simple, NCCL's name too: data alone, then a flag for each chunk, released after the chunk's data. A reader that has
-//   acquired the flag sees the data. A fence is a way over the wire, so it is for messages that take longer than that.
+//   of 4 bytes vouches for itself, so no flag, fence or barrier is needed. The reader writes NOTHING back, so each has
+//   a copy of its own. That is free where its GPU has the memory, and as many bytes again over PCIe where the host has.
+// - Simple, NCCL's name: data alone, once for all readers, then a flag for each chunk, released after the chunk's data:
+//   a reader that has acquired the flag sees the data. The fence is a way over the wire, so it is for messages that
+//   take longer than that, through memory of the host. The flag is the step's number, so no old one is taken for it.
 //
 // A rank has two slots for each protocol, used in turn. Two are enough, whatever protocols follow each other: what a
 // rank sends of step k+2 it sends after its launch k+1 has ended, in which it has seen something that each peer sent in
-// its own launch k+1, so after that peer's launch k had ended, with all it read, and for Lamport wrote back, of the
-// slot. Protocols share no memory, as old data of one could pass for a flag of another. All flags are the sequence
-// number, so what is left in a slot from earlier steps is never taken for this one's.
+// its own launch k+1, so after that peer's launch k had ended, with all it read, or wrote back, in the slot.
 //
 // From sm_90 on it takes part in programmatic dependent launch: it may start before its predecessor on the stream has
 // ended, and lets its successor in before its own end. By itself that is when no block waits for a peer any more. Where
@@ -25,7 +19,6 @@
 // once every block here runs ("as soon as all other CTAs in the grid issue the same instruction or have completed",
 // PTX ISA, griddepcontrol), so it takes no place that a block here needs. But it may take all places that are left, and
 // a pipeline's sends and receives need one too: if a peer's sum hangs on those, all wait in a ring. So not there.
-//
 // Compiled at run time with -DRANKS=n and the other sizes that one_shot.py defines, with no header, for sm_75 and up.
 
 typedef unsigned int u32;
@@ -38,22 +31,20 @@ struct State {  // of this rank, in its device's memory; kept between launches, 
 };
 
 struct Links {  // mirrored by _Links in one_shot.py
-    uint4* to[MAX_RANKS];    // where this rank's packets go; `pushes` of them
-    uint4* from[MAX_RANKS];  // where each rank's packets come; the own entry is unused
+    uint4* to[MAX_RANKS];      // for Lamport: where this rank's data go, for its PEERS peers
+    uint4* from[MAX_RANKS];    // and where each rank's come; the own entry is unused
+    uint4* shared[MAX_RANKS];  // for Simple: where each rank writes what all others read
     State* state;
     u32* silent_rank;  // in host memory: 1 + the rank that did not answer, else 0
     u64 patience_ns;
-    u32 pushes;
     u32 rank;
     u32 let_in_early;  // whether a successor may take places on the GPU while blocks wait for peers
-    u32 ll_packets;    // of 16 bytes, of one of LL's two slots; those lie first in the memory of `to` and `from`
-    u32 data_at;       // packets before the two slots of Lamport or Simple
-    u32 data_packets;  // of one of these
-    u32 flags_at;      // packets before Simple's flags
+    u32 slot_packets;    // of 16 bytes, of one of Lamport's two slots
+    u32 shared_packets;  // of one of Simple's two, after which its flags lie
 };
 static_assert(sizeof(Links) == LINKS_BYTES, "_Links in one_shot.py differs");
 
-const u32 POLLS_BETWEEN_LOOKS_AT_THE_CLOCK = 1024;
+// -- the hardware; what follows it is plain C++, which tests/cpu/one_shot_machine.h runs on a simulated one --
 
 __device__ uint4 load_packet(const uint4* at) {
     uint4 p;
@@ -66,6 +57,9 @@ __device__ void store_packet(uint4* at, uint4 p) {
     asm volatile("st.volatile.global.v4.u32 [%0], {%1,%2,%3,%4};"
                  :: "l"(at), "r"(p.x), "r"(p.y), "r"(p.z), "r"(p.w) : "memory");
 }
+
+// Seen by who acquires a flag that was released after it.
+__device__ void store_data(uint4* at, uint4 data) { *at = data; }
 
 __device__ u32 load_acquire(const u32* at) {
     u32 flag;
@@ -83,54 +77,67 @@ __device__ u64 now_ns() {
     return now;
 }
 
+__device__ float from_float16(u32 bits) {
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)bits));
+    return value;
+}
+
+__device__ u32 to_float16(float value) {
+    unsigned short bits;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+
+__device__ void let_successor_in() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+// In every thread and before all memory but the parameters: the state, the input, and peers' slots, which the last
+// sum's reading must have left. So a grid here ends only after all before it on the stream have.
+__device__ void await_predecessor() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 // -- elements: 8 bytes of them at a time --
 
 struct BFloat16 {
-    static const int count = 4;
-    static __device__ void unpack(uint2 data, float* value) {
-        value[0] = __uint_as_float(data.x << 16);
-        value[1] = __uint_as_float(data.x & 0xffff0000u);
-        value[2] = __uint_as_float(data.y << 16);
-        value[3] = __uint_as_float(data.y & 0xffff0000u);
-    }
+    static __device__ float widen(u32 bits) { return __uint_as_float(bits << 16); }
     static __device__ u32 round(float value) {  // to nearest, ties to even; by hand, as sm_75 has no instruction
         u32 bits = __float_as_uint(value);
         if ((bits & 0x7fffffffu) > 0x7f800000u) return 0x7fffu;  // NaN, as CUDA's own conversion writes it
         return (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     }
-    static __device__ uint2 pack(const float* value) {
-        return make_uint2(round(value[0]) | round(value[1]) << 16, round(value[2]) | round(value[3]) << 16);
-    }
 };
 
 struct Float16 {
+    static __device__ float widen(u32 bits) { return from_float16(bits); }
+    static __device__ u32 round(float value) { return to_float16(value); }
+};
+
+template <class Half>
+struct Four {
     static const int count = 4;
-    static __device__ float widen(u32 bits) {
-        float value;
-        asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"((unsigned short)bits));
-        return value;
-    }
-    static __device__ u32 round(float value) {
-        unsigned short bits;
-        asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
-        return bits;
-    }
     static __device__ void unpack(uint2 data, float* value) {
-        value[0] = widen(data.x & 0xffffu);
-        value[1] = widen(data.x >> 16);
-        value[2] = widen(data.y & 0xffffu);
-        value[3] = widen(data.y >> 16);
+        value[0] = Half::widen(data.x & 0xffffu);
+        value[1] = Half::widen(data.x >> 16);
+        value[2] = Half::widen(data.y & 0xffffu);
+        value[3] = Half::widen(data.y >> 16);
     }
     static __device__ uint2 pack(const float* value) {
-        return make_uint2(round(value[0]) | round(value[1]) << 16, round(value[2]) | round(value[3]) << 16);
+        return make_uint2(Half::round(value[0]) | Half::round(value[1]) << 16,
+                          Half::round(value[2]) | Half::round(value[3]) << 16);
     }
 };
 
-struct Float32 {
+struct TwoFloat32 {
     static const int count = 2;
     static __device__ void unpack(uint2 data, float* value) {
-        value[0] = __uint_as_float(data.x);
-        value[1] = __uint_as_float(data.y);
+        value[0] = __uint_as_float(data.x), value[1] = __uint_as_float(data.y);
     }
     static __device__ uint2 pack(const float* value) {
         return make_uint2(__float_as_uint(value[0]), __float_as_uint(value[1]));
@@ -152,8 +159,7 @@ struct Sum {  // over the ranks, of 8 bytes of elements
 __device__ uint2 load_8(const void* tensor, u32 place, u32 halves) {
     if (4 * place + 4 <= halves) return ((const uint2*)tensor)[place];
     u32 half[4];
-    for (u32 i = 0; i < 4; i++)
-        half[i] = 4 * place + i < halves ? ((const unsigned short*)tensor)[4 * place + i] : 0;
+    for (u32 i = 0; i < 4; i++) half[i] = 4 * place + i < halves ? ((const unsigned short*)tensor)[4 * place + i] : 0;
     return make_uint2(half[0] | half[1] << 16, half[2] | half[3] << 16);
 }
 
@@ -195,19 +201,7 @@ __device__ void store_16(void* tensor, u32 place, u32 halves, uint4 data) {
 
 // -- one step --
 
-__device__ void let_successor_in() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-
-// In every thread and before all memory but the parameters: the state, the input, and peers' slots, which the last
-// sum's reading must have left. So a grid here ends only after all before it on the stream have.
-__device__ void await_predecessor() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
+const u32 POLLS_BETWEEN_LOOKS_AT_THE_CLOCK = 1024;
 
 struct Step {
     u32 flag;
@@ -242,56 +236,12 @@ __device__ bool gave_up(const Links& links, Step& step, u32 peer) {
     return true;
 }
 
-// -- LL --
-
-__device__ void push_ll(const Links& links, const Step& step, u32 place, uint2 data) {
-    uint4 packet = make_uint4(data.x, step.flag, data.y, step.flag);
-    for (u32 i = 0; i < links.pushes; i++) store_packet(links.to[i] + step.slot * links.ll_packets + place, packet);
-}
-
-// The sum over all ranks at one place, rounded to T. Polls all peers at once: each answer takes a way over the wire.
-template <class T>
-__device__ uint2 sum_ll(const Links& links, Step& step, u32 place, uint2 own) {
-    u32 at = step.slot * links.ll_packets + place;
-    uint4 packet[RANKS];
-#pragma unroll
-    for (u32 r = 0; r < RANKS; r++)
-        if (r != links.rank) packet[r] = load_packet(links.from[r] + at);
-    Sum<T> sum;
-#pragma unroll
-    for (u32 r = 0; r < RANKS; r++) {
-        uint2 data = own;
-        if (r != links.rank) {
-            while (packet[r].y != step.flag || packet[r].w != step.flag) {
-                if (gave_up(links, step, r)) break;
-                packet[r] = load_packet(links.from[r] + at);
-            }
-            data = make_uint2(packet[r].x, packet[r].z);
-        }
-        sum.add(r, data);
-    }
-    return T::pack(sum.value);
-}
-
-template <class T>
-__device__ void ll(const Links& links, Step& step, void* tensor, u32 halves) {
-    u32 packets = (halves + 3) / 4;
-    u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
-    for (u32 place = first; place < packets; place += stride)
-        push_ll(links, step, place, load_8(tensor, place, halves));
-    for (u32 place = first; place < packets; place += stride)
-        store_8(tensor, place, halves, sum_ll<T>(links, step, place, load_8(tensor, place, halves)));
-}
-
-// -- packets of 16 bytes of data, for Lamport and Simple --
-
-// How many packets of each peer a thread loads at once, so that their ways over the wire are one; bound by registers.
 const u32 PEERS = RANKS - 1;
-const u32 LOT = RANKS <= 2 ? PACKETS_AT_ONCE : RANKS <= 4 ? 2 : 1;
 
 // Peers are counted without the own rank where their packets are held: no registers for what is not there.
 __device__ u32 rank_of(const Links& links, u32 peer) { return peer + (peer >= links.rank); }
 
+// Stores the sum over all ranks at one place, rounded to T.
 template <class T>
 __device__ void store_sum(const Links& links, void* tensor, u32 place, u32 halves, uint4 own, const uint4* packet) {
     Sum<T> low, high;
@@ -309,114 +259,106 @@ __device__ void store_sum(const Links& links, void* tensor, u32 place, u32 halve
 
 // -- Lamport --
 
-const u32 NOTHING = 0xffffffffu;  // as one element or two, NaN; one_shot.py fills the slots with it
+const u32 NOTHING = 0xffffffffu;  // as one element or two, NaN; transports.py fills memory with it
 
-__device__ uint4 without_nothing(uint4 data) {  // another NaN instead, so no sum differs
-    return make_uint4(data.x - (data.x == NOTHING), data.y - (data.y == NOTHING), data.z - (data.z == NOTHING),
-                      data.w - (data.w == NOTHING));
-}
+__device__ u32 sent(u32 word) { return word - (word == NOTHING); }  // another NaN instead, so no sum differs
 
 __device__ bool incomplete(uint4 data) {
     return data.x == NOTHING || data.y == NOTHING || data.z == NOTHING || data.w == NOTHING;
 }
 
-// A lot is packets at `place`, `place` + `stride`, … It is pushed from the tensor, and kept in `own`.
-__device__ void push_lot(const Links& links, u32 at, const void* tensor, u32 halves, u32 place, u32 stride, uint4* own) {
-    u32 packets = (halves + 7) / 8;
-#pragma unroll
-    for (u32 i = 0; i < LOT; i++)
-        if (place + i * stride < packets) own[i] = load_16(tensor, place + i * stride, halves);
-    for (u32 to = 0; to < links.pushes; to++)
-#pragma unroll
-        for (u32 i = 0; i < LOT; i++)
-            if (place + i * stride < packets)
-                store_packet(links.to[to] + at + place + i * stride, without_nothing(own[i]));
+// The own data, which it pushes.
+__device__ uint4 push(const Links& links, u32 slot_at, const void* tensor, u32 place, u32 halves) {
+    uint4 own = load_16(tensor, place, halves);
+    uint4 packet = make_uint4(sent(own.x), sent(own.y), sent(own.z), sent(own.w));
+    for (u32 p = 0; p < PEERS; p++) store_packet(links.to[p] + slot_at + place, packet);
+    return own;
 }
 
+// Polls all peers at once: each answer takes a way over the wire.
 template <class T>
-__device__ void sum_lot(const Links& links, Step& step, u32 at, void* tensor, u32 halves, u32 place, u32 stride,
-                        const uint4* own) {
-    u32 packets = (halves + 7) / 8;
-    uint4 packet[LOT][PEERS];
+__device__ void sum(const Links& links, Step& step, u32 slot_at, void* tensor, u32 place, u32 halves, uint4 own) {
+    uint4 packet[PEERS];
 #pragma unroll
-    for (u32 i = 0; i < LOT; i++)
+    for (u32 p = 0; p < PEERS; p++) packet[p] = load_packet(links.from[rank_of(links, p)] + slot_at + place);
 #pragma unroll
-        for (u32 p = 0; p < PEERS; p++)
-            if (place + i * stride < packets)
-                packet[i][p] = load_packet(links.from[rank_of(links, p)] + at + place + i * stride);
-#pragma unroll
-    for (u32 i = 0; i < LOT; i++) {
-        if (place + i * stride >= packets) break;
-#pragma unroll
-        for (u32 p = 0; p < PEERS; p++) {
-            uint4* from = links.from[rank_of(links, p)] + at + place + i * stride;
-            while (incomplete(packet[i][p])) {
-                if (gave_up(links, step, rank_of(links, p))) break;
-                packet[i][p] = load_packet(from);
-            }
-            store_packet(from, make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
+    for (u32 p = 0; p < PEERS; p++) {
+        uint4* from = links.from[rank_of(links, p)] + slot_at + place;
+        while (incomplete(packet[p])) {
+            if (gave_up(links, step, rank_of(links, p))) break;
+            packet[p] = load_packet(from);
         }
-        store_sum<T>(links, tensor, place + i * stride, halves, own[i], packet[i]);
+        store_packet(from, make_uint4(NOTHING, NOTHING, NOTHING, NOTHING));
     }
+    store_sum<T>(links, tensor, place, halves, own, packet);
 }
 
 template <class T>
 __device__ void lamport(const Links& links, Step& step, void* tensor, u32 halves) {
-    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
-    u32 first = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
-    uint4 own[LOT], next[LOT];
-    push_lot(links, at, tensor, halves, first, stride, own);
-    for (u32 place = first; place < packets; place += LOT * stride) {
-        push_lot(links, at, tensor, halves, place + LOT * stride, stride, next);  // keeps the wire busy
-        sum_lot<T>(links, step, at, tensor, halves, place, stride, own);
-#pragma unroll
-        for (u32 i = 0; i < LOT; i++) own[i] = next[i];
+    u32 slot_at = step.slot * links.slot_packets, packets = (halves + 7) / 8;
+    u32 place = blockIdx.x * blockDim.x + threadIdx.x, stride = gridDim.x * blockDim.x;
+    if (place >= packets) return;
+    uint4 own = push(links, slot_at, tensor, place, halves);
+#pragma unroll 1
+    for (; place < packets; place += stride) {
+        uint4 next = own;  // pushed before it waits, to keep the wire busy
+        if (place + stride < packets) next = push(links, slot_at, tensor, place + stride, halves);
+        sum<T>(links, step, slot_at, tensor, place, halves, own);
+        own = next;
     }
 }
 
 // -- Simple: a warp pushes and sums a chunk --
 
 const u32 WARP = 32, ALL_LANES = 0xffffffffu;
-static_assert(CHUNK_PACKETS % (LOT * WARP) == 0, "a chunk is whole lots of a warp");
+const u32 CHUNK = CHUNK_PACKETS / WARP;                   // packets of a lane
+const u32 LOT = RANKS <= 2 ? CHUNK : RANKS <= 4 ? 2 : 1;  // that it loads at once of each peer; bound by registers
+static_assert(CHUNK % LOT == 0, "a chunk is whole lots");
 
 __device__ u32 flag_at(const Links& links, const Step& step, u32 chunk) {
-    u32 slot_chunks = (links.data_packets + CHUNK_PACKETS - 1) / CHUNK_PACKETS;
-    return links.flags_at + (step.slot * slot_chunks + chunk) * FLAG_PACKETS;
+    u32 slot_chunks = (links.shared_packets + CHUNK_PACKETS - 1) / CHUNK_PACKETS;
+    return 2 * links.shared_packets + (step.slot * slot_chunks + chunk) * FLAG_PACKETS;
 }
 
 __device__ void push_chunk(const Links& links, const Step& step, const void* tensor, u32 halves, u32 chunk, u32 lane) {
-    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
-    u32 first = chunk * CHUNK_PACKETS + lane;
-    uint4 own[CHUNK_PACKETS / WARP];
+    uint4* to = links.shared[links.rank];
+    u32 first = chunk * CHUNK_PACKETS + lane, packets = (halves + 7) / 8;
+    uint4 own[CHUNK];
 #pragma unroll
-    for (u32 i = 0; i < CHUNK_PACKETS / WARP; i++)
+    for (u32 i = 0; i < CHUNK; i++)
         if (first + i * WARP < packets) own[i] = load_16(tensor, first + i * WARP, halves);
-    for (u32 to = 0; to < links.pushes; to++)
 #pragma unroll
-        for (u32 i = 0; i < CHUNK_PACKETS / WARP; i++)
-            if (first + i * WARP < packets) links.to[to][at + first + i * WARP] = own[i];
+    for (u32 i = 0; i < CHUNK; i++)
+        if (first + i * WARP < packets) store_data(&to[step.slot * links.shared_packets + first + i * WARP], own[i]);
     __syncwarp();
-    if (lane < links.pushes) store_release((u32*)(links.to[lane] + flag_at(links, step, chunk)), step.flag);
+    if (lane == 0) store_release((u32*)(to + flag_at(links, step, chunk)), step.flag);
+}
+
+__device__ void await_chunk(const Links& links, Step& step, u32 chunk, u32 lane) {
+    bool here = lane >= PEERS;  // each lane waits for one peer
+    u32 peer = here ? links.rank : rank_of(links, lane);
+    while (!__all_sync(ALL_LANES, here))
+        if (!here)
+            here = load_acquire((const u32*)(links.shared[peer] + flag_at(links, step, chunk))) == step.flag ||
+                   gave_up(links, step, peer);
+    __syncwarp();
 }
 
 template <class T>
 __device__ void sum_chunk(const Links& links, Step& step, void* tensor, u32 halves, u32 chunk, u32 lane) {
-    bool here = lane >= RANKS || lane == links.rank;  // each lane waits for one peer
-    const u32* flag = here ? nullptr : (const u32*)(links.from[lane] + flag_at(links, step, chunk));
-    while (!__all_sync(ALL_LANES, here))
-        if (!here) here = load_acquire(flag) == step.flag || gave_up(links, step, lane);
-    __syncwarp();
-    u32 at = links.data_at + step.slot * links.data_packets, packets = (halves + 7) / 8;
+    await_chunk(links, step, chunk, lane);
+    u32 packets = (halves + 7) / 8;
 #pragma unroll
-    for (u32 done = 0; done < CHUNK_PACKETS; done += LOT * WARP) {
-        u32 first = chunk * CHUNK_PACKETS + done + lane;
+    for (u32 lot = 0; lot < CHUNK; lot += LOT) {
+        u32 first = chunk * CHUNK_PACKETS + lot * WARP + lane;
         uint4 packet[LOT][PEERS];
 #pragma unroll
         for (u32 i = 0; i < LOT; i++)
 #pragma unroll
             for (u32 p = 0; p < PEERS; p++)
                 if (first + i * WARP < packets)
-                    packet[i][p] = load_packet(links.from[rank_of(links, p)] + at + first + i * WARP);
+                    packet[i][p] = load_packet(links.shared[rank_of(links, p)] +
+                                               step.slot * links.shared_packets + first + i * WARP);
 #pragma unroll
         for (u32 i = 0; i < LOT; i++) {
             u32 place = first + i * WARP;
@@ -426,31 +368,32 @@ __device__ void sum_chunk(const Links& links, Step& step, void* tensor, u32 halv
     }
 }
 
-// Chunks go to warps in turn, first over the blocks. A warp sums a chunk after it has pushed CHUNKS_AHEAD more.
+// Chunks go to warps in turn, first over the blocks. A warp pushes the next before it waits for the last.
 template <class T>
 __device__ void simple(const Links& links, Step& step, void* tensor, u32 halves) {
-    u32 lane = threadIdx.x % WARP, warp = threadIdx.x / WARP * gridDim.x + blockIdx.x;
-    u32 warps = blockDim.x / WARP * gridDim.x, ahead = CHUNKS_AHEAD * warps;
+    u32 lane = threadIdx.x % WARP, warps = blockDim.x / WARP * gridDim.x;
     u32 chunks = ((halves + 7) / 8 + CHUNK_PACKETS - 1) / CHUNK_PACKETS;
-    for (u32 chunk = warp; chunk < chunks + ahead; chunk += warps) {
-        if (chunk < chunks) push_chunk(links, step, tensor, halves, chunk, lane);
-        if (chunk >= ahead) sum_chunk<T>(links, step, tensor, halves, chunk - ahead, lane);
+    u32 chunk = threadIdx.x / WARP * gridDim.x + blockIdx.x;
+    if (chunk < chunks) push_chunk(links, step, tensor, halves, chunk, lane);
+#pragma unroll 1
+    for (; chunk < chunks; chunk += warps) {
+        if (chunk + warps < chunks) push_chunk(links, step, tensor, halves, chunk + warps, lane);
+        sum_chunk<T>(links, step, tensor, halves, chunk, lane);
     }
 }
 
 // __grid_constant__: the arguments are read where they lie, in the constant bank, also when indexed.
-#define KERNEL(protocol, name, T)                                                                   \
-    extern "C" __global__ void __launch_bounds__(MOST_THREADS)                                      \
+#define KERNEL(protocol, name, T, threads, blocks_of_an_sm)                                         \
+    extern "C" __global__ void __launch_bounds__(threads, blocks_of_an_sm)                          \
     all_reduce_##protocol##_##name(const __grid_constant__ Links links, void* tensor, u32 halves) { \
         Step step = begin(links);                                                                   \
         protocol<T>(links, step, tensor, halves);                                                   \
         end(links, step);                                                                           \
     }
-#define KERNELS(protocol)                  \
-    KERNEL(protocol, bfloat16, BFloat16)   \
-    KERNEL(protocol, float16, Float16)     \
-    KERNEL(protocol, float32, Float32)
+#define KERNELS(protocol, threads, blocks_of_an_sm)                      \
+    KERNEL(protocol, bfloat16, Four<BFloat16>, threads, blocks_of_an_sm) \
+    KERNEL(protocol, float16, Four<Float16>, threads, blocks_of_an_sm)   \
+    KERNEL(protocol, float32, TwoFloat32, threads, blocks_of_an_sm)
 
-KERNELS(ll)
-KERNELS(lamport)
-KERNELS(simple)
+KERNELS(lamport, MOST_THREADS, BLOCKS_OF_AN_SM)
+KERNELS(simple, SIMPLE_THREADS, 1)

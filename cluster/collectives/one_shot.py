@@ -1,9 +1,10 @@
 """Small all-reduces of one host's GPUs in one kernel, through peer memory or through mapped host memory.
 
-A decode step does two all-reduces a layer of 8 to 64 KB, where latency is all. NCCL takes 16.3 µs for 16 KB over
-NVLink and 18.9 µs through host memory, this kernel 3.0 and 4.9 µs (two H100s, in CUDA graphs, 2026-11-22). How it
-works stands in one_shot.cu. It is not fused with the residual add and RMSNorm after it: one kernel for all took
-4.65 µs for a token of 4096, the sum and a kernel for the norm 2.84 + 1.26 µs (bfloat16, the same two, that day).
+A decode step does two all-reduces a layer: 8 KB for one sequence, 2 MB for 256, so latency is most of it. NCCL takes
+14.6 µs for 16 KB over NVLink and 21 µs through host memory, this kernel 2.3 and 3.9 µs (two H100s, in CUDA graphs,
+2026-11-22); protocols.py has the other sizes, one_shot.cu how it works. It is not fused with the residual add and
+RMSNorm after it: one kernel for all took 4.65 µs for a token of 4096, the sum and a kernel for the norm 2.84 + 1.26 µs
+(bfloat16, the same two, that day).
 
 All ranks must call it in the same order, each on one stream at a time. A rank whose peer does not come waits
 `patience_s` and then goes on with wrong sums, so that no GPU spins for ever: `check` tells, and is cheap.
@@ -23,14 +24,12 @@ import torch.distributed as dist
 
 from cluster.collectives import cuda
 from cluster.collectives.protocols import (
+    BLOCKS_OF_AN_SM,
     CHUNK_PACKETS,
-    CHUNKS_AHEAD,
     FLAG_PACKETS,
-    LL_DATA_BYTES,
     MAX_RANKS,
     MOST_THREADS,
-    PACKET_BYTES,
-    PACKETS_AT_ONCE,
+    SIMPLE_THREADS,
     Protocol,
     Reach,
     launch_shape,
@@ -40,11 +39,11 @@ from cluster.collectives.protocols import (
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport, Wires
 from cluster.errors import GangDied
 
+LOADED_BYTES = 8
+"""That kernels load at once from any tensor; 16 where it lies on a multiple of that."""
 DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
 
 TRIAL_ROUNDS = 24
-NOTHING_BYTE = 0xFF
-"""What Lamport's slots hold where nothing has come: NOTHING in one_shot.cu, by the byte."""
 TRIAL_PATIENCE_S = 5.0  # the ranks come to the trial together, so a longer wait is a dead link
 _MESSAGE_BYTES = 256  # of what a rank tells the others while they set up: a handle, a path or a reason
 
@@ -60,16 +59,14 @@ class _Links(ctypes.Structure):
     _fields_ = [
         ("to", ctypes.c_uint64 * MAX_RANKS),
         ("by_rank", ctypes.c_uint64 * MAX_RANKS),
+        ("shared", ctypes.c_uint64 * MAX_RANKS),
         ("state", ctypes.c_uint64),
         ("silent_rank", ctypes.c_uint64),
         ("patience_ns", ctypes.c_uint64),
-        ("pushes", ctypes.c_uint32),
         ("rank", ctypes.c_uint32),
         ("let_in_early", ctypes.c_uint32),
-        ("ll_packets", ctypes.c_uint32),
-        ("data_at", ctypes.c_uint32),
-        ("data_packets", ctypes.c_uint32),
-        ("flags_at", ctypes.c_uint32),
+        ("slot_packets", ctypes.c_uint32),
+        ("shared_packets", ctypes.c_uint32),
     ]
 
 
@@ -86,9 +83,9 @@ def sizes(ranks: int) -> dict[str, int]:
         "MAX_RANKS": MAX_RANKS,
         "LINKS_BYTES": ctypes.sizeof(_Links),
         "MOST_THREADS": MOST_THREADS,
-        "PACKETS_AT_ONCE": PACKETS_AT_ONCE,
+        "BLOCKS_OF_AN_SM": BLOCKS_OF_AN_SM,
+        "SIMPLE_THREADS": SIMPLE_THREADS,
         "CHUNK_PACKETS": CHUNK_PACKETS,
-        "CHUNKS_AHEAD": CHUNKS_AHEAD,
         "FLAG_PACKETS": FLAG_PACKETS,
     }
 
@@ -105,10 +102,7 @@ class OneShot:
         binary: bytes,
         device: torch.device,
     ) -> None:
-        """`rank` counts in the group; `binary` is `compile_kernels`' for the device and the number of ranks.
-
-        No rank may sum before all have one, as memory is filled here that the others push into.
-        """
+        """`rank` counts in the group; `binary` is `compile_kernels`' for the device and the number of ranks."""
         self.path = transport.name
         self.max_bytes = reach.most_bytes
         self._reach = reach
@@ -121,30 +115,22 @@ class OneShot:
         module = cuda.load(binary)
         self._sum = {
             (protocol, dtype): cuda.Kernel(module, f"all_reduce_{protocol.value}_{name}")
-            for protocol in (Protocol.LL, reach.beyond)
+            for protocol in Protocol
             for dtype, name in DTYPES.items()
         }
         self._state = torch.tensor([1, 0, 0], dtype=torch.int32, device=device)
         self._silent_memory = torch.zeros(1, dtype=torch.int32, pin_memory=True)  # kernels write it
         self._silent_rank = ctypes.c_uint32.from_address(self._silent_memory.data_ptr())
-        self._links = _Links(pushes=len(wires.to), rank=rank)
+        memory = layout(reach)
+        self._links = _Links(
+            rank=rank, slot_packets=memory.slot_packets, shared_packets=memory.shared_packets
+        )
         self._links.to[: len(wires.to)] = wires.to
         self._links.by_rank[: len(wires.by_rank)] = wires.by_rank
+        self._links.shared[: len(wires.shared)] = wires.shared
         self._links.state = self._state.data_ptr()
         self._links.silent_rank = self._silent_memory.data_ptr()
-        self._lay_out(wires)
         self.wait_at_most(TRIAL_PATIENCE_S)
-
-    def _lay_out(self, wires: Wires) -> None:
-        memory = layout(self._reach)
-        self._links.ll_packets = memory.ll_packets
-        self._links.data_at = memory.data_at
-        self._links.data_packets = memory.data_packets
-        self._links.flags_at = memory.flags_at
-        if self._reach.beyond is Protocol.LAMPORT and memory.data_bytes:
-            for rank, address in enumerate(wires.by_rank):
-                if rank != self._links.rank:
-                    cuda.fill(address + memory.data_at * PACKET_BYTES, memory.data_bytes, NOTHING_BYTE)
 
     def wait_at_most(self, patience_s: float) -> None:
         """How long kernels launched or captured from now on wait for a peer."""
@@ -171,7 +157,7 @@ class OneShot:
             raise ValueError(
                 f"{tensor.nbytes} bytes; a one-shot all-reduce here takes {self.max_bytes} at most: ask takes() first"
             )
-        if tensor.data_ptr() % LL_DATA_BYTES:  # a view that begins between what kernels load at once
+        if tensor.data_ptr() % LOADED_BYTES:  # a view that begins between what kernels load at once
             return tensor.copy_(self.all_reduce(tensor.clone()))
         if tensor.nbytes:
             protocol = self._reach.protocol(tensor.nbytes)
@@ -301,7 +287,8 @@ def _compiled(members: Members) -> bytes:
 def _open(members: Members, kind: type[Transport], binary: bytes) -> OneShot:
     """Tried and trusted, or Unusable."""
     reached = reach(kind, members.ranks)
-    transport = kind(members.rank, members.ranks, layout(reached).region_bytes)
+    memory = layout(reached)
+    transport = kind(members.rank, members.ranks, memory.pair_bytes, memory.shared_bytes)
     ends: list[OneShot] = []
 
     def connect(offers: Sequence[bytes]) -> bytes:
@@ -337,7 +324,7 @@ def trial_sizes(reached: Reach) -> list[int]:
 
     The first after a border, for elements of 4 bytes and of 2, and ends inside a packet and inside a chunk.
     """
-    border, most = reached.ll_bytes // 4, reached.most_bytes // 4
+    border, most = reached.lamport_bytes // 4, reached.most_bytes // 4
     wanted = (1, 3000, border, border + 1, 2 * border + 1, most, most // 2 + 1, (border + most) // 2 - 13)
     return [min(max(size, 1), most) for size in wanted]
 

@@ -1,4 +1,4 @@
-"""Which protocol of one_shot.cu carries a message, where its memory lies, and how its kernel is launched: all pure."""
+"""Which protocol of one_shot.cu carries a message, the memory that takes, and how its kernel is launched: all pure."""
 
 from __future__ import annotations
 
@@ -11,37 +11,45 @@ from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transpo
 MAX_RANKS = 8
 SLOTS = 2
 PACKET_BYTES = 16
-LL_DATA_BYTES = 8
-"""Of data in one of LL's packets; the rest are flags."""
 
 
 class Protocol(Enum):
     """How a reader knows that data has come; one_shot.cu says how each works."""
 
-    LL = "ll"
     LAMPORT = "lamport"
     SIMPLE = "simple"
 
 
 @dataclass(frozen=True, slots=True)
 class Reach:
-    """Of one-shot sums on a transport: LL for messages up to `ll_bytes`, `beyond` it up to `most_bytes`."""
+    """Of one-shot sums on a transport: Lamport for messages up to `lamport_bytes`, then Simple up to `most_bytes`."""
 
-    ll_bytes: int
-    beyond: Protocol
+    lamport_bytes: int
     most_bytes: int
 
     def protocol(self, n_bytes: int) -> Protocol:
-        return Protocol.LL if n_bytes <= self.ll_bytes else self.beyond
+        return Protocol.LAMPORT if n_bytes <= self.lamport_bytes else Protocol.SIMPLE
 
 
 OF_TWO: dict[type[Transport], Reach] = {
-    PeerMemory: Reach(4 << 20, Protocol.LAMPORT, 4 << 20),
-    MappedHostMemory: Reach(1 << 20, Protocol.SIMPLE, 1 << 20),
+    PeerMemory: Reach(8 << 20, 8 << 20),
+    MappedHostMemory: Reach(512 << 10, 4 << 20),
 }
-"""What two ranks gain from. Through peer memory over NCCL: 9.2 µs against 23 at 1 MB, 15 against 37 at 2 MB, 28
-against 42 at 4 MB; through host memory 38 against 54 at 512 KB, 68 against 70 at 1 MB, 145 against 105 at 2 MB, all by
-LL (two H100s, NVLink and PCIe 5, in CUDA graphs, 2026-11-22)."""
+"""What two ranks gain from, in µs a sum (two H100s, NVLink or PCIe 5, in CUDA graphs, NCCL of torch 2.11, 2026-11-22):
+
+|                | 16 KB | 256 KB | 512 KB | 1 MB | 2 MB | 4 MB | 8 MB | 16 MB |
+|----------------|------:|-------:|-------:|-----:|-----:|-----:|-----:|------:|
+| peer, NCCL     |  14.6 |   16.4 |   17.8 | 21.6 | 29.8 | 34.5 | 47.2 |  76.8 |
+| peer, Lamport  |   2.3 |    3.3 |    4.0 |  5.4 |  8.7 | 14.7 | 26.1 |  49.7 |
+| peer, Simple   |   5.2 |    6.1 |    7.8 |  9.6 | 13.1 | 22.9 | 40.5 |  75.1 |
+| host, NCCL     |  21.0 |   46.0 |   55.2 | 69.3 | 97.4 |  167 |  310 |   597 |
+| host, Lamport  |   3.9 |   13.2 |   25.3 | 47.7 | 94.7 |  180 |      |       |
+| host, Simple   |   7.1 |   17.2 |   27.4 | 49.7 | 83.6 |  150 |  289 |   573 |
+
+Simple takes over where the two are near each other: it has two thirds of the bytes through the host's memory, which
+may be slower than theirs. Through peer memory it was only tried. NCCL's LL packets, with a flag beside each word, were
+slower than Lamport at every size. Beyond 8 MB peer memory would still gain, but each GPU gives two slots for every rank.
+"""
 
 
 def reach(transport: type[Transport], ranks: int) -> Reach:
@@ -51,7 +59,7 @@ def reach(transport: type[Transport], ranks: int) -> Reach:
     def share(n_bytes: int) -> int:
         return n_bytes // (ranks - 1) // PACKET_BYTES * PACKET_BYTES
 
-    return Reach(share(two.ll_bytes), two.beyond, share(two.most_bytes))
+    return Reach(share(two.lamport_bytes), share(two.most_bytes))
 
 
 # -- memory --
@@ -64,59 +72,53 @@ FLAG_PACKETS = 4
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Of the memory through which one rank sends, in packets: LL's slots, then the other protocol's, then its flags."""
+    """Of the memory that a rank writes, in packets: two slots of a pair for Lamport, two that all share for Simple."""
 
-    ll_packets: int  # of one slot
-    data_packets: int  # of one slot
-
-    @property
-    def data_at(self) -> int:
-        return SLOTS * self.ll_packets
+    slot_packets: int
+    shared_packets: int
 
     @property
-    def flags_at(self) -> int:
-        return self.data_at + SLOTS * self.data_packets
+    def pair_bytes(self) -> int:
+        """For one reader."""
+        return _pages(SLOTS * self.slot_packets)
 
     @property
-    def data_bytes(self) -> int:
-        """Of both slots."""
-        return SLOTS * self.data_packets * PACKET_BYTES
-
-    @property
-    def region_bytes(self) -> int:
-        """Of all: whole pages, so that each rank's can lie on its own NUMA node."""
-        flags = SLOTS * -(-self.data_packets // CHUNK_PACKETS) * FLAG_PACKETS
-        return -(-(self.flags_at + flags) * PACKET_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
+    def shared_bytes(self) -> int:
+        """For all readers, with Simple's flags after its slots."""
+        flags = -(-self.shared_packets // CHUNK_PACKETS) * FLAG_PACKETS
+        return _pages(SLOTS * (self.shared_packets + flags))
 
 
 def layout(reach: Reach) -> Layout:
-    beyond = reach.most_bytes if reach.most_bytes > reach.ll_bytes else 0
-    return Layout(-(-reach.ll_bytes // LL_DATA_BYTES), -(-beyond // PACKET_BYTES))
+    by_simple = reach.most_bytes if reach.most_bytes > reach.lamport_bytes else 0
+    return Layout(-(-reach.lamport_bytes // PACKET_BYTES), -(-by_simple // PACKET_BYTES))
+
+
+def _pages(packets: int) -> int:
+    """Bytes for them, in whole pages: so each rank's can lie on its own NUMA node."""
+    return -(-packets * PACKET_BYTES // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 # -- launches --
 
 FEW_THREADS, MOST_THREADS = 256, 512
-MOST_BLOCKS = 128
-"""One packet a thread in blocks of 256 was within 3 % of the best launch up to 256 KB. Beyond that it takes blocks of
-512: 5.86 against 6.45 µs at 512 KB, 9.3 against 10.1 at 1 MB (LL on two H100s through peer memory, in CUDA graphs,
-2026-11-22). No more blocks than fit on the GPU at once, since they wait for their peers' blocks."""
-PACKETS_AT_ONCE = 4
-"""That a thread loads of each peer at once, between two ranks; more ranks have fewer, for want of registers."""
-CHUNKS_AHEAD = 1
-"""That a warp pushes before it sums: by Simple, a flag is on its way meanwhile."""
+FEW_THREADS_BYTES = 256 << 10
+MOST_BLOCKS, BLOCKS_OF_AN_SM = 256, 2
+"""Of Lamport. Blocks of 256 are up to 0.3 µs faster to 256 KB, blocks of 512 0.6 µs at 512 KB; 256 blocks of them take
+8.7 µs at 2 MB where 128 take 9.1 (the same two GPUs and day, through peer memory)."""
 SIMPLE_BLOCKS, SIMPLE_THREADS = 32, 256
+"""128 warps took 91 µs at 2 MB, 256 and 384 took 84 and 82, 512 took 91 (the same, through host memory)."""
 
 
 def launch_shape(protocol: Protocol, n_bytes: int, multiprocessors: int) -> tuple[int, int]:
-    """→ (blocks, threads of each) for a message: a packet a thread as far as the blocks fit on the GPU together.
+    """→ (blocks, threads of each) for a message, no more than fit on the GPU at once: they wait for their peers'.
 
-    For Simple, as few warps as keep the wire busy, so that early chunks are summed while later ones travel.
+    By Lamport, a packet a thread as far as that goes. By Simple, as few warps as keep the wire busy, so that early
+    chunks are summed while later ones travel.
     """
-    most_blocks = min(MOST_BLOCKS, multiprocessors)
     if protocol is Protocol.SIMPLE:
         chunks = -(-n_bytes // (CHUNK_PACKETS * PACKET_BYTES))
-        return min(chunks, SIMPLE_BLOCKS, most_blocks), SIMPLE_THREADS
-    packets = -(-n_bytes // (LL_DATA_BYTES if protocol is Protocol.LL else PACKET_BYTES))
-    threads = FEW_THREADS if packets <= most_blocks * FEW_THREADS else MOST_THREADS
-    return min(-(-packets // threads), most_blocks), threads
+        return min(chunks, SIMPLE_BLOCKS, multiprocessors), SIMPLE_THREADS
+    threads = FEW_THREADS if n_bytes <= FEW_THREADS_BYTES else MOST_THREADS
+    blocks = -(-n_bytes // (threads * PACKET_BYTES))
+    return min(blocks, MOST_BLOCKS, BLOCKS_OF_AN_SM * multiprocessors), threads

@@ -12,13 +12,23 @@ from typing import Protocol
 
 from cluster.collectives import cuda
 
+NOTHING_BYTE = 0xFF
+"""What memory of a pair holds where nothing has come: NOTHING in one_shot.cu, by the byte."""
+
 
 @dataclass(frozen=True, slots=True)
 class Wires:
-    """Device addresses: where this rank's packets go, and where each rank's come (the own entry is unused)."""
+    """Device addresses. Memory of a pair has one writer and one reader; shared memory has one writer, and all read it.
+
+    A pair's is full of `NOTHING_BYTE` before any rank sends, shared memory of zeros.
+    """
 
     to: tuple[int, ...]
+    """Where this rank writes for its peers, in any order."""
     by_rank: tuple[int, ...]
+    """Where each rank writes for this one; the own entry is unused."""
+    shared: tuple[int, ...]
+    """Where each rank writes for all; none where the transport has no such memory."""
 
 
 class Transport(Protocol):
@@ -26,7 +36,7 @@ class Transport(Protocol):
 
     name: str
 
-    def __init__(self, rank: int, ranks: int, region: int) -> None: ...
+    def __init__(self, rank: int, ranks: int, pair_bytes: int, shared_bytes: int) -> None: ...
     def offer(self) -> bytes: ...
     def open(self, offers: Sequence[bytes]) -> Wires: ...
     def close(self) -> None: ...
@@ -37,13 +47,15 @@ class PeerMemory:
 
     name = "peer memory"
 
-    def __init__(self, rank: int, ranks: int, region: int) -> None:
-        self._rank, self._ranks, self._region = rank, ranks, region
+    def __init__(self, rank: int, ranks: int, pair_bytes: int, shared_bytes: int) -> None:
+        if shared_bytes:
+            raise ValueError(f"{shared_bytes} bytes that all ranks read: peer memory has none, so ask for 0")
+        self._rank, self._ranks, self._region = rank, ranks, pair_bytes
         self._own = 0
         self._peers: dict[int, int] = {}
 
     def offer(self) -> bytes:
-        self._own = cuda.allocate_zeroed(self._ranks * self._region)
+        self._own = cuda.allocate(self._ranks * self._region, NOTHING_BYTE)
         return cuda.export(self._own)
 
     def open(self, offers: Sequence[bytes]) -> Wires:
@@ -55,6 +67,7 @@ class PeerMemory:
         return Wires(
             tuple(base + self._rank * self._region for base in self._peers.values()),
             tuple(self._own + rank * self._region for rank in range(self._ranks)),
+            (),
         )
 
     def close(self) -> None:
@@ -65,12 +78,17 @@ class PeerMemory:
 
 
 class MappedHostMemory:
-    """Each rank pushes into its own part of one file in memory, which all map, and polls the others' parts."""
+    """Each rank pushes into its own part of one file in memory, which all map, and polls the others' parts.
+
+    A part is what one rank writes: for each reader in rank order, then for all. Its own place among the readers is
+    unused.
+    """
 
     name = "mapped host memory"
 
-    def __init__(self, rank: int, ranks: int, region: int) -> None:
-        self._rank, self._ranks, self._region = rank, ranks, region
+    def __init__(self, rank: int, ranks: int, pair_bytes: int, shared_bytes: int) -> None:
+        self._rank, self._ranks = rank, ranks
+        self._pair, self._part = pair_bytes, ranks * pair_bytes + shared_bytes
         self._file: int | None = None
         self._host_address = 0
 
@@ -80,26 +98,33 @@ class MappedHostMemory:
             return b""
         name = f"shardwise-{secrets.token_hex(8)}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC)
-        os.ftruncate(self._file, self._ranks * self._region)
+        os.ftruncate(self._file, self._ranks * self._part)
         return f"/proc/{os.getpid()}/fd/{self._file} {name}".encode()
 
     def open(self, offers: Sequence[bytes]) -> Wires:
-        size = self._ranks * self._region
+        size = self._ranks * self._part
         if self._file is None:
             path, name = offers[0].decode().split()
             if name not in os.readlink(path):  # another container's process may have that number here
                 raise OSError(f"{path} is not the first rank's memory, so it runs in another container")
             self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._memory = mmap.mmap(self._file, size)
-        first = self._rank * self._region
-        self._memory[first : first + self._region] = bytes(
-            self._region
-        )  # the toucher's NUMA node has the pages
+        first, pairs = self._rank * self._part, self._ranks * self._pair
+        filled = bytes([NOTHING_BYTE]) * pairs + bytes(self._part - pairs)
+        self._memory[first : first + self._part] = filled  # the toucher's NUMA node has the pages
         host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         base = cuda.register_host(host_address, size)
         self._host_address = host_address
-        by_rank = tuple(base + rank * self._region for rank in range(self._ranks))
-        return Wires((by_rank[self._rank],), by_rank)
+
+        def at(writer: int, reader: int) -> int:
+            return base + writer * self._part + reader * self._pair
+
+        ranks = range(self._ranks)
+        return Wires(
+            tuple(at(self._rank, reader) for reader in ranks if reader != self._rank),
+            tuple(at(writer, self._rank) for writer in ranks),
+            tuple(at(writer, self._ranks) for writer in ranks),
+        )
 
     def close(self) -> None:
         if self._host_address:

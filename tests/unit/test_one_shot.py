@@ -29,17 +29,17 @@ from cluster.collectives.protocols import (
     CHUNK_PACKETS,
     FLAG_PACKETS,
     MAX_RANKS,
-    MOST_THREADS,
     OF_TWO,
     PACKET_BYTES,
     SIMPLE_BLOCKS,
+    SIMPLE_THREADS,
     Protocol,
     Reach,
     launch_shape,
     layout,
     reach,
 )
-from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
+from cluster.collectives.transports import NOTHING_BYTE, MappedHostMemory, PeerMemory, Transport
 
 TRANSPORTS = (PeerMemory, MappedHostMemory)
 
@@ -59,7 +59,7 @@ class Two(Members):
 
 
 PAGE = os.sysconf("SC_PAGESIZE")
-BOTH = Reach(64 << 10, Protocol.SIMPLE, 1 << 20)
+BOTH = Reach(64 << 10, 1 << 20)
 
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
@@ -68,52 +68,55 @@ def test_more_ranks_send_smaller_messages_of_whole_packets(transport: type[Trans
     assert reaches[0] == OF_TWO[transport]
     most = [one.most_bytes for one in reaches]
     assert most == sorted(set(most), reverse=True)
-    assert all(0 <= one.ll_bytes <= one.most_bytes and one.most_bytes % PACKET_BYTES == 0 for one in reaches)
+    assert all(0 < one.lamport_bytes <= one.most_bytes for one in reaches)
+    assert all(one.lamport_bytes % PACKET_BYTES == one.most_bytes % PACKET_BYTES == 0 for one in reaches)
 
 
-def test_a_message_goes_by_ll_up_to_its_border() -> None:
+def test_a_message_goes_by_lamport_up_to_its_border() -> None:
     found = [BOTH.protocol(n_bytes) for n_bytes in (2, 64 << 10, (64 << 10) + 2, 1 << 20)]
-    assert found == [Protocol.LL, Protocol.LL, Protocol.SIMPLE, Protocol.SIMPLE]
+    assert found == [Protocol.LAMPORT, Protocol.LAMPORT, Protocol.SIMPLE, Protocol.SIMPLE]
 
 
-@pytest.mark.parametrize("ll_bytes", [0, 8, 4096, 262144 // 7])
-@pytest.mark.parametrize("most_bytes", [262144 // 7, 3 << 20])
-def test_the_parts_of_a_rank_s_memory_hold_two_slots_each_and_do_not_overlap(
-    ll_bytes: int, most_bytes: int
-) -> None:
-    memory = layout(Reach(ll_bytes, Protocol.SIMPLE, most_bytes))
-    assert memory.data_at * PACKET_BYTES >= 2 * 2 * ll_bytes  # as many flags as data
-    if most_bytes == ll_bytes:
-        assert memory.data_bytes == 0
-        assert memory.region_bytes < memory.data_at * PACKET_BYTES + PAGE
-        return
-    slot = (memory.flags_at - memory.data_at) // 2
-    assert slot == memory.data_packets
-    assert memory.data_bytes == 2 * slot * PACKET_BYTES >= 2 * most_bytes
-    flags = 2 * -(-most_bytes // (CHUNK_PACKETS * PACKET_BYTES)) * FLAG_PACKETS
-    assert 0 <= memory.region_bytes - (memory.flags_at + flags) * PACKET_BYTES < PAGE
-    assert memory.region_bytes % PAGE == 0
+@pytest.mark.parametrize("lamport_bytes", [2, 4096, 262144 // 7, 3 << 20])
+def test_memory_has_two_slots_for_each_protocol_and_its_flags_in_whole_pages(lamport_bytes: int) -> None:
+    most_bytes = 3 << 20
+    memory = layout(Reach(lamport_bytes, most_bytes))
+    assert 0 <= memory.slot_packets * PACKET_BYTES - lamport_bytes < PACKET_BYTES
+    assert 0 <= memory.pair_bytes - 2 * memory.slot_packets * PACKET_BYTES < PAGE
+    if lamport_bytes == most_bytes:
+        assert memory.shared_bytes == 0
+    else:
+        flags = -(-most_bytes // (CHUNK_PACKETS * PACKET_BYTES)) * FLAG_PACKETS
+        assert 0 <= memory.shared_bytes - 2 * (most_bytes + flags * PACKET_BYTES) < PAGE
+    assert memory.pair_bytes % PAGE == memory.shared_bytes % PAGE == 0
+
+
+@pytest.mark.parametrize("transport", TRANSPORTS)
+def test_only_memory_of_the_host_is_asked_for_what_all_ranks_read(transport: type[Transport]) -> None:
+    memory = layout(reach(transport, 3))
+    transport(0, 3, memory.pair_bytes, memory.shared_bytes)  # raises where it has none
+    assert (memory.shared_bytes > 0) == (transport is MappedHostMemory)
 
 
 @pytest.mark.parametrize(
     ("n_bytes", "multiprocessors", "blocks", "threads"),
     [
         (2, 132, 1, 256),
-        (2048, 132, 1, 256),
-        (2050, 132, 2, 256),
-        (16 << 10, 132, 8, 256),
-        (256 << 10, 132, 128, 256),
-        ((256 << 10) + 2, 132, 65, 512),
-        (512 << 10, 132, 128, 512),
-        (4 << 20, 132, 128, 512),
-        (1 << 20, 46, 46, 512),
+        (4096, 132, 1, 256),
+        (4098, 132, 2, 256),
+        (16 << 10, 132, 4, 256),
+        (256 << 10, 132, 64, 256),
+        ((256 << 10) + 2, 132, 33, 512),
+        (1 << 20, 132, 128, 512),
+        (2 << 20, 132, 256, 512),
+        (8 << 20, 132, 256, 512),
+        (8 << 20, 46, 92, 512),
     ],
 )
 def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
     n_bytes: int, multiprocessors: int, blocks: int, threads: int
 ) -> None:
-    assert launch_shape(Protocol.LL, n_bytes, multiprocessors) == (blocks, threads)
-    assert launch_shape(Protocol.LAMPORT, 2 * n_bytes, multiprocessors) == (blocks, threads)
+    assert launch_shape(Protocol.LAMPORT, n_bytes, multiprocessors) == (blocks, threads)
 
 
 @pytest.mark.parametrize("multiprocessors", [16, 132])
@@ -121,8 +124,7 @@ def test_a_thread_has_one_packet_while_the_blocks_fit_on_the_gpu(
 def test_simple_has_no_more_blocks_than_chunks_or_room(n_bytes: int, multiprocessors: int) -> None:
     blocks, threads = launch_shape(Protocol.SIMPLE, n_bytes, multiprocessors)
     assert blocks == min(-(-n_bytes // (CHUNK_PACKETS * PACKET_BYTES)), SIMPLE_BLOCKS, multiprocessors)
-    assert threads % 32 == 0
-    assert threads <= MOST_THREADS
+    assert threads == SIMPLE_THREADS
 
 
 def test_a_trial_crosses_the_border_with_every_dtype_and_reaches_the_end() -> None:
@@ -130,9 +132,9 @@ def test_a_trial_crosses_the_border_with_every_dtype_and_reaches_the_end() -> No
     drawn = {(size, dtype.itemsize) for size, dtype in islice(zip(cycle(sizes), cycle(DTYPES)), TRIAL_ROUNDS)}
     assert drawn == {(size, n_bytes) for size in sizes for n_bytes in (2, 4)}
     carried = {size * n_bytes for size, n_bytes in drawn}
-    assert {BOTH.ll_bytes, BOTH.ll_bytes + 2, BOTH.ll_bytes + 4, BOTH.most_bytes} <= carried
+    assert {BOTH.lamport_bytes, BOTH.lamport_bytes + 2, BOTH.lamport_bytes + 4, BOTH.most_bytes} <= carried
     assert max(carried) == BOTH.most_bytes
-    assert any(n > BOTH.ll_bytes and n % PACKET_BYTES not in (0, 2, 4) for n in carried)
+    assert any(n > BOTH.lamport_bytes and n % PACKET_BYTES not in (0, 2, 4) for n in carried)
 
 
 def test_a_tensor_that_its_packets_memory_cannot_hold_is_refused() -> None:
@@ -201,16 +203,27 @@ def test_each_transport_that_fails_is_named_with_its_reason(monkeypatch: pytest.
 def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "register_host", lambda address, n_bytes: address)
     monkeypatch.setattr(cuda, "unregister_host", lambda address: None)
-    ranks, region = 3, layout(BOTH).region_bytes
-    ends = [MappedHostMemory(rank, ranks, region) for rank in range(ranks)]
+    ranks, memory = 3, layout(BOTH)
+    ends = [MappedHostMemory(rank, ranks, memory.pair_bytes, memory.shared_bytes) for rank in range(ranks)]
     offers = [end.offer() for end in ends]
     wires = [end.open(offers) for end in ends]
-    for rank, wire in enumerate(wires):
-        (own,) = wire.to
-        ctypes.memset(own, rank + 1, region)
     for wire in wires:
-        seen = [ctypes.string_at(address, region) for address in wire.by_rank]
-        assert seen == [bytes([rank + 1]) * region for rank in range(ranks)]
+        pair, shared = bytes([NOTHING_BYTE]) * memory.pair_bytes, bytes(memory.shared_bytes)
+        assert [ctypes.string_at(wire.by_rank[other], memory.pair_bytes) for other in range(3)] == [pair] * 3
+        assert [ctypes.string_at(wire.shared[other], memory.shared_bytes) for other in range(3)] == [
+            shared
+        ] * 3
+    for rank, wire in enumerate(wires):
+        for number, address in enumerate(wire.to):
+            ctypes.memset(address, 16 * rank + number, memory.pair_bytes)
+        ctypes.memset(wire.shared[rank], 16 * rank + 8, memory.shared_bytes)
+    for rank, wire in enumerate(wires):
+        for other in set(range(ranks)) - {rank}:
+            number = rank - (rank > other)  # of this rank among the other's peers
+            pair = ctypes.string_at(wire.by_rank[other], memory.pair_bytes)
+            shared = ctypes.string_at(wire.shared[other], memory.shared_bytes)
+            assert set(pair) == {16 * other + number}
+            assert set(shared) == {16 * other + 8}
     for end in ends:
         end.close()
     assert not os.path.exists(offers[0].split()[0])
@@ -222,7 +235,7 @@ def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> Non
     with foreign.open("rb") as file:
         offer = f"/proc/{os.getpid()}/fd/{file.fileno()} shardwise-0123456789abcdef".encode()
         with pytest.raises(OSError, match="is not the first rank's memory, so it runs in another container"):
-            MappedHostMemory(1, 2, layout(BOTH).region_bytes).open([offer, b""])
+            MappedHostMemory(1, 2, 4096, 4096).open([offer, b""])
     assert foreign.read_bytes() == b"keep" * 4096
 
 

@@ -176,9 +176,9 @@ def _ring_right(target: Target, device: torch.device, number: int, size: int, dt
 
 
 def _drawn(number: int, most: int) -> tuple[torch.dtype, int]:
-    """The same on every rank: odd sizes, most of them small, some as large as may be."""
+    """The same on every rank: odd sizes, most of them small, one in ten as large as may be."""
     drawn = random.Random(number)
-    largest = drawn.choice((300, 5000, most))
+    largest = drawn.choice((300, 300, 300, 300, 5000, 5000, 5000, 60_000, 60_000, most))
     return drawn.choice(DTYPES), 2 * drawn.randrange(max(1, min(largest, most) // 2)) + 1
 
 

@@ -1,7 +1,8 @@
 """How the ranks of one replica talk: sums and gathers inside a stage, sends between stages.
 
 Two Protocols, which torch_dist.py satisfies: NCCL on GPUs, gloo on CPUs. It hands small sums of one host's GPUs to
-one_shot.py, whose kernel (one_shot.cu) pushes over the wires of transports.py; cuda.py compiles and launches it.
+one_shot.py, whose kernel (one_shot.cu) pushes over the wires of transports.py; protocols.py chooses how, cuda.py
+compiles and launches it.
 """
 
 from __future__ import annotations

@@ -48,7 +48,7 @@ OF_TWO: dict[type[Transport], Reach] = {
 
 Simple takes over where the two are near each other: it has two thirds of the bytes through the host's memory, which
 may be slower than theirs. Through peer memory it was only tried. NCCL's LL packets, with a flag beside each word, were
-slower than Lamport at every size. Beyond 8 MB peer memory would still gain, but each GPU gives two slots for every rank.
+slower than Lamport at every size. Beyond 8 MB peer memory would still gain, but each GPU gives two slots a rank.
 """
 
 

@@ -17,6 +17,7 @@ from launch.api.asking import respond, terms_of
 from launch.api.batches import Batches, add_batches
 from launch.api.chat import begin_chat, encode_chat
 from launch.api.completions import begin_completions
+from launch.api.direct import DirectRoute
 from launch.api.errors import ApiError
 from launch.api.files import FileStore, add_files
 from launch.api.guard import Guard, HttpLimits, Keys
@@ -80,15 +81,21 @@ def _add_models(app: FastAPI, service: Service) -> None:
             "max_model_len": service.coordinator.limits.max_model_len,
         }
 
-    @app.post("/v1/chat/completions", responses=_RESPONSES)
     async def chat_completions(request: Request, asked: ChatRequest) -> Response:
         terms = terms_of(asked, service, request.state.client)
         return await respond(request, asked, await begin_chat(asked, service, terms))
 
-    @app.post("/v1/completions", responses=_RESPONSES)
-    async def text_completions(request: Request, asked: CompletionRequest) -> Response:
+    async def completions(request: Request, asked: CompletionRequest) -> Response:
         terms = terms_of(asked, service, request.state.client)
         return await respond(request, asked, await begin_completions(asked, service, terms))
+
+    for path, endpoint in (
+        ("/v1/chat/completions", chat_completions),
+        ("/v1/completions", completions),
+    ):
+        app.router.add_api_route(
+            path, endpoint, methods=["POST"], responses=_RESPONSES, route_class_override=DirectRoute
+        )
 
     @app.get("/v1/models")
     async def models() -> Response:

@@ -192,7 +192,7 @@ _TITLE = """# Accuracy of the predictions
 
 What `shardwise validate` printed; it makes the sections below. No row is in the product: constants are in
 `strategies/engines.yaml`, fitted by `tests/bench/fit_engines.py` to the two thirds of the serving rows that a hash of
-their ids picks (`fitted`); the other third (`held_out`) was not looked at.
+their ids picks (`fitted`); the other third (`held_out`) is not fitted to.
 """
 
 

@@ -376,11 +376,12 @@ def main() -> None:
     parser.add_argument("--only", choices=("coordinator", "streams", "rate", "most", "overload"))
     parser.add_argument("--streams", type=int, default=500)
     parser.add_argument("--tokens", type=int, default=200)
+    parser.add_argument("--rate", type=float, default=11_000, help="tokens a second, of all streams together")
     parser.add_argument("--seconds", type=float, default=10.0, help="of the overload")
     parser.add_argument("--profile", help="a file for cProfile's figures of the server")
     args = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_NOFILE, (8192, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-    step_s = args.streams / 10_000  # 10,000 tokens a second in all
+    step_s = args.streams / args.rate
     found: dict[str, float] = {}
     if args.only in (None, "coordinator"):
         found |= coordinator_cost()

@@ -64,7 +64,9 @@ class Link:
     bytes_per_s: float  # one direction
     all_reduce_latency_s: Mapping[int, float] = field(default_factory=dict)  # by ranks; empty: from latency_s
     curves: tuple[Curve, ...] = ()  # of groups over such links, by path, as measured; see cluster/paths.py
-    one_shot_s: float | None = None  # of a small all-reduce in one kernel; None: links that have no path for it
+    one_shot_s: float | None = (
+        None  # of a small all-reduce in one kernel; None: links that have no path for it
+    )
     provenance: Provenance = Provenance.DATASHEET
 
 

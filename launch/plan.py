@@ -79,6 +79,8 @@ def run(args: argparse.Namespace) -> int:
     spec = spec_of(args.model)
     check_lengths(spec, workload, args.max_model_len)
     dtype = choose_dtype(args.dtype, spec, topology)
+    if not args.on:
+        topology = as_measured(topology, dtype)
     made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=args.max_model_len, wide=True)
     if args.json:
         print(json.dumps(plan_to_json(made, workload), indent=2))
@@ -148,6 +150,15 @@ def this_machine() -> Topology:
 
     peer_access = os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
     return discover(peer_access=peer_access, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
+
+
+def as_measured(topology: Topology, dtype: str) -> Topology:
+    """With this machine's profile in place of priors, where one was kept."""
+    from cluster.profile import apply, kept
+    from launch.predict import cache_directory
+
+    profile = kept(cache_directory(), topology)
+    return topology if profile is None else apply(profile, topology, dtype)
 
 
 # --- for programs -------------------------------------------------------------------------------------------

@@ -5,12 +5,14 @@ import os
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
+from cluster.profile import FORMAT, MachineProfile, Rates, fingerprint_of, profile_path, save
 from launch import __main__
-from launch.plan import plan_to_json
+from launch.plan import plan_to_json, this_machine
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_8B, box
@@ -111,6 +113,34 @@ def test_without_a_recipe_it_plans_for_this_machine(capsys, tmp_path, monkeypatc
     assert code == (3 if found["chosen"] is None else 0)
     assert "cores" in found["machine"]
     assert [c["layout"] for c in found["candidates"]] == ["tp1"]
+
+
+def test_what_was_measured_of_this_machine_takes_the_place_of_priors(capsys, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    argv = ("qwen2.5-7b", "--layouts", "tp1", "--prompt-tokens", "8", "--dtype", "float32", "--json")
+
+    def tpot_ms() -> float:
+        _, out, _ = shardwise(capsys, *argv)
+        return json.loads(out)["candidates"][0]["predicted"]["tpot_ms"]
+
+    topology = this_machine()
+    assumed = topology.devices[0].bandwidth_bytes_per_s
+    before = tpot_ms()
+    profile = MachineProfile(
+        format=FORMAT,
+        machine=topology.name,
+        fingerprint=fingerprint_of(topology),
+        measured_at="2026-01-01T00:00:00+00:00",
+        torch_version=version("torch"),
+        driver="",
+        nccl_version="",
+        devices=topology.devices,
+        links=tuple((a, b, link) for (a, b), link in topology.links.items()),
+        rates=(Rates({"float32": assumed / 10}, {"float32": 1e12}, layer_overhead_s=0.0),),
+    )
+    save(profile, profile_path(tmp_path / "shardwise", topology))
+    assert tpot_ms() > 5 * before
 
 
 def test_max_model_len_makes_room_for_a_longer_sequence(capsys):

@@ -118,7 +118,7 @@ def test_without_a_recipe_it_plans_for_this_machine(capsys, tmp_path, monkeypatc
 def test_what_was_measured_of_this_machine_takes_the_place_of_priors(capsys, tmp_path, monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    argv = ("qwen2.5-7b", "--layouts", "tp1", "--prompt-tokens", "8", "--dtype", "float32", "--json")
+    argv = ("smollm2", "--layouts", "tp1", "--prompt-tokens", "8", "--dtype", "float32", "--json")
 
     def tpot_ms() -> float:
         _, out, _ = shardwise(capsys, *argv)

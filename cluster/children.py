@@ -13,7 +13,6 @@ import ctypes
 import multiprocessing
 import os
 import signal
-import socket
 import tempfile
 import time
 import traceback
@@ -24,6 +23,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any, Protocol, TypeVar
 
 from cluster.gang import last_words
+from cluster.loopback import loopback_interface
 
 T = TypeVar("T")
 START_LIMIT_S = 120.0  # a cold import of torch from a slow disk, and a CUDA context on each GPU
@@ -213,10 +213,8 @@ def _serve(pipe: Connection, log: str, environment: Mapping[str, str]) -> None:
     with contextlib.suppress(OSError, AttributeError):  # no Linux
         ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     os.environ.update(environment)
-    # By itself gloo takes the address that the host's name resolves to, which may be unreachable or open to others.
-    loopbacks = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    if loopbacks:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopbacks[0])
+    if loopback := loopback_interface():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", loopback)
     with open(log, "ab", buffering=0) as file:
         os.dup2(file.fileno(), 1)  # NCCL writes there, and standard output is for the command's own answer
         os.dup2(file.fileno(), 2)

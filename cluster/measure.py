@@ -6,7 +6,6 @@ this module does not. What it makes, and where that is kept, is in profile.py.
 
 from __future__ import annotations
 
-import socket
 import time
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cluster.children import ChildFailed, Children, Ranks
 from cluster.errors import GangDied
+from cluster.loopback import free_port
 from cluster.paths import Curve, Op, Path
 from cluster.profile import (
     FORMAT,
@@ -281,9 +281,7 @@ def targets(topology: Topology, ranks: int, probe_s: float) -> list[Target]:
 
 def meeting_place() -> str:
     """An address on this host that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"tcp://127.0.0.1:{probe.getsockname()[1]}"
+    return f"tcp://127.0.0.1:{free_port()}"
 
 
 def group_sizes(world_size: int) -> list[int]:

@@ -19,8 +19,9 @@ import msgspec
 import torch
 
 from cluster.channel import Address, Reader, Via, Writer
-from cluster.collectives.torch_dist import TorchCollectives, free_port, join
+from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import BadRequest
+from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from orchestrator.engine.kv_cache import KVCache, block_bytes

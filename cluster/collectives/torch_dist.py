@@ -11,7 +11,6 @@ On one host's cores gloo's own ring and ring-gather cost their threads' wake-ups
 from __future__ import annotations
 
 import os
-import socket
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +23,7 @@ import torch.distributed as dist
 
 from cluster.collectives.one_shot import Members, OneShot, open_one_shot
 from cluster.errors import GangDied
+from cluster.loopback import loopback_interface
 
 SENDS_IN_FLIGHT = 8
 """Sends that a rank starts before it waits for its oldest. A pipeline has at most pp batches in flight, so
@@ -36,14 +36,6 @@ NCCL only by the environment; a user's own value wins."""
 
 _CORRUPT = "the link corrupts data; try NCCL_P2P_DISABLE=1"
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port that was free on `host` a moment ago; rank 0 should bind it soon."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 @dataclass(frozen=True, slots=True)
@@ -342,14 +334,13 @@ def _try_wires(collectives: TorchCollectives, tp: int, device: torch.device) -> 
 def _gloo_on_loopback(init_method: str) -> Iterator[None]:
     """Where all ranks are on one host, have gloo listen on the loopback interface and nowhere else.
 
-    By itself it takes the address that the host's name resolves to, which may be unreachable (a VPN, a
-    container) or open to the network. torch can tell gloo only by this variable; a user's own value wins.
+    torch can tell gloo only by this variable; a user's own value wins.
     """
-    names = [name for _, name in socket.if_nameindex() if name.startswith("lo")]
-    if urlsplit(init_method).hostname not in _LOOPBACK or not names or "GLOO_SOCKET_IFNAME" in os.environ:
+    loopback = loopback_interface()
+    if urlsplit(init_method).hostname not in _LOOPBACK or not loopback or "GLOO_SOCKET_IFNAME" in os.environ:
         yield
         return
-    os.environ["GLOO_SOCKET_IFNAME"] = names[0]
+    os.environ["GLOO_SOCKET_IFNAME"] = loopback
     try:
         yield
     finally:

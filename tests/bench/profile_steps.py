@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.multiprocessing as multiprocessing
 
-from cluster.collectives.torch_dist import free_port
+from cluster.loopback import free_port
 from launch.models import resolve
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.collectives.torch_dist import TorchCollectives, free_port, join
+from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import GangDied
+from cluster.loopback import free_port
 
 CPU = torch.device("cpu")
 Body = Callable[[TorchCollectives], Any]

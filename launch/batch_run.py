@@ -30,8 +30,9 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
 
     from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
+    from launch.predict import planned
     from launch.progress import Progress
-    from launch.serve import conditions_of, planned
+    from launch.serve import conditions_of
     from launch.start import cluster, deployment
     from orchestrator.jobs import check_same, examine
     from orchestrator.journal import ERRORS, MANIFEST, OUTPUT, write_whole

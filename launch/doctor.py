@@ -19,7 +19,7 @@ from cluster.topology import Topology
 from launch.checks import findings
 from launch.facts import gather, topology_of
 from launch.findings import GB, Finding, MachineFacts, Severity
-from launch.predict import cache_directory
+from launch.machine import cache_directory
 from launch.progress import Progress
 
 if TYPE_CHECKING:

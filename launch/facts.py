@@ -25,6 +25,7 @@ from cluster.proof import kept
 from cluster.rocm import torch_build
 from cluster.topology import Topology
 from launch.findings import Clash, Leftover, MachineFacts, RayCluster
+from launch.machine import peers_allowed
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "safetensors", "flashinfer-python", "triton")
 RAY_DASHBOARD_PORT = 8265
@@ -55,7 +56,7 @@ def gather(cache: Path, report: GpuReport | None = None) -> MachineFacts:
         slots={gpu.pci: read_slot(gpu.pci) for gpu in report.gpus},
         processes={pid: _process_name(pid) for gpu in report.gpus for pid, _ in gpu.holders},
         visible=visible,
-        peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
+        peer_access=peers_allowed(),
         nccl_environment={
             k: v for k, v in os.environ.items() if k.startswith("NCCL_") and k != "NCCL_P2P_DISABLE"
         },

@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from launch.options import check_blocks, engine_options, layout
-    from launch.predict import fitted
+    from launch.predict import planned, workload_of
     from launch.progress import Progress
     from orchestrator.request import SamplingParams
     from orchestrator.text import text_of
@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
     text = text_of(options.source)
     prompts = _prompts(args, sampling, text, options)
     progress = Progress()
-    chosen = _planned(options, prompts, progress) if dims is None else fitted(options, prompts, dims)
+    chosen = planned(options, workload_of(options, prompts), dims, progress).candidate
     return _generate(prompts, chosen, options, text, progress, as_json=args.json)
 
 
@@ -92,15 +92,6 @@ def _prompts(
         prompts = from_texts(args.prompt, sampling, text, chat=args.chat)
     check(prompts, vocab=options.spec.vocab, context=options.most_context, has_tokenizer=text is not None)
     return prompts
-
-
-def _planned(options: EngineOptions, prompts: Sequence[Prompt], progress: Progress) -> Candidate:
-    """The planner's choice for these prompts on this machine."""
-    from launch.predict import choose
-
-    chosen = choose(options, prompts)
-    progress.say(f"layout {chosen.dims.name}, the planner's choice; `shardwise plan` says why")
-    return chosen
 
 
 def _generate(

@@ -6,13 +6,12 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.discover import discover
 from cluster.paths import Path
 from cluster.proof import kept
 from cluster.prove import proved
 from cluster.topology import Topology
+from launch.machine import cache_directory, found_here
 from launch.options import EngineOptions
-from launch.predict import cache_directory
 from launch.progress import Progress
 
 
@@ -20,8 +19,7 @@ def linked(options: EngineOptions, devices: int) -> Topology | None:
     """The GPUs here; None where there is nothing to prove: CPUs, one GPU, or a cluster elsewhere."""
     if options.device != "cuda" or devices < 2 or options.address is not None:
         return None
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return discover(device="cuda", peer_access=options.peer_access, visible=visible)
+    return found_here("cuda", peer_access=options.peer_access)
 
 
 @contextmanager

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Protocol
 
 from cluster.gang import Gang, results
 from cluster.nodes import NodeReport, Reporter, joined
 from cluster.topology import Topology
+from launch.machine import peers_allowed
 from launch.progress import Progress
 
 PLACE_LIMIT_S = 60.0
@@ -41,9 +41,8 @@ def ask_nodes(found: Nodes, name: str, device: str | None, progress: Progress) -
     progress.say(f"asking its nodes, by {count} actor{'s' * (count > 1)}, each on a device")
     [gang] = found.acquire(Reporter, [count], kind, timeout_s=PLACE_LIMIT_S)
     try:
-        peer_access = os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
         first = {member.node_id: member for member in reversed(gang.members)}
-        calls = [gang.call(member.index, "report", kind, peer_access) for member in first.values()]
+        calls = [gang.call(member.index, "report", kind, peers_allowed()) for member in first.values()]
         reports: list[NodeReport] = results(calls, REPORT_LIMIT_S)
     finally:
         gang.kill()

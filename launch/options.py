@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import dataclass
 
 from cluster.errors import BadLayout, UserError
+from launch.machine import peers_allowed
 from launch.models import resolve
 from strategies.plan import ParallelDims
 from strategies.runnable import check_runs
@@ -179,7 +179,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         prefix_caching=not args.no_enable_prefix_caching,
         seed=args.seed,
         address=address,
-        peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
+        peer_access=peers_allowed(),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
     )

@@ -5,13 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from cluster.errors import BadRequest, NoFeasiblePlan
 from cluster.topology import Topology
 from launch.config import read_machine
+from launch.machine import as_measured, found_here
 from launch.models import spec_of
 from strategies.explain import ms
 from strategies.plan import Candidate, Layout, ParallelDims, Plan
@@ -75,7 +75,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     workload = workload_of(args)
     layouts = named_layouts(args.layouts)
-    topology = read_machine(args.on) if args.on else this_machine()
+    topology = read_machine(args.on) if args.on else found_here()
     spec = spec_of(args.model)
     check_lengths(spec, workload, args.max_model_len)
     dtype = choose_dtype(args.dtype, spec, topology)
@@ -143,22 +143,6 @@ def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
         return "float32"
     known = (spec.dtype, "bfloat16", "float16", "float32")
     return next((d for d in known if all(d in device.flops_per_s for device in topology.devices)), spec.dtype)
-
-
-def this_machine() -> Topology:
-    from cluster.discover import discover
-
-    peer_access = os.environ.get("NCCL_P2P_DISABLE", "0") != "1"
-    return discover(peer_access=peer_access, visible=os.environ.get("CUDA_VISIBLE_DEVICES"))
-
-
-def as_measured(topology: Topology, dtype: str) -> Topology:
-    """With this machine's profile in place of priors, where one was kept."""
-    from cluster.profile import apply, kept
-    from launch.predict import cache_directory
-
-    profile = kept(cache_directory(), topology)
-    return topology if profile is None else apply(profile, topology, dtype)
 
 
 # --- for programs -------------------------------------------------------------------------------------------

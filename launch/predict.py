@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
-from cluster.discover import discover
 from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
-from cluster.profile import apply, kept
+from cluster.profile import apply
 from cluster.topology import Topology
+from launch.machine import as_measured, cache_directory, found_here
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
@@ -23,9 +22,7 @@ from strategies.spec import Objective, Workload
 
 def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
     """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
-    found = _found(options, cpu_ranks)
-    earlier = kept(cache_directory(), found)
-    return found if earlier is None else apply(earlier, found, options.dtype)
+    return as_measured(_found(options, cpu_ranks), options.dtype)
 
 
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
@@ -35,17 +32,8 @@ def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
-    return discover(
-        cpu_ranks if options.device == "cpu" else None,
-        options.device,
-        peer_access=options.peer_access,
-        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
-
-
-def cache_directory() -> Path:
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "shardwise"
+    ranks = cpu_ranks if options.device == "cpu" else None
+    return found_here(options.device, cpu_ranks=ranks, peer_access=options.peer_access)
 
 
 def predict(
@@ -62,27 +50,35 @@ def predict(
     )
 
 
-def choose(options: EngineOptions, prompts: Sequence[Prompt]) -> Candidate:
-    """The planner's layout for these prompts: for one, by latency; else by throughput. Raises NoFeasiblePlan."""
-    made = predict(options, this_machine(options), _workload(options, prompts), None)
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """The layout to run, and why: without a plan where it was asked for and the machines are elsewhere."""
+
+    candidate: Candidate
+    plan: Plan | None
+    topology: Topology | None
+
+
+def planned(
+    options: EngineOptions, workload: Workload, dims: ParallelDims | None, progress: Progress
+) -> Planned:
+    """The layout asked for, or the planner's choice. Raises NoFeasiblePlan, or BadLayout with the arithmetic."""
+    if dims is not None and options.address is not None:  # memory is seen once the machines are joined
+        return Planned(Candidate(dims, None, None, shard_replica(options.spec, dims)), None, None)
+    topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
+    made = predict(options, topology, workload, None if dims is None else [dims])
+    why = " ".join(made.explanation)
+    if made.chosen is None and dims is None:
+        raise NoFeasiblePlan(why)
     if made.chosen is None:
-        raise NoFeasiblePlan(" ".join(made.explanation))
-    return made.chosen
+        raise BadLayout(f"{made.candidates[0].dims.name} does not fit: {made.candidates[0].reason}. {why}")
+    if dims is None:
+        progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
+    return Planned(made.chosen, made, topology)
 
 
-def fitted(options: EngineOptions, prompts: Sequence[Prompt], dims: ParallelDims) -> Candidate:
-    """The layout asked for, if model and machine can be split so. Raises BadLayout with the arithmetic."""
-    if options.address is not None:  # other machines, whose memory is seen once they are joined
-        return Candidate(dims, None, None, shard_replica(options.spec, dims))
-    topology = this_machine(options, cpu_ranks=dims.world_size)
-    made = predict(options, topology, _workload(options, prompts), [dims])
-    if made.chosen is None:
-        reason = made.candidates[0].reason
-        raise BadLayout(f"{dims.name} does not fit: {reason}. {' '.join(made.explanation)}")
-    return made.chosen
-
-
-def _workload(options: EngineOptions, prompts: Sequence[Prompt]) -> Workload:
+def workload_of(options: EngineOptions, prompts: Sequence[Prompt]) -> Workload:
+    """Of prompts that are here: one's objective is latency, several have throughput."""
     longest = max(len(p.token_ids) for p in prompts)
     output = max(p.sampling.max_tokens for p in prompts)
     output = max(1, min(output, options.spec.max_positions - longest))

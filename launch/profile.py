@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path as File
@@ -12,14 +11,13 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
-from cluster.discover import discover
 from cluster.errors import UserError
 from cluster.measure import measure
 from cluster.paths import Curve, Op, Path, best_path, crossovers
 from cluster.profile import MachineProfile, apply, save, write_whole
 from cluster.proof import Outcome, Proof, Trusted
 from cluster.prove import proved
-from launch.predict import cache_directory
+from launch.machine import cache_directory, found_here
 from launch.progress import Progress
 from launch.recipe import to_recipe
 
@@ -58,11 +56,7 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     if args.address is not None:
         return _report_nodes(args, out, progress)
-    topology = discover(
-        device=None if args.device == "auto" else args.device,
-        peer_access=os.environ.get("NCCL_P2P_DISABLE", "0") != "1",
-        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
-    )
+    topology = found_here(None if args.device == "auto" else args.device)
     cache = cache_directory()
     proof = proved(topology, cache, progress.say, refresh=args.refresh) if len(topology.devices) > 1 else None
     profile = measure(

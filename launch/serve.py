@@ -12,30 +12,20 @@ import socket
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.errors import BadLayout, BadRequest, NoFeasiblePlan, UserError
+from cluster.errors import BadRequest, UserError
 
 if TYPE_CHECKING:
-    from cluster.topology import Topology
     from launch.api.metrics import Facts
     from launch.generation_config import GenerationConfig
     from launch.options import EngineOptions
+    from launch.predict import Planned
     from launch.progress import Progress
     from orchestrator.text import Text
-    from strategies.plan import Candidate, ParallelDims, Plan
     from strategies.spec import Workload
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """What is served, and why: without a plan where the machines are elsewhere."""
-
-    candidate: Candidate
-    plan: Plan | None
-    topology: Topology | None
 
 
 MOST_FILES = 65_536
@@ -107,6 +97,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
+    from launch.predict import planned
     from launch.progress import Progress
     from orchestrator.text import text_of
 
@@ -200,29 +191,6 @@ def listen(host: str, port: int, *, is_open: bool) -> socket.socket:
     return bound
 
 
-def planned(
-    options: EngineOptions, workload: Workload, dims: ParallelDims | None, progress: Progress
-) -> Layout:
-    """The layout asked for, or the planner's choice."""
-    from launch.predict import predict, this_machine
-    from strategies.pipeline import shard_replica
-    from strategies.plan import Candidate
-
-    if dims is not None and options.address is not None:  # memory is seen once the machines are joined
-        return Layout(Candidate(dims, None, None, shard_replica(options.spec, dims)), None, None)
-    topology = this_machine(options, cpu_ranks=dims.world_size if dims is not None else None)
-    plan = predict(options, topology, workload, None if dims is None else [dims])
-    if plan.chosen is None:
-        if dims is None:
-            raise NoFeasiblePlan(" ".join(plan.explanation))
-        raise BadLayout(
-            f"{dims.name} does not fit: {plan.candidates[0].reason}. {' '.join(plan.explanation)}"
-        )
-    if dims is None:
-        progress.say(f"layout {plan.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
-    return Layout(plan.chosen, plan, topology)
-
-
 def conditions_of(options: EngineOptions) -> dict[str, object]:
     """What a batch's answers depend on."""
     source = options.source
@@ -264,7 +232,7 @@ def _serve(
     options: EngineOptions,
     generation: GenerationConfig,
     text: Text | None,
-    chosen: Layout,
+    chosen: Planned,
     workload: Workload,
     progress: Progress,
 ) -> int:
@@ -318,7 +286,7 @@ def _serve(
     return 0
 
 
-def _told(chosen: Layout, workload: Workload) -> dict[str, object]:
+def _told(chosen: Planned, workload: Workload) -> dict[str, object]:
     """The plan, for the page."""
     from launch.plan import plan_to_json
 
@@ -328,7 +296,7 @@ def _told(chosen: Layout, workload: Workload) -> dict[str, object]:
     return told
 
 
-def _facts(model: str, chosen: Layout) -> Facts:
+def _facts(model: str, chosen: Planned) -> Facts:
     """For the metrics: the layout, what was predicted of it, the links that it uses."""
     from launch.api.metrics import Facts, LinkFact
 

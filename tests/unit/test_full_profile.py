@@ -191,7 +191,7 @@ def test_json_is_one_object_with_the_proof(
     probes: Probes, tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(profile_command, "discover", lambda **asked: discover(1, binding=dual_h100()))
+    monkeypatch.setattr(profile_command, "found_here", lambda device: discover(1, binding=dual_h100()))
     asked = argparse.Namespace(json=True, refresh=False, out=None, address=None, device="auto")
     assert profile_command.run(asked) == 0
     printed = json.loads(capsys.readouterr().out)
@@ -214,7 +214,9 @@ def test_json_is_one_object_with_the_proof(
 def test_mistakes_are_told_before_anything_is_measured(
     flags: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(profile_command, "discover", lambda **asked: discover(**asked, binding=no_driver()))
+    monkeypatch.setattr(
+        profile_command, "found_here", lambda device: discover(device=device, binding=no_driver())
+    )
     try:
         code = main(["profile", *flags.split()])
     except SystemExit as ended:
@@ -229,7 +231,7 @@ def test_a_profile_can_be_written_as_a_recipe(
     probes: Probes, tmp_path: File, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(profile_command, "discover", lambda **asked: H100S)
+    monkeypatch.setattr(profile_command, "found_here", lambda device: H100S)
     monkeypatch.setattr(profile_command, "proved", lambda *asked, **more: PROOF)
     assert main(["profile", "--out", str(tmp_path / "box.yaml")]) == 0
     assert "sums through peer memory  passed" in capsys.readouterr().out

@@ -32,7 +32,9 @@ def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Proof]:
     """Put a proof in under "now"."""
     now: dict[str, Proof] = {}
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    monkeypatch.setattr(links, "discover", lambda **asked: discover(binding=dual_h100(), **asked))
+    monkeypatch.setattr(
+        links, "found_here", lambda device, **asked: discover(device=device, binding=dual_h100(), **asked)
+    )
     monkeypatch.setattr(links, "proved", lambda topology, cache, say: now["now"])
     monkeypatch.setattr(links, "kept", lambda cache, topology: now.get("now"))
     return now

@@ -12,7 +12,8 @@ import pytest
 
 from cluster.profile import FORMAT, MachineProfile, Rates, fingerprint_of, profile_path, save
 from launch import __main__
-from launch.plan import plan_to_json, this_machine
+from launch.machine import found_here
+from launch.plan import plan_to_json
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_8B, box
@@ -124,7 +125,7 @@ def test_what_was_measured_of_this_machine_takes_the_place_of_priors(capsys, tmp
         _, out, _ = shardwise(capsys, *argv)
         return json.loads(out)["candidates"][0]["predicted"]["tpot_ms"]
 
-    topology = this_machine()
+    topology = found_here()
     assumed = topology.devices[0].bandwidth_bytes_per_s
     before = tpot_ms()
     profile = MachineProfile(

@@ -73,10 +73,6 @@ def engine(name: str) -> Engine:
     return engine_from({**rows["default"], **(row or {})}, _rows()["kernels"], name)
 
 
-def is_known(name: str) -> bool:
-    return name.lower() in _rows()["engines"]
-
-
 def engine_from(row: Mapping[str, Any], kernels: Mapping[str, Any], name: str) -> Engine:
     """An engine of the rows of engines.yaml: times there are in µs and ms. `row` may set kernels of its own."""
     own = {**kernels, **row.get("kernels", {})}

@@ -42,8 +42,8 @@ _ENDINGS = re.compile(
 )
 _PLAIN = frozenset({"", "bf16", "bfloat16", "fp16", "float16", "f16", "none"})
 _KEPT: Mapping[str, Format] = {  # in order: the first that a name starts with, or holds
-    "q4_k_m": replace(FORMATS["int4"], weight_bytes=4.85 / 8),  # a mixture of 4 and 6 bits
-    "int4-g32": replace(FORMATS["int4"], weight_bytes=0.5 + 2.5 / 32),
+    "q4_k_m": replace(FORMATS["int4"], weight_bytes=4.85 / 8, scales=0.0),  # a mixture of 4 and 6 bits
+    "int4-g32": replace(FORMATS["int4"], weight_bytes=0.5 + 2.5 / 32, scales=0.0),
     "int4": FORMATS["int4"],
     "awq": FORMATS["int4"],
     "gptq": FORMATS["int4"],

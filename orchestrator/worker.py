@@ -36,6 +36,7 @@ from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, whole_prompts
 from orchestrator.text import text_of
 from strategies import tensor
+from strategies.formats import FORMATS
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 from strategies.source import ModelSource
@@ -58,6 +59,7 @@ class EngineConfig:
     spec: ModelSpec
     dtype: str
     device: str  # "cpu" or "cuda"
+    format: str = ""  # of the linear layers' weights, by its name; none: the dtype
     dummy_weights: bool = False
     block_size: int = 16
     max_num_seqs: int = 256
@@ -137,7 +139,8 @@ class Worker:
         dtype = getattr(torch, self.config.dtype)
         with torch.device("meta"):
             self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
-        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded)
+        kept = FORMATS[self.config.format]
+        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)
         return sum(p.nbytes for p in self.model.parameters())

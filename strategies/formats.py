@@ -26,16 +26,19 @@ class Format:
     """How linear layers are kept. Embedding, head, norms and router stay in the model's dtype."""
 
     name: str = ""
-    weight_bytes: float | None = None  # of one weight with its scales; None: the dtype's
+    weight_bytes: float | None = None  # of one weight; None: the dtype's
     width: Width = Width.FULL
     compute: str | None = None  # what products run in on devices that can; None, or elsewhere: the dtype
+    scales: float = 0.0  # numbers of the dtype beside each weight
     kv_bytes: float | None = None  # of one element of the cache; None: the dtype's
     experts_only: bool = (
         False  # in a mixture of experts attention stays in the dtype, as published checkpoints have it
     )
 
     def bytes_per_weight(self, dtype: str) -> float:
-        return BYTES_PER_ELEMENT[dtype] if self.weight_bytes is None else self.weight_bytes
+        """With its scales."""
+        size = BYTES_PER_ELEMENT[dtype]
+        return size if self.weight_bytes is None else self.weight_bytes + self.scales * size
 
     def bytes_per_kv(self, dtype: str) -> float:
         return BYTES_PER_ELEMENT[dtype] if self.kv_bytes is None else self.kv_bytes
@@ -47,12 +50,12 @@ class Format:
 
 PLAIN = Format()
 
-# Scales: fp8 and int8 one float a block of 128 × 128 or a channel (nothing to speak of); int4 a half float and a zero
-# point each 128 weights (GPTQ, AWQ); fp4 a byte each 16 (NVFP4). int4 is kept in 4 bits and multiplied in the dtype.
+# Scales: fp8 and int8 one float a block of 128 × 128 or a channel (nothing to speak of); int4 a scale and a zero
+# point each 128 weights (quantized.py); fp4 a byte each 16 (NVFP4). int4 is kept in 4 bits and multiplied in the dtype.
 _WEIGHTS = (
     Format("fp8", 1.0, Width.EIGHT, "float8"),
     Format("int8", 1.0, Width.EIGHT, "int8"),
-    Format("int4", 0.5 + 2.5 / 128, Width.FOUR),
+    Format("int4", 0.5, Width.FOUR, scales=2 / 128),
     Format("fp4", 0.5 + 1 / 16, Width.FOUR, "float4", experts_only=True),
 )
 FORMATS = {

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 from cluster.errors import BadLayout
+from strategies.formats import PLAIN, Format
 from strategies.plan import ParallelDims, Shard
+from strategies.quantize import check, mlp_unit
 from strategies.spec import ModelSpec, Workload
 from strategies.tensor import shard_stage
 
@@ -69,12 +71,16 @@ def shard_replica(
     dims: ParallelDims,
     speeds: Sequence[float] = (),
     workload: Workload = Workload(),  # noqa: B008 (frozen)
+    kept: Format = PLAIN,
 ) -> tuple[Shard, ...]:
     """Every rank's shard, in rank order: tp counts first. Raises BadLayout where the model cannot be split so.
 
-    `workload` is one replica's: it decides what the head weighs.
+    `workload` is one replica's: it decides what the head weighs. `kept`: the weights' format, whose groups stay whole.
     """
     head = head_cost_in_layers(spec, workload)
     split = split_layers(spec.layers, head, speeds=speeds or [1.0] * dims.pp)
-    stages = (shard_stage(spec, dims.tp, stage, dims.pp, layers) for stage, layers in enumerate(split))
-    return tuple(shard for stage in stages for shard in stage)
+    unit = mlp_unit(spec, kept)
+    stages = (shard_stage(spec, dims.tp, stage, dims.pp, layers, unit) for stage, layers in enumerate(split))
+    shards = tuple(shard for stage in stages for shard in stage)
+    check(spec, kept, shards)
+    return shards

@@ -11,6 +11,7 @@ from strategies.cost_links import ByIdentity
 from strategies.cost_memory import Memory, memories
 from strategies.engines import CPU, OURS, Engine
 from strategies.engines import engine as engine_named
+from strategies.formats import PLAIN, Format
 from strategies.pipeline import shard_replica
 from strategies.plan import Layout, ParallelDims, Placement, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
@@ -52,7 +53,7 @@ def place(
     speeds = tuple(max(rates) if rate > EQUAL_SPEED * max(rates) else rate for rate in rates)
     sequences = -(-workload.concurrency // dims.dp)
     of_replica = Workload(workload.prompt_tokens, workload.output_tokens, sequences)
-    parts = shards(spec, dims.tp, dims.pp, speeds, of_replica)
+    parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, layout.format)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
     return Placement(spec, dims, dtype, parts, topology, devices, engine, layout.format, layout.offload)
@@ -65,9 +66,10 @@ def shards(
     pp: int,
     speeds: tuple[float, ...],
     workload: Workload = Workload(),  # noqa: B008 (frozen)
+    kept: Format = PLAIN,
 ) -> tuple[Shard, ...]:
     """Of one replica; remembered, for the layouts of one machine ask for the same again and again."""
-    return shard_replica(spec, ParallelDims(tp, pp), speeds, workload)
+    return shard_replica(spec, ParallelDims(tp, pp), speeds, workload, kept)
 
 
 def choose_devices(topology: Topology, dims: ParallelDims) -> tuple[int, ...]:

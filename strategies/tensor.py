@@ -29,6 +29,11 @@ def split_evenly(total: int, parts: int) -> list[range]:
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
+def split_in_units(total: int, parts: int, unit: int) -> list[range]:
+    """The same in whole units; `unit` divides the total."""
+    return [range(r.start * unit, r.stop * unit) for r in split_evenly(total // unit, parts)]
+
+
 def split_heads(spec: ModelSpec, tp: int) -> list[tuple[range, range]]:
     """Each rank's (query heads, KV heads). Raises BadLayout where tp exceeds the query heads."""
     if tp > spec.heads:
@@ -53,10 +58,12 @@ def split_heads(spec: ModelSpec, tp: int) -> list[tuple[range, range]]:
     return parts
 
 
-def shard_stage(spec: ModelSpec, tp: int, stage: int, pp: int, layers: range) -> list[Shard]:
-    """The shards of one pipeline stage, by tp rank."""
+def shard_stage(
+    spec: ModelSpec, tp: int, stage: int, pp: int, layers: range, mlp_unit: int = 1
+) -> list[Shard]:
+    """The shards of one pipeline stage, by tp rank. `mlp_unit`: MLP columns that stay together."""
     heads = split_heads(spec, tp)
-    mlp = split_evenly(spec.intermediate, tp)
+    mlp = split_in_units(spec.intermediate, tp, mlp_unit)
     vocab = split_evenly(spec.vocab, tp)
     return [Shard(t, tp, stage, pp, layers, heads[t][0], heads[t][1], mlp[t], vocab[t]) for t in range(tp)]
 

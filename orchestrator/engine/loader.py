@@ -10,12 +10,20 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.engine.checkpoint import Checkpoint
+from orchestrator.engine.model import GateUp
+from orchestrator.engine.quantized import Quantized, QuantizedGateUp
+from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
+from strategies.quantize import scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import Piece, pieces
 
 READERS = 8
 """Threads of a rank. One fills no NVMe disk's queue, and copies at less than a memory channel's rate."""
+
+QUANTIZED_CHUNK_BYTES = 16 * 2**20
+"""Of what is quantized at once: each reader needs some five times as much on the way, and the rest of the memory may
+be small."""
 
 
 def load(
@@ -26,10 +34,12 @@ def load(
     device: torch.device,
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
+    kept: Format = PLAIN,
 ) -> None:
     """Replaces every parameter of `model`, which may be on the meta device, by its weights. Raises BadModel.
 
-    `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all.
+    `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all. Layers that `kept`
+    has in fewer bits are replaced whole; of their weights in `dtype` no more is ever in memory than the chunks at hand.
     """
     tied = spec.tied and shard.is_first and shard.is_last
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -37,13 +47,17 @@ def load(
         del shapes["head.weight"]
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
+    small = _replace_quantized(model, spec, kept, device, dtype)
+    shapes = {name: shape for name, shape in shapes.items() if name not in small}
     empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-    chunks = [
+    chunks: list[_Chunk | _QuantizedChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
-    total, done = sum(chunk.to.nbytes for chunk in chunks), 0
+    for name, layer in small.items():
+        chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
+    total, done = sum(chunk.nbytes for chunk in chunks), 0
     with ThreadPoolExecutor(READERS, initializer=_begin_reader, initargs=(device,)) as readers:
-        for n_bytes in readers.map(lambda chunk: _fill(chunk, checkpoint), chunks):
+        for n_bytes in readers.map(lambda chunk: _fill(chunk, checkpoint, device), chunks):
             done += n_bytes
             if progress is not None:
                 progress(done, total)
@@ -51,6 +65,8 @@ def load(
         torch.cuda.synchronize(device)
     for name, weights in empty.items():
         _assign(model, name, nn.Parameter(weights, requires_grad=False))
+    for layer in small.values():
+        layer.finish()
     if tied:
         _assign(model, "head.weight", model.get_parameter("embed.weight"))
 
@@ -61,6 +77,71 @@ class _Chunk:
 
     to: Tensor
     source: Piece | None
+
+    @property
+    def nbytes(self) -> int:
+        return self.to.nbytes
+
+    def fill(self, values: Tensor) -> None:
+        self.to.copy_(values)
+
+
+@dataclass(frozen=True, slots=True)
+class _QuantizedChunk:
+    """Channels of a layer from `start` on, and the whole rows of a checkpoint's tensor that they are made from.
+
+    Of these the rank has the columns `cols`, but a channel's scale is that of all.
+    """
+
+    to: Quantized
+    start: int
+    source: Piece
+    cols: range | None
+
+    @property
+    def nbytes(self) -> int:
+        assert self.source.rows is not None
+        return len(self.source.rows) * self.to.row_bytes
+
+    def fill(self, values: Tensor) -> None:
+        self.to.fill(self.start, values, self.cols)
+
+
+def _replace_quantized(
+    model: nn.Module, spec: ModelSpec, kept: Format, device: torch.device, dtype: torch.dtype
+) -> dict[str, Quantized]:
+    """By the names of the weights that they keep."""
+    found: dict[str, Quantized] = {}
+    for name, weight in list(model.named_parameters()):
+        how = scheme(spec, kept, name)
+        if how is None:
+            continue
+        owner = name.removesuffix(".weight")
+        linear = model.get_submodule(owner)
+        stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
+        n, k = weight.shape
+        layer = stand_in((n, k), how, linear.bias is not None, device, dtype)
+        parent, _, leaf = owner.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, layer)
+        found[name] = layer
+    return found
+
+
+def _quantized_chunks(
+    layer: Quantized, parts: tuple[Piece, ...], checkpoint: Checkpoint, dtype: torch.dtype
+) -> Iterator[_QuantizedChunk]:
+    at = 0
+    for part in parts:
+        rows = range(layer.out_features) if part.rows is None else part.rows
+        chunk_bytes = min(checkpoint.chunk_bytes, QUANTIZED_CHUNK_BYTES)
+        step = max(1, chunk_bytes // (layer.in_features * dtype.itemsize))
+        for start in range(rows.start, rows.stop, step):
+            some = range(start, min(start + step, rows.stop))
+            # Groups lie within a rank's columns: no need of the others.
+            read, cols = (part.cols, None) if layer.how.group else (None, part.cols)
+            yield _QuantizedChunk(layer, at, Piece(part.name, some, read), cols)
+            at += len(some)
+    assert at == layer.out_features, f"{parts} gave {at} rows for {layer.out_features}"
 
 
 def _chunks(weights: Tensor, parts: tuple[Piece, ...], checkpoint: Checkpoint) -> Iterator[_Chunk]:
@@ -84,20 +165,20 @@ def _begin_reader(device: torch.device) -> None:
         torch.cuda.set_device(device)  # else it would pin memory in a context on the first GPU
 
 
-def _fill(chunk: _Chunk, checkpoint: Checkpoint) -> int:
+def _fill(chunk: _Chunk | _QuantizedChunk, checkpoint: Checkpoint, device: torch.device) -> int:
     """In a reader's thread. → bytes. On a GPU the copy may still be under way: all are in one stream's order."""
-    to, source = chunk.to, chunk.source
+    source = chunk.source
     if source is None:
-        to.zero_()
-        return to.nbytes
+        chunk.fill(torch.zeros((), device=device))
+        return chunk.nbytes
     values = checkpoint.read(source.name, source.rows, source.cols)
-    if to.is_cuda and not values.is_cuda:
+    if device.type == "cuda" and not values.is_cuda:
         # From pinned memory the copy goes on while this thread reads the next chunk; torch's allocator hands the
         # memory out again once the copy is done. The dtype changes on the GPU.
         pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)
-        values = pinned.to(to.device, non_blocking=True)
-    to.copy_(values)
-    return to.nbytes
+        values = pinned.to(device, non_blocking=True)
+    chunk.fill(values)
+    return chunk.nbytes
 
 
 def _assign(model: nn.Module, name: str, parameter: nn.Parameter) -> None:

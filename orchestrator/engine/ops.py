@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strategies.quantize import Scheme
+
 
 def has_kernels(x: Tensor) -> bool:
     return x.is_cuda and x.dtype != torch.float64
@@ -76,6 +78,22 @@ def gate_up(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
         return out
     gate, up = F.linear(x_TE, weight_NE, bias_N).chunk(2, dim=-1)
     return F.silu(gate) * up
+
+
+def quantized_linear(
+    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
+) -> Tensor:
+    """On a GPU, by weights as quantized.py keeps them."""
+    out: Tensor = _kernels().quantized(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
+    return out
+
+
+def quantized_gate_up(
+    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
+) -> Tensor:
+    both_MN = quantized_linear(x_MK, codes, scales, bias_N, how)
+    out: Tensor = _kernels().silu_mul(both_MN, pdl=overlaps(x_MK))
+    return out
 
 
 def argmax(logits_RV: Tensor) -> Tensor:

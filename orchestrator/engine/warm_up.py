@@ -53,9 +53,9 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
     gate_up = layer.mlp.gate_up
     for rows in (1, 2):  # more go through cuBLAS, which wants 32 MiB to work in of each thread
         for product in products:
-            yield partial(ops.linear, states(rows, product.in_features), product.weight, product.bias)
-        yield partial(ops.gate_up, states(rows, spec.hidden), gate_up.weight, gate_up.bias)
-    yield partial(ops.gate_up, states(ROWS[-1], spec.hidden), gate_up.weight, gate_up.bias)
+            yield partial(product.forward, states(rows, product.in_features))  # no hooks: no sums
+        yield partial(gate_up.forward, states(rows, spec.hidden))
+    yield partial(gate_up.forward, states(ROWS[-1], spec.hidden))
     yield partial(ops.argmax, states(1, spec.vocab))
     for rows in (1, MANY_TOKENS):
         x_TE = states(rows, spec.hidden)

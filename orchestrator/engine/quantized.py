@@ -1,0 +1,167 @@
+"""Weights in fewer bits: how they are made from what a checkpoint has, and what multiplies by them.
+
+int8 and fp8: codes × a scale of each output channel, symmetric. int4: (code − 8) × scale + zero in groups of columns,
+asymmetric: a group's own range takes all sixteen codes, where a symmetric one leaves some unused (of normal numbers in
+groups of 128 the error is a tenth less). Scales and zeros are rounded to the model's dtype first, and codes are chosen
+for what they then come to.
+
+A byte of int4 has two codes, a word of eight: of a group's columns, word w of W has w (its lowest four bits), W + w,
+2 W + w, …, so that a kernel reads eight runs of x for a run of words, and ranks may have whole groups.
+
+Dimensions: M rows of x, N output channels, K columns, G groups of a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from orchestrator.engine import cpu_products, ops
+from strategies.quantize import Scheme
+
+INT8_MOST = 127.0
+FP8_MOST = 448.0  # of e4m3
+PLANES = 8  # codes of a word
+
+
+class Quantized(nn.Module):
+    """Stands in for a linear layer. A loader fills it by rows, whole ones of the checkpoint, and calls `finish`."""
+
+    def __init__(
+        self, shape: tuple[int, int], how: Scheme, bias: bool, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        n, k = shape
+        self.out_features, self.in_features, self.how = n, k, how
+
+        def made(*shape: int, dtype: torch.dtype) -> nn.Parameter:
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        if how.group:
+            self.codes = made(n, k // 2, dtype=torch.uint8)
+            self.scales = made(n, k // how.group, 2, dtype=dtype)  # and zeros
+        else:
+            kept = torch.int8 if how.format == "int8" else torch.float8_e4m3fn
+            self.codes = made(n, k, dtype=kept)
+            self.scales = made(n, dtype=dtype)
+        self.bias = made(n, dtype=dtype) if bias else None
+        self.packed = False  # for torch's kernel of int4 on CPUs
+
+    @property
+    def row_bytes(self) -> int:
+        """Of one output channel, as kept."""
+        return int((self.codes.nbytes + self.scales.nbytes) // self.out_features)
+
+    def fill(self, start: int, rows_NK: Tensor, cols: range | None) -> None:
+        """Channels from `start` on, whole rows of the checkpoint, of which this rank has the columns `cols`."""
+        rows = slice(start, start + len(rows_NK))
+        wide_NK = rows_NK.to(self.codes.device, torch.float32)
+        if self.how.group:
+            own_NK = wide_NK if cols is None else wide_NK[:, cols.start : cols.stop]
+            codes_NK, scales_NG2 = quantize_groups(own_NK, self.how.group, self.scales.dtype)
+            self.codes.data[rows] = pack(codes_NK, self.how.group)
+            self.scales.data[rows] = scales_NG2
+            return
+        scales_N = channel_scales(wide_NK, self.how.format, self.scales.dtype)
+        own_NK = wide_NK if cols is None else wide_NK[:, cols.start : cols.stop]
+        self.codes.data[rows] = quantize_channels(own_NK, scales_N, self.how.format)
+        self.scales.data[rows] = scales_N
+
+    def finish(self) -> None:
+        """All rows are there: bring them into the form that the fastest product wants."""
+        codes, scales = self.codes.data, self.scales.data
+        if self.how.group and not codes.is_cuda and cpu_products.has_int4(self.out_features, scales.dtype):
+            cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
+            self.scales.data = scales.transpose(0, 1).contiguous()
+            self.packed = True
+
+    def dequantized(self, rows: slice) -> Tensor:
+        """[rows, K] in the scales' dtype; not once `packed`."""
+        return dequantize(self.codes[rows], self.scales[rows], self.how)
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        if ops.has_kernels(x_MK):
+            return ops.quantized_linear(x_MK, self.codes, self.scales, self.bias, self.how)
+        if self.packed:
+            product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
+        elif self.how.format == "int8" and cpu_products.has_int8(len(x_MK), x_MK.dtype):
+            product_MN = cpu_products.int8(x_MK, self.codes, self.scales)
+        else:
+            product_MN = in_blocks(x_MK, self.out_features, self.dequantized)
+        return product_MN if self.bias is None else product_MN + self.bias
+
+
+class QuantizedGateUp(Quantized):
+    """With silu(gate) · up behind the product, as the layer that it stands in for."""
+
+    def forward(self, x_MK: Tensor) -> Tensor:
+        if ops.has_kernels(x_MK):
+            return ops.quantized_gate_up(x_MK, self.codes, self.scales, self.bias, self.how)
+        gate_MN, up_MN = super().forward(x_MK).chunk(2, dim=-1)
+        return F.silu(gate_MN) * up_MN
+
+
+BLOCK_WEIGHTS = 2**18  # widened at once: 1 MiB in float32, which stays in cache until it is multiplied
+
+
+def in_blocks(x_MK: Tensor, n: int, dequantized: Callable[[slice], Tensor]) -> Tensor:
+    """x @ weight.T, some channels of the weight at a time."""
+    step = max(1, BLOCK_WEIGHTS // x_MK.shape[-1])
+    parts = [F.linear(x_MK, dequantized(slice(at, at + step)).to(x_MK.dtype)) for at in range(0, n, step)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+# --- the arithmetic -----------------------------------------------------------------------------------------
+
+
+def channel_scales(wide_NK: Tensor, kept: str, dtype: torch.dtype) -> Tensor:
+    """[N]: what the largest of a row becomes is the largest code."""
+    most = INT8_MOST if kept == "int8" else FP8_MOST
+    scales_N = (wide_NK.abs().amax(dim=1) / most).to(dtype)
+    return torch.where(scales_N == 0, torch.ones_like(scales_N), scales_N)  # a row of zeros
+
+
+def quantize_channels(wide_NK: Tensor, scales_N: Tensor, kept: str) -> Tensor:
+    ratios_NK = wide_NK / scales_N.float().unsqueeze(1)
+    if kept == "int8":
+        return ratios_NK.round_().clamp_(-INT8_MOST, INT8_MOST).to(torch.int8)
+    return ratios_NK.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+
+
+def quantize_groups(wide_NK: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """→ codes 0 to 15, uint8 [N, K], and scales with zeros, [N, G, 2]: a group's least and largest are 0 and 15."""
+    n, k = wide_NK.shape
+    groups = wide_NK.reshape(n, k // group, group)
+    least, most = groups.amin(dim=2), groups.amax(dim=2)
+    scales = ((most - least) / 15).to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    zeros = (least + 8 * scales.float()).to(dtype)
+    codes = (groups - zeros.float().unsqueeze(2)) / scales.float().unsqueeze(2)
+    return codes.round_().add_(8).clamp_(0, 15).to(torch.uint8).view(n, k), torch.stack((scales, zeros), 2)
+
+
+def pack(codes_NK: Tensor, group: int) -> Tensor:
+    """Eight codes a word, a group's words one after another: uint8 [N, K / 2]."""
+    n, k = codes_NK.shape
+    planes = codes_NK.view(n, k // group, PLANES, group // PLANES)
+    bytes_ = planes[:, :, 0::2] | (planes[:, :, 1::2] << 4)  # [N, G, 4, words]
+    return bytes_.transpose(2, 3).reshape(n, k // 2)
+
+
+def unpack(packed: Tensor, group: int) -> Tensor:
+    """uint8 [N, K]."""
+    n, k = packed.shape[0], 2 * packed.shape[1]
+    bytes_ = packed.view(n, k // group, group // PLANES, PLANES // 2).transpose(2, 3)
+    return torch.stack((bytes_ & 15, bytes_ >> 4), dim=3).view(n, k)
+
+
+def dequantize(codes: Tensor, scales: Tensor, how: Scheme) -> Tensor:
+    """[N, K] in the scales' dtype, computed in float32 and rounded once."""
+    if not how.group:
+        return (codes.float() * scales.float().unsqueeze(1)).to(scales.dtype)
+    wide = unpack(codes, how.group).view(len(codes), -1, how.group).float() - 8
+    scale, zero = scales.float().unsqueeze(3).unbind(2)
+    return (wide * scale + zero).to(scales.dtype).view(len(codes), -1)

@@ -44,6 +44,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
+    format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
 
     @property
     def most_context(self) -> int:

@@ -20,6 +20,7 @@ from orchestrator.replica import GangReplica
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.text import Text
 from orchestrator.worker import EngineConfig, Worker
+from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
 from strategies.spec import Workload
@@ -115,7 +116,8 @@ def deployment(
     tokens whose logits are wanted, to compare layouts by.
     """
     # Where no plan knows better: as many at once as may be.
-    shards = shards or shard_replica(options.spec, dims, workload=Workload(concurrency=options.max_num_seqs))
+    most = Workload(concurrency=options.max_num_seqs)
+    shards = shards or shard_replica(options.spec, dims, workload=most, kept=FORMATS[options.format])
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
         sizes = [dims.replica_size] * dims.dp
@@ -145,6 +147,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         spec=options.spec,
         dtype=options.dtype,
         device=options.device,
+        format=options.format,
         dummy_weights=options.dummy_weights,
         block_size=options.block_size,
         max_num_seqs=options.max_num_seqs,

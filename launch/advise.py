@@ -231,7 +231,7 @@ def _priced(
             ttft_ms=round(served.ttft_s * 1e3, 2),
             tpot_ms=round(served.tpot_s * 1e3, 3),
             break_even=_break_even(cost, machines, tokens_per_s, prices),
-            planned_only=why_not(put.spec, layout),
+            planned_only=why_not(put.spec, layout, put.topology.devices),
         )
 
 

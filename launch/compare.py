@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from launch.options import EngineOptions
     from launch.progress import Progress
     from launch.trial import Trial
-    from strategies.plan import ParallelDims, Plan
+    from strategies.plan import Layout, Plan
     from strategies.spec import Workload
 
 
@@ -61,18 +61,21 @@ def run(args: argparse.Namespace) -> int:
 
 def _try_all(
     plan: Plan, options: EngineOptions, workload: Workload, topology: Topology, progress: Progress
-) -> dict[ParallelDims, Trial]:
+) -> dict[Layout, Trial]:
     """Every feasible layout, smallest first, on one cluster: the first of them is what the others must equal."""
     from launch.start import cluster
     from launch.trial import Truth, measure_truth, run_trial
 
-    feasible = [candidate for candidate in plan.candidates if candidate.feasible]
+    feasible = [c for c in plan.candidates if c.feasible and c.not_runnable is None]
     if not feasible:
         return {}
-    feasible.sort(key=lambda candidate: (candidate.dims.world_size, candidate.dims.dp, candidate.dims.pp))
-    trials: dict[ParallelDims, Trial] = {}
+    feasible.sort(key=lambda c: (bool(c.format.name), c.dims.world_size, c.dims.dp, c.dims.pp))
+    trials: dict[Layout, Trial] = {}
     with cluster(options, max(c.dims.world_size for c in feasible), progress) as found:
-        truth: Truth | None = measure_truth(found, options, [c.dims for c in feasible], topology, progress)
+        truth: Truth | None = measure_truth(
+            found, options, [c.dims for c in feasible if c.layout.is_plain], topology, progress
+        )
         for candidate in feasible:
-            trials[candidate.dims] = run_trial(found, candidate, options, workload, topology, truth, progress)
+            own = replace(options, format=candidate.format.name)
+            trials[candidate.layout] = run_trial(found, candidate, own, workload, topology, truth, progress)
     return trials

@@ -121,7 +121,7 @@ def _generate(
         started = time.perf_counter()
         tokens = asyncio.run(_answer_all(prompts, served, options, text, printer))
         seconds = time.perf_counter() - started
-    progress.say(f"{dims.name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
+    progress.say(f"{chosen.layout.name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
     return 0
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from cluster.errors import BadLayout, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
-from strategies.plan import ParallelDims
-from strategies.runnable import check_runs
+from strategies.plan import Layout, ParallelDims
+from strategies.runnable import check_layout, check_runs
 from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
@@ -116,7 +116,10 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
 def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layouts = parser.add_argument_group("layout")
     layouts.add_argument(
-        "--layout", metavar="NAME", help="tp2, pp2, tp2pp2dp2, …; auto: the planner's choice (default)"
+        "--layout",
+        metavar="NAME",
+        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, tp2+int4, tp2+fp8: weights in fewer bits; auto: the planner's "
+        "choice (default)",
     )
     layouts.add_argument(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that split each layer"
@@ -130,9 +133,10 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def layout(args: argparse.Namespace) -> ParallelDims | None:
-    """The layout that --layout or the three sizes name; None: the planner's choice."""
+    """The sizes of the layout that --layout or the three sizes name; None: the planner's choice."""
     sizes = (args.tensor_parallel_size, args.pipeline_parallel_size, args.data_parallel_size)
-    named = None if args.layout in (None, "auto") else ParallelDims.parse(args.layout)
+    asked = _named(args)
+    named = None if asked is None else asked.dims
     if all(size is None for size in sizes):
         return named
     if args.layout is not None:
@@ -143,6 +147,11 @@ def layout(args: argparse.Namespace) -> ParallelDims | None:
         raise BadLayout(f"-tp, -pp and -dp must be at least 1, not {min(s for s in sizes if s is not None)}")
     tp, pp, dp = (size or 1 for size in sizes)
     return ParallelDims(tp, pp, dp)
+
+
+def _named(args: argparse.Namespace) -> Layout | None:
+    name = getattr(args, "layout", None)
+    return None if name in (None, "auto") else check_layout(Layout.parse(name))
 
 
 def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> EngineOptions:
@@ -165,7 +174,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         from orchestrator.engine.checkpoint import open_checkpoint
 
         open_checkpoint(source, spec).verify()
-    device = _device(args.device)
+    device, named = _device(args.device), _named(args)
     return EngineOptions(
         source=source,
         spec=spec,
@@ -183,6 +192,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         peer_access=peers_allowed(),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
+        format="" if named is None else named.format.name,
     )
 
 

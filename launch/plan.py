@@ -14,8 +14,9 @@ from launch.config import read_machine
 from launch.machine import as_measured, found_here
 from launch.models import spec_of
 from strategies.explain import ms
-from strategies.plan import Candidate, Layout, ParallelDims, Plan
+from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
+from strategies.runnable import check_layout
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
 
 if TYPE_CHECKING:
@@ -115,11 +116,11 @@ def named_layouts(names: str | None) -> list[Layout] | None:
     return list(dict.fromkeys(Layout.parse(name) for name in names.split(",")))
 
 
-def layouts_of(names: str | None) -> list[ParallelDims] | None:
-    """`tp2,dp2` → their sizes, each once, of layouts that run; None: all. Raises BadLayout."""
+def layouts_of(names: str | None) -> list[Layout] | None:
+    """`tp2,dp2+int8` → layouts that run, each once; None: all plain ones. Raises BadLayout."""
     if names is None:
         return None
-    return list(dict.fromkeys(ParallelDims.parse(name) for name in names.split(",")))
+    return list(dict.fromkeys(check_layout(Layout.parse(name)) for name in names.split(",")))
 
 
 def check_lengths(spec: ModelSpec, workload: Workload, max_model_len: int | None) -> None:
@@ -159,7 +160,7 @@ def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
             "concurrency": workload.concurrency,
             "objective": workload.objective.value,
         },
-        "chosen": None if made.chosen is None else made.chosen.dims.name,
+        "chosen": None if made.chosen is None else made.chosen.layout.name,
         "candidates": [candidate_to_json(candidate) for candidate in made.candidates],
     }
 
@@ -222,9 +223,9 @@ def show(made: Plan, workload: Workload, title: str) -> None:
         parts.append(plan_table(made))
     parts += rejections(made)
     if made.chosen is not None:
-        parts.append(f"Use {made.chosen.dims.name} for {workload.objective}.")
+        parts.append(f"Use {made.chosen.layout.name} for {workload.objective}.")
     elif not any(candidate.feasible and candidate.not_runnable is None for candidate in made.candidates):
-        parts.append("Nothing that this version runs fits; what is marked * is planned only.")
+        parts.append("Nothing fits that would be chosen; what is marked * is planned only, or must be named.")
     parts.append(bullets(made.explanation))
     wide = Console(highlight=False, markup=False)
     width = wide.width if wide.is_terminal else WIDTH
@@ -268,7 +269,7 @@ def plan_table(made: Plan) -> Table:
     if len(every) > len(feasible):
         told.append(f"{len(every) - len(feasible)} more that fit rank below; --json lists them all")
     if planned:
-        told.append("* planned only: this version does not run it")
+        told.append("* not chosen: planned only, or in fewer bits, which --layout must name")
     table.caption = "\n".join(told) or None
     return table
 

@@ -14,8 +14,9 @@ from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
 from strategies.engines import CPU, OURS, engine, with_limits
+from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
-from strategies.plan import Candidate, ParallelDims, Plan
+from strategies.plan import Candidate, Layout, ParallelDims, Plan
 from strategies.planner import plan
 from strategies.spec import Objective, Workload
 
@@ -37,7 +38,7 @@ def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
 
 
 def predict(
-    options: EngineOptions, topology: Topology, workload: Workload, layouts: Sequence[ParallelDims] | None
+    options: EngineOptions, topology: Topology, workload: Workload, layouts: Sequence[Layout] | None
 ) -> Plan:
     ours = with_limits(
         engine(CPU if options.device == "cpu" else OURS),
@@ -64,17 +65,28 @@ def planned(
 ) -> Planned:
     """The layout asked for, or the planner's choice. Raises NoFeasiblePlan, or BadLayout with the arithmetic."""
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
-        return Planned(Candidate(dims, None, None, shard_replica(options.spec, dims)), None, None)
+        return Planned(_unseen(options, dims), None, None)
     topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
-    made = predict(options, topology, workload, None if dims is None else [dims])
-    why = " ".join(made.explanation)
-    if made.chosen is None and dims is None:
-        raise NoFeasiblePlan(why)
+    layouts = None if dims is None else [Layout(dims, FORMATS[options.format])]
+    made = predict(options, topology, workload, layouts)
     if made.chosen is None:
-        raise BadLayout(f"{made.candidates[0].dims.name} does not fit: {made.candidates[0].reason}. {why}")
+        why = " ".join(made.explanation)
+        raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
     return Planned(made.chosen, made, topology)
+
+
+def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
+    """A layout on machines that nothing is known of yet."""
+    kept = FORMATS[options.format]
+    return Candidate(dims, None, None, shard_replica(options.spec, dims, kept=kept), format=kept)
+
+
+def _refused(asked: Candidate, why: str) -> str:
+    if asked.not_runnable is not None:
+        return f"{asked.layout.name} does not run here: {asked.not_runnable}"
+    return f"{asked.layout.name} does not fit: {asked.reason}. {why}"
 
 
 def workload_of(options: EngineOptions, prompts: Sequence[Prompt]) -> Workload:

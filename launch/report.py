@@ -11,13 +11,13 @@ from launch.plan import WIDTH, bullets, candidate_to_json, heading, plan_table, 
 from launch.trial import Measured, Trial
 from strategies.cost import score
 from strategies.explain import ms
-from strategies.plan import Candidate, Estimate, ParallelDims, Plan
+from strategies.plan import Candidate, Estimate, Layout, Plan
 from strategies.spec import Objective, Workload
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-Trials = Mapping[ParallelDims, Trial]
+Trials = Mapping[Layout, Trial]
 
 
 def error_percent(predicted: float, measured: float) -> float | None:
@@ -25,13 +25,17 @@ def error_percent(predicted: float, measured: float) -> float | None:
     return 100 * (predicted - measured) / measured if measured else None
 
 
-def outputs(trial: Trial | None, trials: Trials) -> str | None:
+def outputs(layout: Layout, trials: Trials) -> str | None:
     """equal or different, within one format; None where nothing could be compared."""
+    trial = trials.get(layout)
     if trial is None or trial.measured is None:
         return None
     if trial.forced_error is not None and trial.allowed_error is not None:
         return "equal" if trial.forced_error <= trial.allowed_error else "different"
-    first = next(t for t in trials.values() if t.measured is not None)
+    alike = [t for of, t in trials.items() if of.format == layout.format and t.measured is not None]
+    if layout.format.name and (len(alike) == 1 or any(t.forced_error is not None for t in trials.values())):
+        return None  # nothing to compare with; or in half precision, where tokens may differ
+    first = alike[0]
     return "equal" if trial.token_ids == first.token_ids else "different"
 
 
@@ -50,9 +54,9 @@ def comparison_to_json(
 
 def _candidate(candidate: Candidate, trials: Trials, workload: Workload) -> dict[str, object]:
     made = candidate_to_json(candidate)
-    trial = trials.get(candidate.dims)
+    trial = trials.get(candidate.layout)
     made["results"] = [] if trial is None else [_result(made["predicted"], trial, workload)]
-    made["outputs"] = outputs(trial, trials)
+    made["outputs"] = outputs(candidate.layout, trials)
     return made
 
 
@@ -100,15 +104,15 @@ def verdicts(plan: Plan, trials: Trials, workload: Workload, topology: Topology)
 def _verdict(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> dict[str, object] | None:
     predicted, real = {}, {}
     for candidate in plan.candidates:
-        trial = trials.get(candidate.dims)
+        trial = trials.get(candidate.layout)
         if candidate.estimate is not None and trial is not None and trial.measured is not None:
-            predicted[candidate.dims] = score(candidate.estimate, candidate.dims, workload)
+            predicted[candidate.layout] = score(candidate.estimate, candidate.dims, workload)
             as_measured = _as_estimate(trial.measured, candidate, topology)
-            real[candidate.dims] = score(as_measured, candidate.dims, workload)
+            real[candidate.layout] = score(as_measured, candidate.dims, workload)
     if not real:
         return None
-    chosen = min(predicted, key=lambda dims: (predicted[dims], dims.world_size))
-    winner = min(real, key=lambda dims: (real[dims], dims.world_size))
+    chosen = min(predicted, key=lambda layout: (predicted[layout], layout.dims.world_size))
+    winner = min(real, key=lambda layout: (real[layout], layout.dims.world_size))
     return {
         "concurrency": workload.concurrency,
         "objective": workload.objective.value,
@@ -156,9 +160,9 @@ def show_comparison(plan: Plan, trials: Trials, workload: Workload, topology: To
         console.print(_sentence(verdict))
     for line in _vitals(trials):
         console.print(line)
-    for dims, trial in trials.items():
+    for layout, trial in trials.items():
         if trial.failure is not None:
-            console.print(f"{dims.name} could not be run: {trial.failure}")
+            console.print(f"{layout.name} could not be run: {trial.failure}")
 
 
 def comparison_table(plan: Plan, trials: Trials) -> Table:
@@ -174,10 +178,10 @@ def comparison_table(plan: Plan, trials: Trials) -> Table:
     table.add_column("\noutputs", no_wrap=True)
     for candidate in plan.candidates:
         if candidate.estimate is not None:
-            trial = trials.get(candidate.dims)
+            trial = trials.get(candidate.layout)
             cells = _cells(candidate.estimate, None if trial is None else trial.measured)
             style = "bold" if candidate is plan.chosen else None
-            table.add_row(candidate.dims.name, *cells, outputs(trial, trials) or "", style=style)
+            table.add_row(candidate.layout.name, *cells, outputs(candidate.layout, trials) or "", style=style)
     return table
 
 
@@ -207,10 +211,10 @@ def _sentence(verdict: Mapping[str, object]) -> str:
 
 def _vitals(trials: Trials) -> Sequence[str]:
     lines = []
-    for dims, trial in trials.items():
+    for layout, trial in trials.items():
         for index, v in enumerate(trial.vitals):
             throttled = f", throttled by {', '.join(v.throttled_by)}" if v.throttled_by else ""
             lines.append(
-                f"{dims.name}, GPU {index}: {v.sm_clock_mhz} MHz, {v.temperature_c} °C, {v.watts} W{throttled}"
+                f"{layout.name}, GPU {index}: {v.sm_clock_mhz} MHz, {v.temperature_c} °C, {v.watts} W{throttled}"
             )
     return lines

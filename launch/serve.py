@@ -199,7 +199,8 @@ def conditions_of(options: EngineOptions) -> dict[str, object]:
         files = sorted(source.path.iterdir()) if source.path.is_dir() else [source.path]
         told = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
         weights = hashlib.sha256(repr(told).encode()).hexdigest()[:16]
-    return {"model": source.name, "weights": weights, "dtype": options.dtype}
+    kept = {"format": options.format} if options.format else {}
+    return {"model": source.name, "weights": weights, "dtype": options.dtype, **kept}
 
 
 @contextmanager
@@ -290,7 +291,7 @@ def _told(chosen: Planned, workload: Workload) -> dict[str, object]:
     """The plan, for the page."""
     from launch.plan import plan_to_json
 
-    told: dict[str, object] = {"layout": chosen.candidate.dims.name, "plan": None, "reasons": []}
+    told: dict[str, object] = {"layout": chosen.candidate.layout.name, "plan": None, "reasons": []}
     if chosen.plan is not None:
         told |= {"plan": plan_to_json(chosen.plan, workload), "reasons": list(chosen.plan.explanation)}
     return told
@@ -315,4 +316,4 @@ def _facts(model: str, chosen: Planned) -> Facts:
             for (a, b), link in topology.links.items()
             if {a, b} <= used
         ]
-    return Facts(model, candidate.dims.name, candidate.dims.world_size, predicted, links)
+    return Facts(model, candidate.layout.name, candidate.dims.world_size, predicted, links)

@@ -102,11 +102,13 @@ def run_trial(
 ) -> Trial:
     """Start the layout, warm it up, answer the workload's requests at once."""
     dims = candidate.dims
+    if candidate.format.name:
+        truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
     placed = deployment(found, dims, options, progress, shards=candidate.shards, score=score)
     try:
         with placed as started, _watched(topology, dims) as vitals:
-            progress.say(f"{dims.name}: measuring")
+            progress.say(f"{candidate.layout.name}: measuring")
             done, seconds = asyncio.run(_answer(started, options, workload))
             scored = np.frombuffer(started.scored, np.float32)
     except (BadLayout, PlacementFailed) as error:

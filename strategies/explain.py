@@ -10,6 +10,7 @@ from cluster.topology import Provenance
 from strategies.cost import estimate, score
 from strategies.place import count
 from strategies.plan import Candidate, Estimate, Placement
+from strategies.quantize import MADE_AT_LOAD
 from strategies.spec import Objective, Workload
 
 _CAUSES = {
@@ -79,7 +80,7 @@ def explain_planned_only(
     )
     if chosen is None:
         step = _what_a_step_is(best)
-        return (f"Planned only, this version does not run it: {best.layout.name} would give {gives}.", step)
+        return (f"{_why_apart(best)}: {best.layout.name} would give {gives}.", step)
     ratio = score(_made(chosen), chosen.dims, workload) / score(made, best.dims, workload)
     if ratio < _VISIBLE:
         return ()
@@ -88,7 +89,13 @@ def explain_planned_only(
         Objective.THROUGHPUT: f"give {ratio:.2f} times the tokens a second",
         Objective.COST: f"cost {1 / ratio:.0%} a token",
     }[workload.objective]
-    return (f"Planned only, this version does not run it: {best.layout.name} would {gain}: {gives}.",)
+    return (f"{_why_apart(best)}: {best.layout.name} would {gain}: {gives}.",)
+
+
+def _why_apart(candidate: Candidate) -> str:
+    if candidate.format.name in MADE_AT_LOAD and not candidate.offload and candidate.dims.ep == 1:
+        return "Not chosen, since it changes the model's answers"
+    return "Planned only, this version does not run it"
 
 
 def _made(candidate: Candidate) -> Estimate:

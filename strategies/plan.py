@@ -48,9 +48,13 @@ class ParallelDims:
         """That hold a stage's experts between them."""
         return self.tp if self.ep <= self.tp else self.tp * self.dp
 
+    @property
+    def without_ep(self) -> ParallelDims:
+        return replace(self, ep=1)
+
     @classmethod
     def parse(cls, name: str) -> ParallelDims:
-        """`tp2pp2dp2` → ParallelDims(2, 2, 2): a layout that this version runs. Raises BadLayout."""
+        """`tp2pp2dp2` → ParallelDims(2, 2, 2): a layout of sizes alone. Raises BadLayout."""
         layout = Layout.parse(name)
         if layout.name != layout.dims.name or layout.dims.ep > 1:
             raise BadLayout(

@@ -52,7 +52,8 @@ def plan(
         tried = [Layout(dims) for dims in enumerate_layouts(len(topology.devices))]
 
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
-        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine)
+        named = layouts is not None or layout.is_plain
+        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, named=named)
 
     judged = [judge(layout) for layout in tried]
     if wide and layouts is None:
@@ -73,7 +74,7 @@ def plan(
             nearest = runs[0][0]
             missed = " and ".join(over_limits(nearest.estimate, workload))
             sentences = (
-                f"No layout that runs keeps the limits; {nearest.dims.name} is nearest: {missed}.",
+                f"No layout that runs keeps the limits; {nearest.layout.name} is nearest: {missed}.",
                 *sentences,
             )
     elif not planned or spec.is_dense:
@@ -151,6 +152,8 @@ def _judge(
     dtype: str,
     max_model_len: int | None,
     engine: Engine | None,
+    *,
+    named: bool,
 ) -> tuple[Candidate, Placement | None]:
     """One layout: rejected with the reason, or estimated. No placement where it cannot be split so."""
     bare = Candidate(
@@ -159,7 +162,7 @@ def _judge(
         None,
         format=layout.format,
         offload=layout.offload,
-        not_runnable=why_not(spec, layout),
+        not_runnable=why_not(spec, layout, topology.devices, named=named),
     )
     try:
         placement = place(spec, layout, dtype, topology, engine, workload)

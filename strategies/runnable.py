@@ -2,23 +2,62 @@
 
 from __future__ import annotations
 
-from cluster.errors import BadModel
+from collections.abc import Sequence
+
+from cluster.errors import BadLayout, BadModel
+from cluster.topology import Device
 from strategies.plan import Layout
+from strategies.quantize import MADE_AT_LOAD
 from strategies.spec import ModelSpec
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
-def why_not(spec: ModelSpec, layout: Layout) -> str | None:
-    """Why the engine cannot run a layout of a model yet; None if it can."""
+def why_not(
+    spec: ModelSpec, layout: Layout, devices: Sequence[Device] = (), *, named: bool = True
+) -> str | None:
+    """Why the engine does not run a layout of a model; None if it does.
+
+    What changes a model's answers runs only where somebody `named` it.
+    """
     if spec.family not in FAMILIES:
         kind = "a mixture of experts" if spec.experts is not None else f"of the {spec.family} family"
         return f"{spec.name} is {kind}, which this version plans and prices, but does not run"
+    return _beyond_this_version(layout) or _format(layout, devices, named)
+
+
+def _beyond_this_version(layout: Layout) -> str | None:
     if layout.offload:
         return "offloaded weights are planned only"
-    if layout.format.name:
+    if layout.format.name and layout.format.name not in MADE_AT_LOAD:
         return f"+{layout.format.name} is planned only"
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None
+
+
+def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | None:
+    kept = layout.format
+    if not kept.name:
+        return None
+    if kept.name == "fp8":
+        for device in devices:
+            if "float8" not in device.flops_per_s:
+                return (
+                    f"+fp8 is multiplied in float8, which the {device.name} does not compute "
+                    "(GPUs do from compute capability 8.9 on); use +int8"
+                )
+    return None if named else f"+{kept.name} changes a model's answers: it runs where --layout names it"
+
+
+def check_layout(layout: Layout) -> Layout:
+    """Raises BadLayout for a layout that can be planned only, whatever the model."""
+    reason = _beyond_this_version(layout)
+    if reason is not None:
+        plain = Layout(layout.dims.without_ep)
+        raise BadLayout(
+            f"layout {layout.name!r} can be planned, not run, by this version ({reason}); "
+            f"run a plain one such as {plain.name}, or {plain.name}+int8"
+        )
+    return layout
 
 
 def check_runs(spec: ModelSpec) -> None:

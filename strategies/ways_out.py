@@ -65,17 +65,19 @@ def _kv_tokens(placement: Placement) -> int:
 def _fewer_bits(
     spec: ModelSpec, splits: list[tuple[int, int]], dtype: str, device: Device, kept: Format, length: int
 ) -> str | None:
-    """What quantized weights would take; the layouts that run keep the model's precision."""
+    """What quantized weights would take; what is chosen by itself keeps the model's precision."""
     held = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, device, kept)) is not None]
     if device.pool or not held:
         return None
     tokens, name, best = max(((_kv_tokens(p), p.dims.name, p) for p in held), key=lambda found: found[:2])
     weights = sum(need.weights for need in _needs(best))
     bits = 8 * kept.bytes_per_weight(dtype)
-    room = f"room for {tokens:,} tokens beside them over {name}" if tokens >= length else "still too much"
+    room = "still too much"
+    if tokens >= length:
+        room = f"room for {tokens:,} tokens beside them, as --layout {name}{kept.suffix}; answers change a little"
     return (
-        f"Fewer bits: {kept.name} ({bits:.2g} bits a weight with its scales) would make the weights {gb(weights)}, "
-        f"{room}; planned only, this version does not run it."
+        f"Fewer bits: {kept.name} ({bits:.2g} bits a weight with its scales) would make the weights "
+        f"{gb(weights)}, {room}."
     )
 
 

@@ -127,7 +127,7 @@ def test_formats_shrink_weights_and_the_cache():
     spec = LLAMA_8B
     plain = weight_bytes(put(spec, "tp1"), 0)
     tables = 2 * 2 * spec.embedding_params
-    for name, ratio in (("fp8", 0.5), ("int8", 0.5), ("int4", 0.26), ("fp4", 0.281)):
+    for name, ratio in (("fp8", 0.5), ("int8", 0.5), ("int4", 0.2656), ("fp4", 0.281)):
         kept = weight_bytes(put(spec, f"tp1+{name}"), 0)
         assert (kept - tables) / (plain - tables) == pytest.approx(ratio, rel=0.01)
     assert kv_bytes_per_token(put(spec, "tp1+kv8"), 0) * 2 == kv_bytes_per_token(put(spec, "tp1"), 0)
@@ -175,7 +175,10 @@ def test_what_can_only_be_planned_is_no_layout_to_run(name):
 
 def test_the_engine_says_what_it_does_not_run(tmp_path: Path, capsys):
     assert why_not(LLAMA_8B, Layout.parse("tp2")) is None
-    assert why_not(LLAMA_8B, Layout.parse("tp2+fp8")) == "+fp8 is planned only"
+    assert why_not(LLAMA_8B, Layout.parse("tp2+int4")) is None
+    assert why_not(LLAMA_8B, Layout.parse("tp2+fp4")) == "+fp4 is planned only"
+    assert "runs where --layout names it" in why_not(LLAMA_8B, Layout.parse("tp2+int4"), named=False)
+    assert why_not(LLAMA_8B, Layout.parse("tp2+int4+offload")) == "offloaded weights are planned only"
     assert "plans and prices" in why_not(spec_of("DeepSeek-R1"), Layout.parse("tp8"))
     check_runs(LLAMA_8B)
     with pytest.raises(

@@ -43,6 +43,21 @@ def test_layouts(argv: str, dims: ParallelDims | None) -> None:
     assert layout(parsed(*argv.split())) == dims
 
 
+@pytest.mark.parametrize("kept", ["", "int8", "int4", "fp8"])
+def test_formats(kept: str, model: Path) -> None:
+    argv = ["--weights", "dummy", "--device", "cpu", "--layout", f"tp2+{kept}" if kept else "tp2"]
+    args = parsed(*argv)
+    args.model = str(model)
+    assert layout(args) == ParallelDims(2)
+    assert engine_options(args).format == kept
+
+
+@pytest.mark.parametrize("name", ["tp2+fp4", "tp2+int8kv8", "tp2+int4+offload", "tp2ep2"])
+def test_formats_that_are_planned_only(name: str) -> None:
+    with pytest.raises(BadLayout, match="can be planned, not run, by this version"):
+        layout(parsed("--layout", name))
+
+
 @pytest.mark.parametrize("argv", ["--layout tp2 -tp 2", "--layout auto -dp 2", "-pp 0", "-tp -3"])
 def test_layouts_that_are_refused(argv: str) -> None:
     with pytest.raises(BadLayout):

@@ -10,7 +10,7 @@ from cluster import catalog
 from cluster.topology import LinkKind, Provenance, Topology
 from strategies.cost import estimate
 from strategies.place import choose_devices, place
-from strategies.plan import ParallelDims, Plan
+from strategies.plan import Layout, ParallelDims, Plan
 from strategies.planner import enumerate_layouts, plan
 from strategies.read_spec import builtin
 from strategies.spec import ModelSpec, Objective, Workload
@@ -51,7 +51,7 @@ def test_ways_out_hold_when_taken():
         plan(LLAMA_70B, box("rtx-4090", 7), Workload(), "bfloat16", layouts=[ParallelDims.parse(name)])
     )
     assert plan(LLAMA_70B, box("rtx-4090", 6), Workload(), "bfloat16").chosen is None
-    assert any("int4" in s and "39.8 GB" in s and "planned only" in s for s in made.explanation)
+    assert any("int4" in s and "40.6 GB" in s and "--layout tp2+int4" in s for s in made.explanation)
     ways = [s.split(":")[0] for s in made.explanation[1:]]
     assert ways == ["Fewer bits", "Fewer bits", "Offload", "More cards"]  # cheapest first
 
@@ -229,6 +229,16 @@ def test_what_is_chosen_can_be_run_and_the_rest_is_marked():
     assert any(re.match(r"Planned only.*tp8\+(fp8|int4)", s) for s in made.explanation)
     plain = {c.layout.name for c in made.candidates if c.layout.is_plain}
     assert plain == {dims.name for dims in enumerate_layouts(8)}
+
+
+def test_weights_in_fewer_bits_are_chosen_where_they_are_named():
+    asked = plan(LLAMA_70B, box("rtx-4090", 2), Workload(), "bfloat16", layouts=[Layout.parse("tp2+int4")])
+    assert asked.chosen is not None and asked.chosen.layout.name == "tp2+int4"
+    refused = plan(
+        LLAMA_8B, box("a100-80gb-pcie", 1), Workload(), "bfloat16", layouts=[Layout.parse("tp1+fp8")]
+    )
+    assert refused.chosen is None
+    assert "does not compute (GPUs do from compute capability 8.9 on)" in refused.candidates[0].not_runnable
 
 
 def test_70b_on_two_4090s_is_planned_in_4_bits_and_streamed_in_more():

@@ -14,7 +14,7 @@ from rich.console import Console
 from cluster.nvml import Vitals
 from launch.report import comparison_table, comparison_to_json, error_percent, outputs, show_comparison
 from launch.trial import Measured, Trial
-from strategies.plan import ParallelDims, Plan
+from strategies.plan import Layout, Plan
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_70B, SMOL, box, with_devices
@@ -22,7 +22,7 @@ from tests.unit.machines import LLAMA_70B, SMOL, box, with_devices
 WORKLOAD = Workload(prompt_tokens=100, output_tokens=11, concurrency=2)
 PAIR = box("h100", 2)
 PLAN = plan(SMOL, PAIR, WORKLOAD, "bfloat16")
-TP1, TP2, PP2, DP2 = (ParallelDims.parse(name) for name in ("tp1", "tp2", "pp2", "dp2"))
+TP1, TP2, PP2, DP2 = (Layout.parse(name) for name in ("tp1", "tp2", "pp2", "dp2"))
 TOKENS = ((1, 2), (3, 4))
 
 
@@ -38,7 +38,7 @@ TRIALS = {
 }
 
 
-def compared(made: Plan = PLAN, trials: Mapping[ParallelDims, Trial] = TRIALS) -> dict[str, Any]:
+def compared(made: Plan = PLAN, trials: Mapping[Layout, Trial] = TRIALS) -> dict[str, Any]:
     return json.loads(json.dumps(comparison_to_json(made, trials, WORKLOAD, PAIR)))
 
 
@@ -80,14 +80,24 @@ def test_a_layout_that_could_not_be_run_says_why() -> None:
 def test_outputs_in_float32_are_the_first_ones_tokens() -> None:
     said = {name: candidate["outputs"] for name, candidate in by_layout(compared()).items()}
     assert said == {"tp1": "equal", "tp2": "different", "pp2": "equal", "dp2": None}
-    assert outputs(None, TRIALS) is None
+    assert outputs(Layout.parse("tp2pp2"), TRIALS) is None
 
 
 def test_outputs_in_half_precision_are_logits_within_the_slack() -> None:
     near = trial(1, 1, 1, ((9, 9),), forced_error=0.010, allowed_error=0.015)
     far = trial(1, 1, 1, forced_error=0.016, allowed_error=0.015)
     trials = {TP1: trial(1, 1, 1), TP2: near, PP2: far}
-    assert (outputs(near, trials), outputs(far, trials)) == ("equal", "different")
+    assert (outputs(TP2, trials), outputs(PP2, trials)) == ("equal", "different")
+
+
+def test_outputs_are_compared_within_a_format() -> None:
+    other = ((7, 7),)
+    eight, split = Layout.parse("tp1+int8"), Layout.parse("tp2+int8")
+    alone = {TP1: trial(1, 1, 1), eight: trial(1, 1, 1, other)}
+    assert outputs(eight, alone) is None
+    both = alone | {split: trial(1, 1, 1, other)}
+    assert (outputs(eight, both), outputs(split, both)) == ("equal", "equal")
+    assert outputs(split, both | {split: trial(1, 1, 1)}) == "different"
 
 
 def test_verdicts_name_the_choice_the_winner_and_the_loss() -> None:
@@ -103,10 +113,10 @@ def test_verdicts_name_the_choice_the_winner_and_the_loss() -> None:
 
 
 def test_a_wrong_choice_is_regretted() -> None:
-    slow = {candidate.dims: trial(20, 3, 500) for candidate in PLAN.candidates}
+    slow = {candidate.layout: trial(20, 3, 500) for candidate in PLAN.candidates}
     assert {v["regret_percent"] for v in compared(trials=slow)["verdicts"]} >= {0}
     assert PLAN.chosen is not None
-    slow[PLAN.chosen.dims] = trial(40, 6, 250)  # twice as long
+    slow[PLAN.chosen.layout] = trial(40, 6, 250)  # twice as long
     latency = next(v for v in compared(trials=slow)["verdicts"] if v["objective"] == "latency")
     assert latency["chosen"] == PLAN.chosen.dims.name
     assert latency["regret_percent"] == pytest.approx(100)
@@ -132,7 +142,7 @@ def test_devices_are_told_with_what_they_did() -> None:
     }
 
 
-def rendered(made: Plan, trials: Mapping[ParallelDims, Trial], width: int) -> list[str]:
+def rendered(made: Plan, trials: Mapping[Layout, Trial], width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
     console.print(comparison_table(made, trials))
     assert isinstance(console.file, io.StringIO)

@@ -5,5 +5,6 @@ from orchestrator.engine.kernels.argmax import argmax
 from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
 from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.overlap import supported
+from orchestrator.engine.kernels.quantized import quantized
 
-__all__ = ["MAX_ROWS", "add_rms_norm", "argmax", "gate_up", "gemv", "silu_mul", "supported"]
+__all__ = ["MAX_ROWS", "add_rms_norm", "argmax", "gate_up", "gemv", "quantized", "silu_mul", "supported"]

@@ -1,0 +1,220 @@
+"""Products by weights in 8 and 4 bits, as orchestrator/engine/quantized.py keeps them.
+
+A few rows of x are bound by the bytes of the weights: programs stream them past all rows, as gemv.py does. Tens of rows
+go through tensor cores, the weights widened on their way from memory. For more the weights are widened into memory
+first and cuBLAS multiplies, which gives it a piece at a time that stays in the L2 cache.
+
+4 bits: bits of a code are put into the mantissa of a float between 1 and 2, which is 1 + code / 16: an AND and an OR,
+where a conversion takes a slot of a slower unit. The rest is folded into scale and zero.
+
+Dimensions: M rows of x, N output channels, K columns, W words of eight codes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from orchestrator.engine.kernels.quantized_dot import dot, widened
+
+FP8_MOST = 448.0  # of e4m3
+MAX_ROWS = 4
+"""Rows of x that the streaming kernels take; each number of rows has a kernel of its own to compile."""
+
+MIDDLE_ROWS = 64
+"""Up to which weights are widened on their way into tensor cores: a guess, not measured yet."""
+
+WIDENED_WEIGHTS = 2**24
+"""So many are widened at once for cuBLAS: 32 MiB in bfloat16, within an H100's 50 MB of L2: a guess."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tile:
+    """Channels of a program, and elements of a row that it reads at a time: codes of 8 bits, or words of eight."""
+
+    rows: int
+    elements: int
+    warps: int
+
+
+def choose_tile8(k: int) -> Tile:
+    """16 bytes a thread of each row, four warps; two channels a program, four where rows are short."""
+    elements = min(2048, triton.next_power_of_2(k))
+    return Tile(2 if k > 4096 else 4, elements, max(1, min(4, elements // 512)))
+
+
+def choose_tile4(k: int) -> Tile:
+    words = min(512, triton.next_power_of_2(k // 8))
+    return Tile(2 if k > 4096 else 4, words, max(1, min(4, words // 128)))
+
+
+@triton.jit
+def _stream8(
+    x,
+    codes,
+    scales,
+    bias,
+    out,
+    N,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    M_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Tiles are [M, ROWS, COLUMNS]; the scale multiplies the sum."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.minimum(place, N - 1)
+    column = tl.arange(0, COLUMNS)[None, None, :]
+    row = tl.arange(0, M_BLOCK)
+    weights = codes + n.to(tl.int64)[None, :, None] * K + column
+    xs = x + row[:, None, None] * K + column
+    inside = column < K
+    tile = tl.load(weights, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    scale = tl.load(scales + n).to(tl.float32)
+    if HAS_BIAS:
+        offset = tl.load(bias + n).to(tl.float32)
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    products = tile * tl.load(xs, mask=(row[:, None, None] < M) & inside, other=0.0).to(tl.float32)
+    for start in tl.range(COLUMNS, K, COLUMNS):
+        inside = column + start < K
+        tile = tl.load(weights + start, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+        some = tl.load(xs + start, mask=(row[:, None, None] < M) & inside, other=0.0).to(tl.float32)
+        products += tile * some
+    result = tl.sum(products, axis=2) * scale[None, :]
+    if HAS_BIAS:
+        result += offset[None, :]
+    mask = (row[:, None] < M) & (place[None, :] < N)
+    tl.store(out + row[:, None] * N + place[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _stream4(
+    x,
+    words,
+    scales,
+    bias,
+    out,
+    N,
+    M: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    M_BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """Tiles are [M, ROWS, GROUPS, words of a group]. A group's part is 16 scale × (codes · x) + (zero − 24 scale) × sum
+    of x, where codes stand for 1 + code / 16."""
+    EIGHTH: tl.constexpr = GROUP // 8
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.minimum(place, N - 1)
+    group = tl.arange(0, GROUPS)[None, None, :, None]
+    word = tl.arange(0, EIGHTH)[None, None, None, :]
+    row = tl.arange(0, M_BLOCK)
+    n4 = n.to(tl.int64)[None, :, None, None]
+    weights = words + n4 * (K // 8) + group * EIGHTH + word
+    pairs = scales + (n4 * (K // GROUP) + group) * 2
+    xs = x + row[:, None, None, None] * K + group * GROUP + word
+    rows_in = row[:, None, None, None] < M
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+    total = tl.zeros((M_BLOCK, ROWS, GROUPS, EIGHTH), tl.float32)
+    for first in tl.range(0, K // GROUP, GROUPS):
+        inside = group + first < K // GROUP
+        tile = tl.load(weights + first * EIGHTH, mask=inside, other=0, eviction_policy="evict_first")
+        scale = tl.load(pairs + first * 2, mask=inside, other=0.0).to(tl.float32)
+        zero = tl.load(pairs + first * 2 + 1, mask=inside, other=0.0).to(tl.float32)
+        dot = tl.zeros((M_BLOCK, ROWS, GROUPS, EIGHTH), tl.float32)
+        plain = tl.zeros((M_BLOCK, 1, GROUPS, EIGHTH), tl.float32)
+        for plane in tl.static_range(8):
+            if plane < 5:  # noqa: SIM108 (Triton)
+                bits = tile << (19 - 4 * plane)
+            else:
+                bits = tile >> (4 * plane - 19)
+            code = ((bits & 0x780000) | 0x3F800000).to(tl.float32, bitcast=True)
+            some = tl.load(xs + first * GROUP + plane * EIGHTH, mask=rows_in & inside, other=0.0).to(
+                tl.float32
+            )
+            dot += code * some
+            plain += some
+        total += dot * (16.0 * scale) + plain * (zero - 24.0 * scale)
+    result = tl.sum(tl.sum(total, axis=3), axis=2)
+    if HAS_BIAS:
+        result += tl.load(bias + n).to(tl.float32)[None, :]
+    mask = (row[:, None] < M) & (place[None, :] < N)
+    tl.store(out + row[:, None] * N + place[None, :], result.to(out.dtype.element_ty), mask=mask)
+
+
+def stream(
+    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
+) -> Tensor:
+    """x @ weight.T + bias → [M, N], summed in float32 and rounded once to x's dtype. Contiguous tensors."""
+    m, k = x_MK.shape
+    n = len(codes)
+    assert m <= MAX_ROWS, f"{m} rows of x: the streaming kernels take up to {MAX_ROWS}"
+    out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
+    common = {
+        "M": m,
+        "K": k,
+        "M_BLOCK": triton.next_power_of_2(m),
+        "HAS_BIAS": bias_N is not None,
+        "PDL": pdl,
+    }
+    bias = scales if bias_N is None else bias_N
+    if group:
+        tile = choose_tile4(k)
+        groups = max(1, tile.elements // (group // 8))
+        _stream4[(triton.cdiv(n, tile.rows),)](
+            x_MK, codes.view(torch.int32), scales, bias, out, n,
+            GROUP=group, ROWS=tile.rows, GROUPS=groups, num_warps=tile.warps, launch_pdl=pdl, **common,
+        )  # fmt: skip
+    else:
+        tile = choose_tile8(k)
+        _stream8[(triton.cdiv(n, tile.rows),)](
+            x_MK, codes, scales, bias, out, n,
+            ROWS=tile.rows, COLUMNS=tile.elements, num_warps=tile.warps, launch_pdl=pdl, **common,
+        )  # fmt: skip
+    return out
+
+
+def quantized(
+    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
+) -> Tensor:
+    """x @ weight.T + bias → [M, N], by what suits so many rows. `group`: of 4-bit weights; 0: 8 bits."""
+    rows = len(x_MK)
+    if rows <= MAX_ROWS:
+        return stream(x_MK, codes, scales, bias_N, group, pdl=pdl)
+    if codes.dtype == torch.float8_e4m3fn and multiplies_float8(x_MK, codes):
+        return by_float8(x_MK, codes, scales, bias_N)
+    if rows <= MIDDLE_ROWS:
+        return dot(x_MK, codes, scales, bias_N, group)
+    return widened(x_MK, codes, scales, bias_N, group, WIDENED_WEIGHTS)
+
+
+def multiplies_float8(x_MK: Tensor, codes: Tensor) -> bool:
+    """cuBLAS and CUTLASS want sixteens, and give bfloat16 where rows have scales of their own."""
+    return x_MK.dtype == torch.bfloat16 and x_MK.shape[1] % 16 == 0 and len(codes) % 16 == 0
+
+
+def by_float8(x_MK: Tensor, codes: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
+    """In float8: each row of x is scaled so that its largest is e4m3's."""
+    scales_M1 = (x_MK.abs().amax(dim=1, keepdim=True).float() / FP8_MOST).clamp_min(1e-12)
+    small_MK = (x_MK.float() / scales_M1).clamp(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+    scales_1N = scales_N.float().unsqueeze(0)
+    out: Tensor = torch._scaled_mm(
+        small_MK, codes.t(), scale_a=scales_M1, scale_b=scales_1N, out_dtype=x_MK.dtype
+    )
+    return out if bias_N is None else out + bias_N

@@ -114,31 +114,38 @@ def _stream4(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Tiles are [M, ROWS, GROUPS, words of a group]. A group's part is 16 scale × (codes · x) + (zero − 24 scale) × sum
-    of x, where codes stand for 1 + code / 16."""
+    """Tiles are [GROUPS, M, ROWS, words of a group]: in this order Triton lays threads along columns alone, of weights
+    and of x alike, and x need not move between them.
+
+    A group's part is 16 scale × (codes · x) + (zero − 24 scale) × sum of x, where codes stand for 1 + code / 16.
+    """
     EIGHTH: tl.constexpr = GROUP // 8
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.minimum(place, N - 1)
-    group = tl.arange(0, GROUPS)[None, None, :, None]
+    group = tl.arange(0, GROUPS)[:, None, None, None]
     word = tl.arange(0, EIGHTH)[None, None, None, :]
     row = tl.arange(0, M_BLOCK)
-    n4 = n.to(tl.int64)[None, :, None, None]
+    n4 = n.to(tl.int64)[None, None, :, None]
     weights = words + n4 * (K // 8) + group * EIGHTH + word
     pairs = scales + (n4 * (K // GROUP) + group) * 2
-    xs = x + row[:, None, None, None] * K + group * GROUP + word
-    rows_in = row[:, None, None, None] < M
+    xs = x + row[None, :, None, None] * K + group * GROUP + word
+    rows_in = row[None, :, None, None] < M
+    tile = tl.load(weights, mask=group < K // GROUP, other=0, eviction_policy="evict_first")
     if PDL:
         tl.extra.cuda.gdc_wait()
-    total = tl.zeros((M_BLOCK, ROWS, GROUPS, EIGHTH), tl.float32)
+    total = tl.zeros((GROUPS, M_BLOCK, ROWS, EIGHTH), tl.float32)
     for first in tl.range(0, K // GROUP, GROUPS):
         inside = group + first < K // GROUP
-        tile = tl.load(weights + first * EIGHTH, mask=inside, other=0, eviction_policy="evict_first")
+        ahead = group + first + GROUPS < K // GROUP
+        coming = tl.load(
+            weights + (first + GROUPS) * EIGHTH, mask=ahead, other=0, eviction_policy="evict_first"
+        )
         scale = tl.load(pairs + first * 2, mask=inside, other=0.0).to(tl.float32)
         zero = tl.load(pairs + first * 2 + 1, mask=inside, other=0.0).to(tl.float32)
-        dot = tl.zeros((M_BLOCK, ROWS, GROUPS, EIGHTH), tl.float32)
-        plain = tl.zeros((M_BLOCK, 1, GROUPS, EIGHTH), tl.float32)
+        dot = tl.zeros((GROUPS, M_BLOCK, ROWS, EIGHTH), tl.float32)
+        plain = tl.zeros((GROUPS, M_BLOCK, 1, EIGHTH), tl.float32)
         for plane in tl.static_range(8):
             if plane < 5:  # noqa: SIM108 (Triton)
                 bits = tile << (19 - 4 * plane)
@@ -151,7 +158,8 @@ def _stream4(
             dot += code * some
             plain += some
         total += dot * (16.0 * scale) + plain * (zero - 24.0 * scale)
-    result = tl.sum(tl.sum(total, axis=3), axis=2)
+        tile = coming
+    result = tl.sum(tl.sum(total, axis=3), axis=0)
     if HAS_BIAS:
         result += tl.load(bias + n).to(tl.float32)[None, :]
     mask = (row[:, None] < M) & (place[None, :] < N)

@@ -11,9 +11,14 @@ import triton.language as tl
 from torch import Tensor
 
 CHANNELS = 32  # of a program: 128 programs of 4096 channels, an H100 has 132 places
-WORDS = 64  # of eight codes, that a program reads of each channel at a time
-COLUMNS = 256  # the same of 8-bit codes
-STAGES = 3
+
+
+def choose_depth(rows: int) -> tuple[int, int, int]:
+    """(words of eight codes, 8-bit codes, stages) that a program reads of each channel at a time, and ahead.
+
+    What is under way must fit the 99 KB of shared memory that a program may have on a 4090.
+    """
+    return (64, 256, 3) if rows <= 16 else (32, 128, 2)
 
 
 @triton.jit
@@ -114,19 +119,20 @@ def dot(x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, grou
     block = min(64, max(16, triton.next_power_of_2(m)))
     grid = (triton.cdiv(n, CHANNELS), triton.cdiv(m, block))
     bias = scales if bias_N is None else bias_N
+    most_words, most_columns, stages = choose_depth(block)
     common = {
         "K": k,
         "M_BLOCK": block,
         "CHANNELS": CHANNELS,
         "HAS_BIAS": bias_N is not None,
-        "STAGES": STAGES,
+        "STAGES": stages,
     }
     if group:
-        tall = max(16, min(WORDS, triton.next_power_of_2(k // 8)))
+        tall = max(16, min(most_words, triton.next_power_of_2(k // 8)))
         words = codes.view(torch.int32)
         _dot4[grid](x_MK, words, scales, bias, out, m, n, GROUP=group, WORDS=tall, num_warps=4, **common)
     else:
-        wide = max(16, min(COLUMNS, triton.next_power_of_2(k)))
+        wide = max(16, min(most_columns, triton.next_power_of_2(k)))
         _dot8[grid](x_MK, codes, scales, bias, out, m, n, COLUMNS=wide, num_warps=4, **common)
     return out
 

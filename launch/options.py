@@ -70,7 +70,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", *BYTES_PER_ELEMENT),
         default="auto",
-        help="default: float32 on cpu, half precision on cuda",
+        help="default: float32 on cpu (bfloat16 with weights in fewer bits), half precision on cuda",
     )
     engine.add_argument(
         "--weights",
@@ -179,7 +179,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec),
+        dtype=_dtype(args.dtype, device, spec, small=named is not None and bool(named.format.name)),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -240,9 +240,11 @@ def _device(asked: str) -> str:
     return ("cuda" if found else "cpu") if asked == "auto" else asked
 
 
-def _dtype(asked: str, device: str, spec: ModelSpec) -> str:
+def _dtype(asked: str, device: str, spec: ModelSpec, *, small: bool) -> str:
     if asked != "auto":
         return asked
     if device == "cpu":
-        return "float32"
+        return (
+            "bfloat16" if small else "float32"
+        )  # the one that torch's products by small weights are fast in
     return spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"

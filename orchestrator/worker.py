@@ -20,13 +20,13 @@ import torch
 
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.torch_dist import TorchCollectives, join
-from cluster.errors import BadRequest
+from cluster.errors import BadLayout, BadRequest
 from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from orchestrator.engine.kv_cache import KVCache, block_bytes
 from orchestrator.engine.loader import load
-from orchestrator.engine.memory import free_for_kv, peak_of
+from orchestrator.engine.memory import free_for_kv, multiplies_float8, peak_of
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
@@ -140,6 +140,10 @@ class Worker:
         with torch.device("meta"):
             self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
         kept = FORMATS[self.config.format]
+        if kept.name == "fp8" and not multiplies_float8(self.device):
+            raise BadLayout(
+                "+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8"
+            )
         load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)

@@ -1,4 +1,4 @@
-"""Memory of a device as it is now."""
+"""Memory of a device as it is now, and what it can do."""
 
 from __future__ import annotations
 
@@ -33,6 +33,10 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
     yield found
     torch.cuda.synchronize(device)
     found.append(torch.cuda.max_memory_reserved(device) - before)
+
+
+def multiplies_float8(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
 def available_host_bytes() -> int:

@@ -89,8 +89,10 @@ class Quantized(nn.Module):
             product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
         elif self.how.format == "int8" and cpu_products.has_int8(len(x_MK), x_MK.dtype):
             product_MN = cpu_products.int8(x_MK, self.codes, self.scales)
-        else:
+        elif self.how.group:
             product_MN = in_blocks(x_MK, self.out_features, self.dequantized)
+        else:  # scaled once they are summed: one pass over the weights less
+            product_MN = in_blocks(x_MK, self.out_features, lambda rows: self.codes[rows]) * self.scales
         return product_MN if self.bias is None else product_MN + self.bias
 
 
@@ -107,10 +109,10 @@ class QuantizedGateUp(Quantized):
 BLOCK_WEIGHTS = 2**18  # widened at once: 1 MiB in float32, which stays in cache until it is multiplied
 
 
-def in_blocks(x_MK: Tensor, n: int, dequantized: Callable[[slice], Tensor]) -> Tensor:
-    """x @ weight.T, some channels of the weight at a time."""
+def in_blocks(x_MK: Tensor, n: int, weights: Callable[[slice], Tensor]) -> Tensor:
+    """x @ weight.T, some channels of the weight at a time, widened to x's dtype."""
     step = max(1, BLOCK_WEIGHTS // x_MK.shape[-1])
-    parts = [F.linear(x_MK, dequantized(slice(at, at + step)).to(x_MK.dtype)) for at in range(0, n, step)]
+    parts = [F.linear(x_MK, weights(slice(at, at + step)).to(x_MK.dtype)) for at in range(0, n, step)]
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 

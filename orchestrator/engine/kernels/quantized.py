@@ -68,29 +68,31 @@ def _stream8(
     HAS_BIAS: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """Tiles are [M, ROWS, COLUMNS]; the scale multiplies the sum."""
+    """Tiles are [COLUMNS / 8, M, ROWS, 8]: eights, so that Triton gives a thread as many codes as numbers of x.
+
+    The scale multiplies the sum.
+    """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     n = tl.minimum(place, N - 1)
-    column = tl.arange(0, COLUMNS)[None, None, :]
+    column = tl.arange(0, COLUMNS // 8)[:, None, None, None] * 8 + tl.arange(0, 8)[None, None, None, :]
     row = tl.arange(0, M_BLOCK)
-    weights = codes + n.to(tl.int64)[None, :, None] * K + column
-    xs = x + row[:, None, None] * K + column
-    inside = column < K
-    tile = tl.load(weights, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
+    weights = codes + n.to(tl.int64)[None, None, :, None] * K + column
+    xs = x + row[None, :, None, None] * K + column
+    rows_in = row[None, :, None, None] < M
+    tile = tl.load(weights, mask=column < K, other=0.0, eviction_policy="evict_first").to(tl.float32)
     scale = tl.load(scales + n).to(tl.float32)
     if HAS_BIAS:
         offset = tl.load(bias + n).to(tl.float32)
     if PDL:
         tl.extra.cuda.gdc_wait()
-    products = tile * tl.load(xs, mask=(row[:, None, None] < M) & inside, other=0.0).to(tl.float32)
+    products = tile * tl.load(xs, mask=rows_in & (column < K), other=0.0).to(tl.float32)
     for start in tl.range(COLUMNS, K, COLUMNS):
         inside = column + start < K
         tile = tl.load(weights + start, mask=inside, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        some = tl.load(xs + start, mask=(row[:, None, None] < M) & inside, other=0.0).to(tl.float32)
-        products += tile * some
-    result = tl.sum(products, axis=2) * scale[None, :]
+        products += tile * tl.load(xs + start, mask=rows_in & inside, other=0.0).to(tl.float32)
+    result = tl.sum(tl.sum(products, axis=3), axis=0) * scale[None, :]
     if HAS_BIAS:
         result += offset[None, :]
     mask = (row[:, None] < M) & (place[None, :] < N)

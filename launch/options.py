@@ -243,8 +243,6 @@ def _device(asked: str) -> str:
 def _dtype(asked: str, device: str, spec: ModelSpec, *, small: bool) -> str:
     if asked != "auto":
         return asked
-    if device == "cpu":
-        return (
-            "bfloat16" if small else "float32"
-        )  # the one that torch's products by small weights are fast in
+    if device == "cpu":  # torch's products by weights in fewer bits are fast in bfloat16 alone
+        return "bfloat16" if small else "float32"
     return spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"

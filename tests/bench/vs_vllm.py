@@ -25,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -38,7 +38,7 @@ from launch.progress import Progress
 from launch.start import Deployment, cluster, deployment
 from orchestrator.coordinator import Coordinator
 from orchestrator.request import Completion, SamplingParams
-from strategies.plan import ParallelDims
+from strategies.plan import Layout, ParallelDims
 from strategies.source import spec_of
 from tests.bench import roofline
 from tests.bench.child import run_child
@@ -144,7 +144,8 @@ async def _ask(
 def options_of(args: argparse.Namespace) -> EngineOptions:
     parser = argparse.ArgumentParser()
     add_engine_arguments(parser)
-    return engine_options(parser.parse_args([args.model, *_engine_flags(args)]))
+    options = engine_options(parser.parse_args([args.model, *_engine_flags(args)]))
+    return replace(options, format=layout_of(args.layout).format.name)
 
 
 def _engine_flags(args: argparse.Namespace) -> list[str]:
@@ -160,7 +161,7 @@ def _engine_flags(args: argparse.Namespace) -> list[str]:
 
 
 def environment(layout: str, **more: str) -> dict[str, str]:
-    host = {"NCCL_P2P_DISABLE": "1"} if layout.endswith("host") else {}
+    host = {"NCCL_P2P_DISABLE": "1"} if "host" in layout else {}
     return {**os.environ, "PYTHONUNBUFFERED": "1", **host, **more}
 
 
@@ -178,7 +179,7 @@ def start_s(args: argparse.Namespace) -> float | None:
         command = [sys.executable, "-m", "launch", "generate", args.model, *_engine_flags(args)]
         command += [
             "--layout",
-            dims_of(args.layout).name,
+            layout_of(args.layout).name,
             "--prompts",
             str(prompts),
             "--max-tokens",
@@ -214,13 +215,17 @@ def vllm_flags(layout: str, dims: ParallelDims, barrier: str) -> list[str]:
     flags = ["--tag", layout, "--tp", str(dims.tp), "--pp", str(dims.pp)]
     if dims.dp > 1:  # its processes begin to measure together
         flags += ["--barrier", barrier]
-    if layout.endswith("host") and dims.tp > 1:  # its own all-reduce wants peer access
+    if "host" in layout and dims.tp > 1:  # its own all-reduce wants peer access
         flags.append("--no-custom-ar")
     return flags
 
 
 def dims_of(layout: str) -> ParallelDims:
-    return ParallelDims.parse(layout.removesuffix("host"))
+    return layout_of(layout).dims
+
+
+def layout_of(layout: str) -> Layout:
+    return Layout.parse(layout.replace("host", ""))
 
 
 # --- results ------------------------------------------------------------------------------------------------
@@ -274,7 +279,7 @@ def _shown(value: float | None, metric: Metric) -> str:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layout", required=True, help="tp1, dp2, tp2, pp2, tp2host, pp2host")
+    parser.add_argument("--layout", required=True, help="tp1, dp2, tp2, pp2, tp2host, pp2host, tp1+int4")
     parser.add_argument("--vllm-site", type=Path, help="the folder that vLLM is installed in")
     parser.add_argument("--vllm-script", type=Path, help="what times it, beside its model's config")
     parser.add_argument("--only", choices=("ours", "vllm"))

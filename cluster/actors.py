@@ -143,7 +143,7 @@ class RayGang:
         self._group = group
         self._actors = actors
         self._members = tuple(
-            Member(index, fact.node, fact.node_id, fact.pid, fact.device, fact.log)
+            Member(index, fact.node, fact.node_id, fact.pid, fact.device, fact.log, fact.machine)
             for index, fact in enumerate(facts)
         )
         self._here = [Life(fact.pid) for fact in facts if fact.machine == machine()]

@@ -11,6 +11,7 @@ ShardwiseError                 exit 1: ours to mend
 ├── Overloaded                 exit 1: the queue is full; come again after `retry_after_s`
 ├── Draining                   exit 1: it finishes what it has and takes nothing new
 ├── DeadlineExceeded           exit 1: the request's own time was over before its answer was
+├── AttemptsSpent              exit 1: the replicas that ran a request died, each time; it is not run again
 ├── WorkerFailed               exit 1: a worker raised what nobody expected; its traceback is a note
 └── GangDied                   exit 1: a worker died or stopped; the message ends with its last words
 """
@@ -61,6 +62,10 @@ class Draining(ShardwiseError):
 
 
 class DeadlineExceeded(ShardwiseError):
+    pass
+
+
+class AttemptsSpent(ShardwiseError):
     pass
 
 

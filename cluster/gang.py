@@ -38,6 +38,7 @@ class Member:
     pid: int
     device: int  # index among the GPUs that the process sees; 0 on CPU
     log: str  # path, on its node, of the file that its standard error goes to
+    machine: str = ""  # cluster.life.machine(): its pid is one of ours where this is equal
 
     def __str__(self) -> str:
         return f"worker {self.index} (pid {self.pid} on {self.node})"

@@ -98,12 +98,13 @@ async def _answer(
     from launch.api.service import Service
     from orchestrator.jobs import Job
     from orchestrator.journal import Journal
+    from orchestrator.supervisor import DEFAULT_POLICY
 
     journal = Journal(directory)
     begun_s, before = time.perf_counter(), journal.completed + journal.failed
     if before:
         progress.say(f"{before} of {examined.lines} requests were answered before")
-    async with served.coordinator(options, text) as coordinator:
+    async with served.coordinator(options, text, restarts=DEFAULT_POLICY) as coordinator:
         facts = Facts(options.source.name, served.dims.name, served.dims.world_size, {})
         service = Service(coordinator, [options.source.name], {}, facts, defaults=defaults)
         window = 2 * served.limits.max_num_seqs * served.dims.dp

@@ -247,6 +247,7 @@ def _serve(
     from launch.api.service import Service
     from launch.start import cluster, deployment
     from orchestrator.admission import QueueLimits
+    from orchestrator.supervisor import DEFAULT_POLICY
 
     names = args.served_model_name or [args.model]
     facts, told = _facts(names[0], chosen), _told(chosen, workload)
@@ -258,7 +259,7 @@ def _serve(
 
         async def serve() -> None:
             queue = QueueLimits(args.max_queue, args.max_queue_tokens)
-            async with served.coordinator(options, text, queue) as coordinator:
+            async with served.coordinator(options, text, queue, restarts=DEFAULT_POLICY) as coordinator:
                 service = Service(
                     coordinator,
                     names,

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator, Sequence
+import tempfile
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Protocol
 
 from cluster.channel import Via
-from cluster.errors import BadLayout
+from cluster.errors import BadLayout, GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.links import only_proved, peers_trusted
 from launch.options import EngineOptions
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
-from orchestrator.replica import GangReplica
+from orchestrator.replica import GangReplica, Watchdog
 from orchestrator.scheduler import SchedulerConfig
+from orchestrator.supervisor import RestartPolicy, Supervisor
 from orchestrator.text import Text
 from orchestrator.worker import EngineConfig, Worker
 from strategies.formats import FORMATS
@@ -30,6 +35,7 @@ JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 CALL_TIMEOUT_S = 120.0
 LOOK_S = 0.25  # between two looks at a load
+STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 60.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
 _NO_LIMITS = QueueLimits()
 
@@ -57,11 +63,20 @@ class Deployment:
     limits: SchedulerConfig
     weight_bytes: tuple[int, ...]  # of each rank, replica by replica
     scored: bytes  # float32 logits after each token of `score`, [T, vocabulary], of the first replica
+    restart: Callable[[int], Awaitable[GangReplica]]  # the replica of that number, whole
 
     def coordinator(
-        self, options: EngineOptions, text: Text | None, queue: QueueLimits = _NO_LIMITS
+        self,
+        options: EngineOptions,
+        text: Text | None,
+        queue: QueueLimits = _NO_LIMITS,
+        *,
+        restarts: RestartPolicy | None = None,
     ) -> Coordinator:
-        """The one that these replicas will ever have: their tokens come to it, and they end when it leaves."""
+        """The one that these replicas will ever have: their tokens come to it, and they end when it leaves.
+
+        `restarts`: how those that die are started again; None: they are not.
+        """
         spec = options.spec
         return Coordinator(
             self.replicas,
@@ -71,6 +86,7 @@ class Deployment:
             text=text,
             seed=options.seed,
             queue=queue,
+            supervisor=Supervisor(self.restart, restarts) if restarts is not None else None,
         )
 
 
@@ -121,9 +137,8 @@ def deployment(
     progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
         sizes = [dims.replica_size] * dims.dp
-        gangs = found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
-        for gang in gangs:
-            owned.callback(gang.kill)
+        gangs = list(found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S))
+        owned.callback(_kill_all, gangs)
         placed = [Placed(gang, _ranks(gang)) for gang in gangs]
         progress.say(f"{dims.name}: connecting its ranks")
         _join(placed, shards, _engine_config(options, dims), dims, progress)
@@ -132,7 +147,77 @@ def deployment(
             _choose_attention(placed, dims, progress)
         limits = _fit(placed, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
-        yield Deployment(dims, tuple(_serve(p, shards) for p in placed), limits, tuple(weight_bytes), scored)
+        restarting = Restarting(found, dims, options, shards, limits, gangs)
+        yield Deployment(
+            dims,
+            tuple(_serve(p, shards, options) for p in placed),
+            limits,
+            tuple(weight_bytes),
+            scored,
+            restarting.restart,
+        )
+
+
+def _kill_all(gangs: Sequence[Gang]) -> None:
+    for gang in gangs:
+        gang.kill()
+
+
+class Restarting:
+    """Replicas of a deployment once more: placed, joined, loaded and fitted as the first time."""
+
+    def __init__(
+        self,
+        found: Devices,
+        dims: ParallelDims,
+        options: EngineOptions,
+        shards: Sequence[Shard],
+        limits: SchedulerConfig,
+        gangs: list[Gang],
+    ) -> None:
+        """`gangs` are the deployment's, by replica: new ones take their places."""
+        self._found, self._dims, self._options, self._shards = found, dims, options, shards
+        self._limits, self._gangs = limits, gangs
+        self._placing = threading.Lock()  # one at a time: each looks for what is free
+
+    async def restart(self, number: int) -> GangReplica:
+        """Cancelled, it returns once nothing is under way any more: Ray must not be left while a thread calls it."""
+        unwanted = threading.Event()
+        work = asyncio.ensure_future(asyncio.to_thread(self._start, number, unwanted))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            unwanted.set()
+            self._gangs[number].kill()
+            await asyncio.wait({work})
+            if not work.cancelled():
+                work.exception()
+            raise
+
+    def _start(self, number: int, unwanted: threading.Event) -> GangReplica:
+        """In a thread of its own. Raises ShardwiseError."""
+        self._gangs[number].kill()
+        dims, options, quiet = self._dims, self._options, Progress(quiet=True)
+        with self._placing:
+            if unwanted.is_set():
+                raise GangDied("nobody wants it any more")
+            (gang,) = self._found.acquire(
+                Worker, [dims.replica_size], options.device, timeout_s=ACQUIRE_TIMEOUT_S
+            )
+        self._gangs[number] = gang
+        if unwanted.is_set():  # else whoever sets it kills the gang, which ends what follows
+            gang.kill()
+        placed = [Placed(gang, _ranks(gang))]
+        try:
+            _join(placed, self._shards, _engine_config(options, dims), dims, quiet)
+            _load(placed, dims, quiet)
+            if options.device == "cuda":
+                _choose_attention(placed, dims, quiet)
+            _fit(placed, dims, options, quiet, as_before=self._limits)
+            return _serve(placed[0], self._shards, options)
+        except BaseException:
+            gang.kill()
+            raise
 
 
 def _ranks(gang: Gang) -> tuple[int, ...]:
@@ -207,12 +292,24 @@ def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Pr
 
 
 def _fit(
-    placed: Sequence[Placed], dims: ParallelDims, options: EngineOptions, progress: Progress
+    placed: Sequence[Placed],
+    dims: ParallelDims,
+    options: EngineOptions,
+    progress: Progress,
+    *,
+    as_before: SchedulerConfig | None = None,
 ) -> SchedulerConfig:
-    """KV blocks that every rank can hold, the context that they allow, and the cache itself."""
+    """KV blocks that every rank can hold, the context that they allow, and the cache itself.
+
+    `as_before`: what the other replicas have; there may be some blocks fewer now, but the context must fit.
+    """
     progress.say(f"{dims.name}: sizing the KV cache")
     blocks = min(results(_everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
-    limits = limits_for(blocks, dims, options)
+    if as_before is None:
+        limits = limits_for(blocks, dims, options)
+    else:
+        least = replace(options, max_model_len=as_before.max_model_len)
+        limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
     results(_everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
     if options.device == "cuda" and not options.enforce_eager:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
@@ -249,7 +346,7 @@ def _score(replica: Placed, token_ids: Sequence[int]) -> bytes:
     return b"".join(part for part in found if part is not None)
 
 
-def _serve(replica: Placed, shards: Sequence[Shard]) -> GangReplica:
+def _serve(replica: Placed, shards: Sequence[Shard], options: EngineOptions) -> GangReplica:
     """Open the channels and set the loops going, until the gang is killed."""
     host, leader = _host(replica), replica.member(0)
     followers = [replica.member(rank) for rank in range(1, len(shards))]
@@ -263,7 +360,9 @@ def _serve(replica: Placed, shards: Sequence[Shard]) -> GangReplica:
     tokens = replica.call(0, "open_tokens", leader.node).result(CALL_TIMEOUT_S)
     loops = [replica.call(rank, "follow", address) for rank, address in enumerate(steps, start=1)]
     loops.append(replica.call(0, "lead", sampled))
-    return GangReplica(replica.gang, leader.index, tokens, loops)
+    silence_s = options.step_timeout_s or STEP_TIMEOUT_S[options.device]
+    watchdog = Watchdog(silence_s, Path(tempfile.gettempdir()))
+    return GangReplica(replica.gang, leader.index, tokens, loops, watchdog)
 
 
 def _via(a: Member, b: Member) -> Via:

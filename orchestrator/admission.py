@@ -48,12 +48,16 @@ class FairQueue(Generic[T]):
     def __len__(self) -> int:
         return self._count
 
-    def push(self, item: T) -> None:
+    def push(self, item: T, *, again: bool = False) -> None:
+        """`again`: it had its turn, in vain, and goes before the client's others."""
         line = (item.is_batch, item.client)
         if line not in self._lines:
             self._lines[line] = OrderedDict()
             self._level(item.client)
         self._lines[line][id(item)] = item
+        if again:
+            self._lines[line].move_to_end(id(item), last=False)
+            self.charge(item.client, -item.prompt_tokens)  # as it was when its turn came
         self._note(item, 1)
 
     @property

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
+import msgspec
+
 from cluster.errors import ShardwiseError
 from orchestrator.request import Completion, FinishReason, Request, TokenLogprobs
+from orchestrator.supervisor import Record
 from orchestrator.text import AnswerText
 
 
@@ -150,6 +153,8 @@ class Ongoing:
     last_token_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    resumed_tokens: int = 0  # of the answer, that were there when this replica got it
+    record: Record = field(default_factory=Record)
 
     @property
     def client(self) -> str:
@@ -164,9 +169,26 @@ class Ongoing:
         return len(self.request.prompt_token_ids)
 
     @property
+    def is_begun(self) -> bool:
+        """Whether its replica has given a token."""
+        return len(self.token_ids) > self.resumed_tokens
+
+    @property
+    def prefill_tokens(self) -> int:
+        """That its replica computes before the first new one."""
+        return self.prompt_tokens + self.resumed_tokens
+
+    @property
     def tokens_left(self) -> int:
-        prompt = 0 if self.token_ids else self.prompt_tokens
-        return prompt + self.request.sampling.max_tokens - len(self.token_ids)
+        prefill = 0 if self.is_begun else self.prefill_tokens
+        return prefill + self.request.sampling.max_tokens - len(self.token_ids)
+
+    def give(self, replica: int, now_s: float) -> Request:
+        """It goes to a replica: as it was asked, or from where another one left it."""
+        self.replica, self.given_s, self.resumed_tokens = replica, now_s, len(self.token_ids)
+        if not self.token_ids:
+            return self.request
+        return msgspec.structs.replace(self.request, output_token_ids=list(self.token_ids))
 
     def completion(self, reason: FinishReason, now_s: float) -> Completion:
         return Completion(

@@ -11,7 +11,7 @@ import msgspec
 
 from cluster.errors import BadRequest
 from orchestrator.grammar import Compiler, Matcher
-from orchestrator.request import FinishReason, Request, Token
+from orchestrator.request import FinishReason, Grammar, Request, Token
 from orchestrator.step import Step
 
 NO_TOKEN = -1  # in a Token that tells of a request which ended without one
@@ -76,12 +76,17 @@ class Constraints:
             return _refusal(token.request_id)
         return token
 
+    def _matcher(self, grammar: Grammar, output: Sequence[int]) -> Matcher | None:
+        """As far on as the answer is; None where it has left the grammar."""
+        made = self._compiler.matcher(grammar)
+        return made if all(made.accept(token_id) for token_id in output) else None
+
     def _compile(self, request: Request) -> None:
         assert request.grammar is not None
         with self._lock:
             wanted = request.id not in self._dropped
         try:
-            made = self._compiler.matcher(request.grammar) if wanted else None
+            made = self._matcher(request.grammar, request.output_token_ids) if wanted else None
         except BadRequest:
             made = None
         with self._lock:

@@ -7,13 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import logging
 import random
 import time
 from collections.abc import Callable, Sequence
 
 import msgspec
 
-from cluster.errors import BadRequest, DeadlineExceeded, Draining, GangDied, Overloaded, ShardwiseError
+from cluster.errors import (
+    AttemptsSpent,
+    BadRequest,
+    DeadlineExceeded,
+    Draining,
+    GangDied,
+    Overloaded,
+    ShardwiseError,
+)
 from orchestrator.admission import FairQueue, QueueLimits
 from orchestrator.answer import Answers, Ongoing, OnUpdate, Terms, Update
 from orchestrator.lane import Lane
@@ -28,10 +37,12 @@ from orchestrator.request import (
     Token,
     check_tokens,
 )
-from orchestrator.router import choose, has_room
+from orchestrator.router import Outstanding, choose, has_room
 from orchestrator.scheduler import Load, SchedulerConfig, check_length
+from orchestrator.supervisor import Supervisor, Trials, spent
 from orchestrator.text import AnswerText, Text
 
+LOG = logging.getLogger("shardwise")
 OnText = Callable[[str], None]
 
 _NO_TERMS = Terms()
@@ -52,8 +63,12 @@ class Coordinator:
         text: Text | None = None,
         seed: int | None = None,
         queue: QueueLimits = _NO_LIMITS,
+        supervisor: Supervisor | None = None,
     ) -> None:
-        """`seed` draws the seeds of requests that bring none, in the order in which they come; None: at random."""
+        """`seed` draws the seeds of requests that bring none, in the order in which they come; None: at random.
+
+        Without a supervisor, replicas that die stay dead.
+        """
         self.limits, self.text, self.vocab = limits, text, vocab
         self.meter = Meter()
         self.is_draining = False
@@ -61,20 +76,25 @@ class Coordinator:
         self._lanes = [Lane(i, replica, self._refused) for i, replica in enumerate(replicas)]
         self._open: dict[str, Ongoing] = {}
         self._waiting: FairQueue[Ongoing] = FairQueue()
+        self._trials: Trials[Ongoing] = Trials()
+        self._supervisor = supervisor
+        self._outage: asyncio.TimerHandle | None = None  # runs while no replica is left
+        self._is_patient = True  # or one has been awaited for too long
         self._idle = asyncio.Event()
         self._idle.set()
         self._numbers = itertools.count()
         self._seeds = random.Random(seed)
-        self._gathering: list[asyncio.Task[None]] = []
+        self._tending: list[asyncio.Task[None]] = []
 
     async def __aenter__(self) -> Coordinator:
-        self._gathering = [asyncio.create_task(self._gather(lane)) for lane in self._lanes]
+        self._tending = [asyncio.create_task(self._tend(lane)) for lane in self._lanes]
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for task in self._gathering:
+        self._end_outage()
+        for task in self._tending:
             task.cancel()
-        await asyncio.gather(*self._gathering, return_exceptions=True)
+        await asyncio.gather(*self._tending, return_exceptions=True)
 
     # -- asked by clients --
 
@@ -87,7 +107,8 @@ class Coordinator:
     ) -> list[Completion]:
         """`sampling.n` finished answers. `on_text` gets the first one's text as it comes.
 
-        Raises what `ask` does, and GangDied where its replica dies. Cancelling it drops the request from its replica.
+        Raises what `ask` does, AttemptsSpent where it may be what replicas died of, and GangDied where none is left.
+        Cancelling it drops the request from its replica.
         """
 
         def show(update: Update) -> None:
@@ -152,6 +173,16 @@ class Coordinator:
         return any(self.replicas_alive)
 
     @property
+    def is_lost(self) -> bool:
+        """No replica is left, and none is expected."""
+        if self.is_alive:
+            return False
+        supervisor = self._supervisor
+        if supervisor is None or not self._is_patient:
+            return True
+        return not any(supervisor.expects(lane.number) for lane in self._lanes)
+
+    @property
     def replicas_alive(self) -> list[bool]:
         return [lane.error is None for lane in self._lanes]
 
@@ -161,8 +192,13 @@ class Coordinator:
 
     @property
     def waiting_requests(self) -> int:
-        """Those that no replica has yet."""
-        return len(self._waiting)
+        """Those that no replica has."""
+        return len(self._waiting) + len(self._trials)
+
+    @property
+    def restarts(self) -> dict[int, int]:
+        """How often replicas were started again, by number."""
+        return self._supervisor.restarts if self._supervisor is not None else {}
 
     async def loads(self, timeout_s: float) -> dict[int, Load]:
         """Of the replicas that live and answer in time."""
@@ -207,7 +243,7 @@ class Coordinator:
     def _check_open(self) -> None:
         if self.is_draining:
             raise Draining("the server is shutting down; ask another, or this one once it is back")
-        if not self.is_alive:
+        if self.is_lost:
             raise next(lane.error for lane in self._lanes if lane.error is not None)
 
     def _check_queue(self, requests: int, prompt_tokens: int) -> None:
@@ -232,21 +268,48 @@ class Coordinator:
         return None if self.text is None else AnswerText.of(self.text, request.sampling)
 
     def _dispatch(self) -> None:
-        """Give those whose turn it is to replicas that have room."""
-        seqs, tokens = self.limits.max_num_seqs, self.limits.max_num_batched_tokens
+        """Give those whose turn it is to replicas that have room; those under suspicion first, by themselves."""
+        while len(self._trials):
+            quiet = [load for load in self._rooms(is_batch=False) if not load.unstarted]
+            if not quiet:  # nor is anything new begun, or it would never get quiet
+                return
+            lane = self._lanes[choose(quiet)]
+            self._give(self._trials.begin(lane.number), lane)
         while len(self._waiting):
-            is_batch = self._waiting.next_is_batch
-            loads = (lane.outstanding for lane in self._lanes if lane.error is None)
-            rooms = [load for load in loads if has_room(load, seqs, tokens, is_batch=is_batch)]
+            rooms = self._rooms(is_batch=self._waiting.next_is_batch)
             if not rooms:
                 return
-            one, lane = self._waiting.pop(), self._lanes[choose(rooms)]
-            one.replica, one.given_s = lane.number, time.perf_counter()
-            lane.give(one.prompt_tokens, one.tokens_left)
-            lane.submit(one.request)
+            self._give(self._waiting.pop(), self._lanes[choose(rooms)])
 
-    async def _gather(self, lane: Lane) -> None:
-        """One replica's tokens, for as long as it lives; its death fails what it was doing."""
+    def _rooms(self, *, is_batch: bool) -> list[Outstanding]:
+        """Replicas with room, and nobody's trial."""
+        seqs, tokens = self.limits.max_num_seqs, self.limits.max_num_batched_tokens
+        lanes = (lane for lane in self._lanes if lane.error is None and self._trials.is_free(lane.number))
+        loads = (lane.outstanding for lane in lanes)
+        return [load for load in loads if has_room(load, seqs, tokens, is_batch=is_batch)]
+
+    def _give(self, one: Ongoing, lane: Lane) -> None:
+        request = one.give(lane.number, time.perf_counter())
+        lane.give(one.prefill_tokens, one.tokens_left)
+        lane.submit(request)
+
+    async def _tend(self, lane: Lane) -> None:
+        """One replica after the other in a lane's place."""
+        while True:
+            error = await self._gather(lane)
+            self._bury(lane, error)
+            if self._supervisor is None:
+                return
+            lane.revive(
+                await self._supervisor.again(
+                    lane.number, error, has_served=lane.has_served, on_open=self._end_if_lost
+                )
+            )
+            self._end_outage()
+            self._dispatch()
+
+    async def _gather(self, lane: Lane) -> ShardwiseError:
+        """One replica's tokens, for as long as it lives. → what it died of."""
         try:
             async for tokens in lane.replica.steps():
                 now_s = time.perf_counter()
@@ -255,27 +318,32 @@ class Coordinator:
                     self._take(lane, token, now_s)
                 self._dispatch()
         except ShardwiseError as error:
-            self._bury(lane, error)
+            return error
         except Exception as error:  # ours to mend, but nobody may wait for ever because of it
-            told = f"replica {lane.number} cannot be read: {type(error).__name__}: {error}"
-            self._bury(lane, GangDied(told))
-            raise
+            LOG.exception("replica %d cannot be read", lane.number)
+            return GangDied(f"replica {lane.number} cannot be read: {type(error).__name__}: {error}")
+        return GangDied(f"replica {lane.number} has nothing more to say")
 
     def _take(self, lane: Lane, token: Token, now_s: float) -> None:
         one = self._open.get(token.request_id)
-        if one is None:  # finished by a stop string, or dropped
+        if one is None or one.replica != lane.number:  # finished by a stop string, or dropped
             return
         if token.finish_reason is FinishReason.ABORT:
             told = "the answer's grammar allows no token here, or cannot be compiled; change it"
             self._fail(one.answers, BadRequest(told))
             return
+        if not one.is_begun:
+            lane.begin(one.prefill_tokens)
         if one.token_ids:
             self.meter.gap_s.observe(now_s - one.last_token_s)
         else:
-            self._begin(lane, one, now_s)
+            one.first_token_s = now_s
+            self.meter.first_token(one.prompt_tokens, one.given_s - one.asked_s, now_s - one.asked_s)
         one.last_token_s = now_s
         lane.tokens -= 1
         one.token_ids.append(token.token_id)
+        if one.record.blamed:
+            self._clear(lane, one)
         if token.logprobs is not None:
             one.logprobs.append(token.logprobs)
         new, reason = "", token.finish_reason
@@ -291,12 +359,14 @@ class Coordinator:
         if reason is not None:
             self._finish(one, reason, now_s)
 
-    def _begin(self, lane: Lane, one: Ongoing, now_s: float) -> None:
-        one.first_token_s = now_s
-        lane.begin(one.prompt_tokens)
-        self.meter.first_token(one.prompt_tokens, one.given_s - one.asked_s, now_s - one.asked_s)
+    def _clear(self, lane: Lane, one: Ongoing) -> None:
+        """Its trial is over once it has come further than where a replica died."""
+        one.record = one.record.after_tokens(len(one.token_ids))
+        if not one.record.blamed and self._trials.tried_by(lane.number) is one:
+            self._trials.end(lane.number)
 
     def _finish(self, one: Ongoing, reason: FinishReason, now_s: float) -> None:
+        self._lanes[one.replica].has_served = True
         self._forget(one)
         done = one.completion(reason, now_s)
         self.meter.finish(reason, done.prompt_tokens, len(done.token_ids), done.ttft_s, done.latency_s, now_s)
@@ -305,11 +375,12 @@ class Coordinator:
     def _forget(self, one: Ongoing) -> None:
         """Out of every account."""
         del self._open[one.request.id]
+        self._trials.leave(one, one.replica)
         if one.replica < 0:
             self._waiting.discard(one)
         else:
-            is_begun = bool(one.token_ids)
-            self._lanes[one.replica].end(one.prompt_tokens, one.tokens_left, is_begun=is_begun)
+            self._lanes[one.replica].end(one.prefill_tokens, one.tokens_left, is_begun=one.is_begun)
+        if one.token_ids:
             self._waiting.charge(one.client, len(one.token_ids))
         if not self._open:
             self._idle.set()
@@ -343,9 +414,54 @@ class Coordinator:
                 self._fail(one.answers, error)
 
     def _bury(self, lane: Lane, error: ShardwiseError) -> None:
-        """Its own requests fail; so do those that wait, if it was the last."""
-        lane.error = error
+        """What it was doing goes on elsewhere, or when it is back; what may have killed it is tried by itself."""
+        unsent = lane.die(error)
+        tried = self._trials.tried_by(lane.number)
+        self._trials.end(lane.number)
+        lost = [one for one in self._open.values() if one.replica == lane.number]
+        for one in lost:
+            one.replica = -1
+        for one in lost:
+            if one.request.id not in self._open:  # its sibling has taken it along
+                continue
+            was_there = one.request.id not in unsent
+            is_blamed = was_there and (tried is None or one is tried)
+            if was_there:
+                one.record = one.record.after_death(len(one.token_ids), is_blamed=is_blamed)
+            if self._supervisor is None and not self.is_alive:
+                self._fail(one.answers, error)
+            elif one.record.is_spent:
+                self._fail(one.answers, AttemptsSpent(spent(one.record, error)))
+            else:
+                self._again(one)
+        if not self.is_alive and self._supervisor is not None and self._outage is None:
+            loop = asyncio.get_running_loop()
+            self._outage = loop.call_later(self._supervisor.policy.patience_s, self._lose_patience)
+        self._end_if_lost()
+        self._dispatch()
+
+    def _again(self, one: Ongoing) -> None:
+        self.meter.replayed += 1
+        if one.record.blamed:
+            self._trials.add(one)
+        else:
+            self._waiting.push(one, again=True)
+
+    def _lose_patience(self) -> None:
+        self._is_patient = False
+        self._end_if_lost()
+
+    def _end_outage(self) -> None:
+        self._is_patient = True
+        if self._outage is not None:
+            self._outage.cancel()
+            self._outage = None
+
+    def _end_if_lost(self) -> None:
+        """Nobody waits for a replica that nobody expects."""
+        if not self.is_lost:
+            return
+        error = next(lane.error for lane in self._lanes if lane.error is not None)
         for one in list(self._open.values()):
-            is_lost = one.replica == lane.number or (one.replica < 0 and not self.is_alive)
-            if is_lost and one.request.id in self._open:  # its siblings may have taken it along
+            if one.request.id in self._open:  # its siblings may have taken it along
                 self._fail(one.answers, error)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
-from cluster.errors import GangDied, ShardwiseError
+from cluster.errors import GangDied, ShardwiseError, WorkerFailed
 from orchestrator.replica import Replica
 from orchestrator.request import Request
 from orchestrator.router import Outstanding
@@ -20,13 +20,27 @@ class Lane:
     """
 
     def __init__(self, number: int, replica: Replica, on_refused: OnRefused) -> None:
-        """`on_refused` hears of requests that the replica did not take."""
+        """`on_refused` hears of requests that the replica did not take though it lives."""
         self.number, self.replica, self._on_refused = number, replica, on_refused
         self.error: ShardwiseError | None = None  # why it is dead
-        self.requests = self.tokens = self.unstarted = self.unstarted_tokens = 0
+        self.has_served = False  # in this life of the replica
+        self._clear_account()
         self._new: dict[str, Request] = {}
         self._unwanted: list[str] = []
         self._sending: asyncio.Task[None] | None = None
+
+    def die(self, error: ShardwiseError) -> set[str]:
+        """Its account is closed. → requests that never left for the replica."""
+        self.error = error
+        self._clear_account()
+        unsent, self._new, self._unwanted = set(self._new), {}, []
+        return unsent
+
+    def revive(self, replica: Replica) -> None:
+        self.replica, self.error, self.has_served = replica, None, False
+
+    def _clear_account(self) -> None:
+        self.requests = self.tokens = self.unstarted = self.unstarted_tokens = 0
 
     @property
     def outstanding(self) -> Outstanding:
@@ -84,10 +98,12 @@ class Lane:
             return
         try:
             await self.replica.submit(new)
+        except GangDied:  # its stream says so too, and what becomes of them
+            return
         except ShardwiseError as error:
             self._on_refused(new, error)
         except Exception as error:  # ours to mend, but nobody may wait for ever because of it
-            self._on_refused(new, GangDied(f"replica {self.number} takes no requests: {error!r}"))
+            self._on_refused(new, WorkerFailed(f"replica {self.number} takes no requests: {error!r}"))
 
     async def _send_unwanted(self) -> None:
         unwanted, self._unwanted = self._unwanted, []

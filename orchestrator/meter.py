@@ -49,6 +49,7 @@ class Meter:
         self.refused: Counter[str] = Counter()  # by the error's class
         self.failed: Counter[str] = Counter()
         self.of_replica: Counter[int] = Counter()  # generated tokens
+        self.replayed = 0  # requests whose replica died under them, each time
         self.ttft_s = Histogram(TTFT_S)
         self.gap_s = Histogram(GAP_S)
         self.queue_s, self.prefill_s = Histogram(REQUEST_S), Histogram(REQUEST_S)

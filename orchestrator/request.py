@@ -147,6 +147,8 @@ class Request(msgspec.Struct, frozen=True, kw_only=True):
         frozenset()
     )  # the model's eos ids (unless ignored) and the request's stop tokens
     grammar: Grammar | None = None
+    output_token_ids: list[int] = []
+    """Of its answer, where another replica has begun it: this one goes on, as after a preemption."""
 
 
 def check_tokens(

@@ -94,7 +94,7 @@ class Scheduler:
         check_length(prompt, request.sampling.max_tokens, self.config)
         self._arrivals += 1
         end = min(prompt + request.sampling.max_tokens, self.config.max_model_len)
-        tokens = list(request.prompt_token_ids)
+        tokens = request.prompt_token_ids + request.output_token_ids
         needs_past = request.sampling.needs_past or request.grammar is not None
         sequence = Sequence(request, self._arrivals, tokens, end, needs_past)
         self._sequences[request.id] = sequence

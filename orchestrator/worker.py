@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import msgspec
 import torch
 
+from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import BadLayout, BadRequest
@@ -99,6 +100,10 @@ class Worker:
         self._prompt_attention: PromptAttention | None = None  # Triton's
         self.runner: StepRunner
 
+    def stacks(self) -> str:
+        """Of all threads of this process: whatever else it does, unless all of it is stuck."""
+        return stacks.own()
+
     # -- getting ready --
 
     def free_port(self, host: str) -> int:
@@ -107,6 +112,7 @@ class Worker:
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> str:
         """Meet the other ranks of the replica. → how the small sums of this rank's stage go."""
         self.config, self.shard = config, shard
+        stacks.arm()
         if config.grammars and shard.rank == 0:
             self._constraints.warm_up()
         on_gpu = config.device == "cuda"
@@ -331,7 +337,8 @@ class Worker:
         self._tell_tokens(tokens)
 
     def _tell_tokens(self, tokens: Sequence[Token]) -> None:
-        if tokens and self._tokens is not None:
+        """Also that there are none yet: whoever waits for a long prompt sees that it goes on."""
+        if self._tokens is not None:
             self._tokens.send(msgspec.msgpack.encode(tokens))
 
     # -- the followers --

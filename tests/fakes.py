@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cluster.errors import GangDied
 from cluster.gang import Answer, Call, Fate, Member, attempt, failed, obituary, read_last_words
+from cluster.life import machine
 from orchestrator.request import FinishReason, Request, Token
 from orchestrator.scheduler import Load
 
@@ -86,7 +87,15 @@ class ProcessGang:
             theirs.close()
         self._pipes = [ours for ours, _ in pipes]
         self._members = tuple(
-            Member(i, "127.0.0.1", "local", process.pid or 0, gpus[i] if gpus else 0, str(self._log(i)))
+            Member(
+                i,
+                "127.0.0.1",
+                "local",
+                process.pid or 0,
+                gpus[i] if gpus else 0,
+                str(self._log(i)),
+                machine(),
+            )
             for i, process in enumerate(self._processes)
         )
         threading.Thread(target=self._listen, daemon=True).start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 
 import torch
@@ -51,6 +52,28 @@ class FrailWorker(Worker):
         def fragile(step: Step) -> Pending | None:
             if self.shard.rank == 1 and any(self.FATAL_TOKEN in a.token_ids for a in step.admits):
                 raise IndexError(f"no row {self.FATAL_TOKEN}")
+            return run(step)
+
+        self.runner.run = fragile  # type: ignore[method-assign]
+
+
+class PoisonedWorker(Worker):
+    """Dies, each in its way, of prompts that hold one of these; NaN as an engine that checks for it would tell it."""
+
+    EXIT, MEMORY, NAN = 127, 128, 129
+
+    def allocate(self, limits: SchedulerConfig) -> None:
+        super().allocate(limits)
+        run = self.runner.run
+
+        def fragile(step: Step) -> Pending | None:
+            seen = {token for admit in step.admits for token in admit.token_ids[: admit.prompt_tokens]}
+            if self.EXIT in seen:
+                os._exit(9)
+            if self.MEMORY in seen:
+                raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+            if self.NAN in seen:
+                raise FloatingPointError("logits are NaN")
             return run(step)
 
         self.runner.run = fragile  # type: ignore[method-assign]

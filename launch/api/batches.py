@@ -16,7 +16,7 @@ from fastapi import FastAPI, Query, Request
 from pydantic import Field, ValidationError
 from starlette.responses import Response
 
-from cluster.errors import BadRequest, ShardwiseError, UserError
+from cluster.errors import AttemptsSpent, BadRequest, ShardwiseError, UserError
 from launch.api.asking import Begun, all_of, terms_of
 from launch.api.chat import begin_chat
 from launch.api.completions import begin_completions
@@ -282,8 +282,8 @@ def answerer(service: Service, endpoint: str, client: str) -> Answer:
             told = api_error(error)
         except ValidationError as error:
             told = of_validation(error.errors())
-        except ShardwiseError:
-            if not service.coordinator.is_alive:
+        except ShardwiseError as error:
+            if service.coordinator.is_lost and not isinstance(error, AttemptsSpent):
                 raise Halted(
                     "no replica is alive; the batch goes on once the server is started again"
                 ) from None

@@ -14,6 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from cluster.errors import (
+    AttemptsSpent,
     DeadlineExceeded,
     Draining,
     GangDied,
@@ -66,6 +67,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, DeadlineExceeded):
         final = {"x-should-retry": "false"}  # the openai package heeds it
         return ApiError(504, str(error), kind="server_error", code="deadline_exceeded", headers=final)
+    if isinstance(error, AttemptsSpent):
+        final = {"x-should-retry": "false"}
+        return ApiError(500, str(error), kind="server_error", code="attempts_spent", headers=final)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, GangDied):

@@ -122,11 +122,17 @@ class Snapshot:
             yield family
         tokens = CounterMetricFamily("shardwise:replica_generation_tokens", "By replica", labels=["replica"])
         alive = GaugeMetricFamily("shardwise:replica_alive", "1: it answers", labels=["replica"])
+        restarts = CounterMetricFamily("shardwise:replica_restarts", "After its death", labels=["replica"])
         for number, is_alive in enumerate(self._coordinator.replicas_alive):
             tokens.add_metric([str(number)], meter.of_replica[number])
             alive.add_metric([str(number)], int(is_alive))
+            restarts.add_metric([str(number)], self._coordinator.restarts.get(number, 0))
         yield tokens
         yield alive
+        yield restarts
+        replayed = CounterMetricFamily("shardwise:requests_replayed", "Their replica died under them")
+        replayed.add_metric([], meter.replayed)
+        yield replayed
         open_ = self._coordinator.open_requests
         yield self._gauge("shardwise:requests_open", "Taken and not finished", open_)
         layout = InfoMetricFamily("shardwise:layout", "What is served", labels=["model_name"])

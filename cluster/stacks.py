@@ -1,0 +1,116 @@
+"""Where the processes of a gang are stuck: the stacks of each, whatever state it is in, in one file.
+
+A process on this host tells by py-spy where that is installed, which reads the memory of a stopped one too; else by
+faulthandler, on a signal: it needs no lock of Python's, so that a loop in native code is seen. What is elsewhere is
+asked by a call, in a thread of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from pathlib import Path
+
+from cluster.errors import ShardwiseError
+from cluster.gang import Call, Gang, Member
+from cluster.life import machine
+
+_SIGNAL = signal.SIGUSR1
+_SPY_S = 5.0
+_TELL_S = 1.0  # to write some kilobytes; a process that needs longer is not going to
+_LOOK_S = 0.05
+_MOST_BYTES = 256 * 1024  # of one process
+_END = "Thread 0x"
+
+
+def arm() -> None:
+    """In each process of a gang: its stacks go to its standard error when it is asked for them."""
+    faulthandler.register(_SIGNAL, file=2, all_threads=True)
+
+
+def own() -> str:
+    """Of all threads of this process."""
+    with tempfile.TemporaryFile("w+") as file:
+        faulthandler.dump_traceback(file, all_threads=True)
+        file.seek(0)
+        return file.read()
+
+
+def save(gang: Gang, directory: Path, name: str) -> Path:
+    """A file with the stacks of every member, which must be `arm`ed. Takes seconds; stopped members are continued."""
+    here = machine()
+    asked = {m.index: gang.call(m.index, "stacks") for m in gang.members if m.machine != here}
+    seen = {m.index: _of_process(m) for m in gang.members if m.machine == here}
+    parts = []
+    for member in gang.members:
+        told = seen.get(member.index) or _answered(asked.get(member.index))
+        parts.append(f"=== {member} ===\n{told}\n")
+    directory.mkdir(parents=True, exist_ok=True)
+    path = directory / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
+    path.write_text("\n".join(parts))
+    return path
+
+
+def _answered(call: Call | None) -> str:
+    if call is None:
+        return "(nothing)"
+    try:
+        return str(call.result(_SPY_S))
+    except ShardwiseError as error:
+        return f"(no answer: {error})"
+
+
+def _of_process(member: Member) -> str:
+    state = _state(member.pid)
+    if state is None:
+        return "(it has ended)"
+    return f"state {state}\n{_by_spy(member.pid) or _by_signal(member)}"
+
+
+def _state(pid: int) -> str | None:
+    """As in proc(5): R (running), S (sleeping), T (stopped), …"""
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("State:"):
+                return line.removeprefix("State:").strip()
+    return None
+
+
+def _by_spy(pid: int) -> str | None:
+    """None where it is not installed, or may not look."""
+    program = shutil.which("py-spy")
+    if program is None:
+        return None
+    argv = [program, "dump", "--nonblocking", "--pid", str(pid)]
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=_SPY_S, check=True)
+        return done.stdout
+    return None
+
+
+def _by_signal(member: Member) -> str:
+    """What it adds to its standard error. A stopped one acts on signals only once it is continued."""
+    log = Path(member.log)
+    try:
+        before = log.stat().st_size
+        os.kill(member.pid, _SIGNAL)
+        os.kill(member.pid, signal.SIGCONT)
+    except OSError as error:
+        return f"(cannot be asked: {error.strerror})"
+    told, deadline = "", time.monotonic() + _TELL_S
+    while time.monotonic() < deadline:
+        time.sleep(_LOOK_S)
+        with contextlib.suppress(OSError):
+            with log.open("rb") as file:
+                file.seek(before)
+                new = file.read(_MOST_BYTES).decode(errors="replace")
+            if new and new == told and _END in new:  # it has ended to write
+                break
+            told = new
+    return told or f"(it wrote nothing in {_TELL_S:g} s)"

@@ -18,7 +18,7 @@ from orchestrator.replica import Replica
 LOG = logging.getLogger("shardwise")
 
 ATTEMPTS = 2  # a request that may have killed so many replicas is not run again
-DEATHS = 6  # nor one that has seen so many, whoever was to blame
+SUSPICIONS = 6  # nor one that had to be cleared so often: it may kill now and then
 CLEARED_TOKENS = 4
 """So many new tokens after a death put a request above suspicion. It goes on from what was shown, and so comes at once
 to the step that it died in; steps in flight ahead of what was shown, and tokens lost on their way, are the others."""
@@ -73,16 +73,16 @@ class Record:
     """What a request has to do with deaths of replicas."""
 
     blamed: int = 0  # deaths that may be its doing
-    deaths: int = 0  # that it was there for
+    suspicions: int = 0  # of those and earlier ones, which it was cleared of
     cleared_at: int = 0  # so many tokens of its answer put it above suspicion
 
     @property
     def is_spent(self) -> bool:
-        return self.blamed >= ATTEMPTS or self.deaths >= DEATHS
+        return self.blamed >= ATTEMPTS or self.suspicions >= SUSPICIONS
 
     def after_death(self, tokens: int, *, is_blamed: bool) -> Record:
         """`tokens`: how many of its answer there are."""
-        return Record(self.blamed + is_blamed, self.deaths + 1, tokens + CLEARED_TOKENS)
+        return Record(self.blamed + is_blamed, self.suspicions + is_blamed, tokens + CLEARED_TOKENS)
 
     def after_tokens(self, tokens: int) -> Record:
         """Above suspicion where it came so far: what it dies of later has nothing to do with the last time."""
@@ -140,7 +140,7 @@ def spent(record: Record, last: ShardwiseError) -> str:
     """What a request is told that is not run again."""
     if record.blamed >= ATTEMPTS:
         return f"{record.blamed} replicas died while they ran this request, which is not tried again; the last: {last}"
-    return f"{record.deaths} replicas died under this request, which is not tried again; the last: {last}"
+    return f"{record.suspicions} replicas died under this request, which is not tried again; the last: {last}"
 
 
 # -- the doing --

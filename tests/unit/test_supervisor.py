@@ -13,7 +13,15 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.replica import Replica
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.supervisor import CLEARED_TOKENS, DEATHS, Breaker, Record, RestartPolicy, Supervisor, Trials
+from orchestrator.supervisor import (
+    CLEARED_TOKENS,
+    SUSPICIONS,
+    Breaker,
+    Record,
+    RestartPolicy,
+    Supervisor,
+    Trials,
+)
 from tests.fakes import FakeReplica
 from tests.unit.test_coordinator import death, in_loop
 
@@ -38,18 +46,21 @@ def test_no_wait_is_longer_than_the_most() -> None:
     assert waits[-1] == policy.most_s
 
 
-def test_a_request_is_spent_by_blame_or_by_many_deaths() -> None:
+def test_a_request_is_spent_by_blame_or_by_many_suspicions() -> None:
     once = Record().after_death(10, is_blamed=True)
     assert not once.is_spent
     assert once.after_death(10, is_blamed=True).is_spent
     assert once.after_tokens(10 + CLEARED_TOKENS - 1).blamed
     cleared = once.after_tokens(10 + CLEARED_TOKENS)
-    assert (cleared.blamed, cleared.deaths) == (0, 1)
-    unlucky = cleared
-    for _ in range(DEATHS - 1):
-        assert not unlucky.is_spent
-        unlucky = unlucky.after_death(20, is_blamed=False)
-    assert unlucky.is_spent
+    assert cleared.blamed == 0
+    assert not cleared.after_death(99, is_blamed=False).blamed
+    tokens, lives = 0, Record()
+    for _ in range(SUSPICIONS):
+        assert not lives.is_spent
+        lives = lives.after_death(tokens, is_blamed=True)
+        tokens += CLEARED_TOKENS
+        lives = lives.after_tokens(tokens)
+    assert lives.is_spent
 
 
 def test_each_replica_tries_one_at_a_time() -> None:

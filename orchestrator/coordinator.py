@@ -20,10 +20,9 @@ from cluster.errors import (
     DeadlineExceeded,
     Draining,
     GangDied,
-    Overloaded,
     ShardwiseError,
 )
-from orchestrator.admission import FairQueue, QueueLimits
+from orchestrator.admission import QueueLimits
 from orchestrator.answer import Answers, Ongoing, OnUpdate, Terms, Update
 from orchestrator.lane import Lane
 from orchestrator.meter import Meter
@@ -37,17 +36,16 @@ from orchestrator.request import (
     Token,
     check_tokens,
 )
-from orchestrator.router import Outstanding, choose, has_room
 from orchestrator.scheduler import Load, SchedulerConfig, check_length
-from orchestrator.supervisor import Supervisor, Trials, spent
+from orchestrator.supervisor import Supervisor, spent
 from orchestrator.text import AnswerText, Text
+from orchestrator.turns import Turns
 
 LOG = logging.getLogger("shardwise")
 OnText = Callable[[str], None]
 
 _NO_TERMS = Terms()
 _NO_LIMITS = QueueLimits()
-_RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
 
 
 class Coordinator:
@@ -72,11 +70,10 @@ class Coordinator:
         self.limits, self.text, self.vocab = limits, text, vocab
         self.meter = Meter()
         self.is_draining = False
-        self._eos_ids, self._queue_limits = frozenset(eos_ids), queue
+        self._eos_ids = frozenset(eos_ids)
         self._lanes = [Lane(i, replica, self._refused) for i, replica in enumerate(replicas)]
+        self._turns = Turns(self._lanes, limits, queue)
         self._open: dict[str, Ongoing] = {}
-        self._waiting: FairQueue[Ongoing] = FairQueue()
-        self._trials: Trials[Ongoing] = Trials()
         self._supervisor = supervisor
         self._outage: asyncio.TimerHandle | None = None  # runs while no replica is left
         self._is_patient = True  # or one has been awaited for too long
@@ -143,16 +140,16 @@ class Coordinator:
             one = Ongoing(request, answers, choice, terms, self._text_of(request), now_s)
             answers.ongoing.append(one)
             self._open[request.id] = one
-            self._waiting.push(one)
+            self._turns.join(one)
         self._idle.clear()
-        self._dispatch()
+        self._turns.deal()
         return answers
 
     def check_open(self) -> None:
         """Raises what `ask` would of any request whatsoever: quick, where there are more than can be looked at."""
         try:
             self._check_open()
-            self._check_queue(1, 0)
+            self._turns.check(1, 0, self.meter.seconds_for)
         except ShardwiseError as error:
             self.meter.refused[type(error).__name__] += 1
             raise
@@ -193,7 +190,7 @@ class Coordinator:
     @property
     def waiting_requests(self) -> int:
         """Those that no replica has."""
-        return len(self._waiting) + len(self._trials)
+        return len(self._turns)
 
     @property
     def restarts(self) -> dict[int, int]:
@@ -222,7 +219,7 @@ class Coordinator:
         check_tokens(ids, sampling, vocab=self.vocab, has_tokenizer=self.text is not None)
         check_length(len(ids), sampling.max_tokens, self.limits)
         if not terms.is_batch:
-            self._check_queue(sampling.n, len(ids))
+            self._turns.check(sampling.n, len(ids), self.meter.seconds_for)
         stop_ids = frozenset(sampling.stop_token_ids)
         if grammar is not None or not sampling.ignore_eos:  # a grammar ends with eos and allows nothing else
             stop_ids |= self._eos_ids
@@ -246,52 +243,8 @@ class Coordinator:
         if self.is_lost:
             raise next(lane.error for lane in self._lanes if lane.error is not None)
 
-    def _check_queue(self, requests: int, prompt_tokens: int) -> None:
-        """One that finds nobody waiting is taken, however long it is. Batches bound themselves."""
-        waiting, limits = self._waiting, self._queue_limits
-        if not waiting.live:
-            return
-        asked = (
-            ("requests", waiting.live, requests, limits.requests),
-            ("prompt tokens", waiting.live_tokens, requests * prompt_tokens, limits.tokens),
-        )
-        for what, have, new, most in asked:
-            if most is not None and have + new > most:
-                least_s, most_s = _RETRY_S
-                estimate_s = self.meter.seconds_for(len(waiting), time.perf_counter()) or least_s
-                raise Overloaded(
-                    f"the queue is full: {have} {what} wait, {new} more would pass {most}; try again later",
-                    min(max(estimate_s, least_s), most_s),
-                )
-
     def _text_of(self, request: Request) -> AnswerText | None:
         return None if self.text is None else AnswerText.of(self.text, request.sampling)
-
-    def _dispatch(self) -> None:
-        """Give those whose turn it is to replicas that have room; those under suspicion first, by themselves."""
-        while len(self._trials):
-            quiet = [load for load in self._rooms(is_batch=False) if not load.unstarted]
-            if not quiet:  # nor is anything new begun, or it would never get quiet
-                return
-            lane = self._lanes[choose(quiet)]
-            self._give(self._trials.begin(lane.number), lane)
-        while len(self._waiting):
-            rooms = self._rooms(is_batch=self._waiting.next_is_batch)
-            if not rooms:
-                return
-            self._give(self._waiting.pop(), self._lanes[choose(rooms)])
-
-    def _rooms(self, *, is_batch: bool) -> list[Outstanding]:
-        """Replicas with room, and nobody's trial."""
-        seqs, tokens = self.limits.max_num_seqs, self.limits.max_num_batched_tokens
-        lanes = (lane for lane in self._lanes if lane.error is None and self._trials.is_free(lane.number))
-        loads = (lane.outstanding for lane in lanes)
-        return [load for load in loads if has_room(load, seqs, tokens, is_batch=is_batch)]
-
-    def _give(self, one: Ongoing, lane: Lane) -> None:
-        request = one.give(lane.number, time.perf_counter())
-        lane.give(one.prefill_tokens, one.tokens_left)
-        lane.submit(request)
 
     async def _tend(self, lane: Lane) -> None:
         """One replica after the other in a lane's place."""
@@ -306,7 +259,7 @@ class Coordinator:
                 )
             )
             self._end_outage()
-            self._dispatch()
+            self._turns.deal()
 
     async def _gather(self, lane: Lane) -> ShardwiseError:
         """One replica's tokens, for as long as it lives. → what it died of."""
@@ -316,7 +269,7 @@ class Coordinator:
                 self.meter.step(lane.number, len(tokens))
                 for token in tokens:
                     self._take(lane, token, now_s)
-                self._dispatch()
+                self._turns.deal()
         except ShardwiseError as error:
             return error
         except Exception as error:  # ours to mend, but nobody may wait for ever because of it
@@ -342,8 +295,7 @@ class Coordinator:
         one.last_token_s = now_s
         lane.tokens -= 1
         one.token_ids.append(token.token_id)
-        if one.record.blamed:
-            self._clear(lane, one)
+        self._turns.note_token(one)
         if token.logprobs is not None:
             one.logprobs.append(token.logprobs)
         new, reason = "", token.finish_reason
@@ -359,12 +311,6 @@ class Coordinator:
         if reason is not None:
             self._finish(one, reason, now_s)
 
-    def _clear(self, lane: Lane, one: Ongoing) -> None:
-        """Its trial is over once it has come further than where a replica died."""
-        one.record = one.record.after_tokens(len(one.token_ids))
-        if not one.record.blamed and self._trials.tried_by(lane.number) is one:
-            self._trials.end(lane.number)
-
     def _finish(self, one: Ongoing, reason: FinishReason, now_s: float) -> None:
         self._lanes[one.replica].has_served = True
         self._forget(one)
@@ -375,13 +321,7 @@ class Coordinator:
     def _forget(self, one: Ongoing) -> None:
         """Out of every account."""
         del self._open[one.request.id]
-        self._trials.leave(one, one.replica)
-        if one.replica < 0:
-            self._waiting.discard(one)
-        else:
-            self._lanes[one.replica].end(one.prefill_tokens, one.tokens_left, is_begun=one.is_begun)
-        if one.token_ids:
-            self._waiting.charge(one.client, len(one.token_ids))
+        self._turns.leave(one)
         if not self._open:
             self._idle.set()
 
@@ -397,7 +337,7 @@ class Coordinator:
                 ttft_s = one.first_token_s - one.asked_s if one.token_ids else latency_s
                 tokens = len(one.token_ids)
                 self.meter.finish(FinishReason.ABORT, one.prompt_tokens, tokens, ttft_s, latency_s, now_s)
-        self._dispatch()
+        self._turns.deal()
 
     def _fail(self, answers: Answers, error: ShardwiseError) -> None:
         self.meter.failed[type(error).__name__] += 1
@@ -414,38 +354,22 @@ class Coordinator:
                 self._fail(one.answers, error)
 
     def _bury(self, lane: Lane, error: ShardwiseError) -> None:
-        """What it was doing goes on elsewhere, or when it is back; what may have killed it is tried by itself."""
-        unsent = lane.die(error)
-        tried = self._trials.tried_by(lane.number)
-        self._trials.end(lane.number)
+        """What it was doing goes on elsewhere, or when it is back; what may have killed it twice fails."""
         lost = [one for one in self._open.values() if one.replica == lane.number]
-        for one in lost:
-            one.replica = -1
+        self._turns.bury(lane, error, lost)
         for one in lost:
             if one.request.id not in self._open:  # its sibling has taken it along
                 continue
-            was_there = one.request.id not in unsent
-            is_blamed = was_there and (tried is None or one is tried)
-            if was_there:
-                one.record = one.record.after_death(len(one.token_ids), is_blamed=is_blamed)
-            if self._supervisor is None and not self.is_alive:
-                self._fail(one.answers, error)
-            elif one.record.is_spent:
+            if one.record.is_spent:
                 self._fail(one.answers, AttemptsSpent(spent(one.record, error)))
-            else:
-                self._again(one)
+            elif not self.is_lost:
+                self.meter.replayed += 1
+                self._turns.join(one, again=True)
         if not self.is_alive and self._supervisor is not None and self._outage is None:
             loop = asyncio.get_running_loop()
             self._outage = loop.call_later(self._supervisor.policy.patience_s, self._lose_patience)
         self._end_if_lost()
-        self._dispatch()
-
-    def _again(self, one: Ongoing) -> None:
-        self.meter.replayed += 1
-        if one.record.blamed:
-            self._trials.add(one)
-        else:
-            self._waiting.push(one, again=True)
+        self._turns.deal()
 
     def _lose_patience(self) -> None:
         self._is_patient = False

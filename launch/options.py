@@ -20,6 +20,7 @@ _MOST = {  # far over what serves well anywhere, under what would fail only for 
     "block_size": 1024,
     "num_gpu_blocks_override": 10**9,
 }
+_LONGEST_STEP_S = 86_400
 LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
 
 
@@ -99,6 +100,13 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.9,
         metavar="SHARE",
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
+    )
+    engine.add_argument(
+        "--step-timeout",
+        type=float,
+        metavar="S",
+        help="a replica that has work and makes no step for so long is stuck: its stacks are saved, and it is killed; "
+        "default: 120 on GPUs, 600 on CPUs",
     )
     engine.add_argument(
         "--enforce-eager", action="store_true", help="launch every kernel by itself: no CUDA graphs"
@@ -194,6 +202,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
         format="" if named is None else named.format.name,
+        step_timeout_s=args.step_timeout,
     )
 
 
@@ -205,6 +214,9 @@ def _check_sizes(args: argparse.Namespace) -> None:
     share = args.gpu_memory_utilization
     if not 0 < share <= 1:  # nan too
         raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
+    patience_s = args.step_timeout
+    if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
+        raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")
 
 
 def check_blocks(options: EngineOptions) -> None:

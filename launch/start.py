@@ -35,7 +35,7 @@ JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 CALL_TIMEOUT_S = 120.0
 LOOK_S = 0.25  # between two looks at a load
-STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 60.0}  # far over any step: what is slow must not be taken for stuck
+STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
 _NO_LIMITS = QueueLimits()
 

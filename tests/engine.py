@@ -89,7 +89,8 @@ class LocalWorker(Worker):
 
 def _answer(request: Request, told: Sequence[Token], seen: Seen) -> Answer:
     prompt = tuple(request.prompt_token_ids)
-    logits_NV = torch.stack([seen[prompt, len(prompt) + i] for i in range(len(told))]).cpu()
+    begun = len(prompt) + len(request.output_token_ids)
+    logits_NV = torch.stack([seen[prompt, begun + i] for i in range(len(told))]).cpu()
     return Answer(list(prompt), [t.token_id for t in told], logits_NV, [t.logprobs for t in told])
 
 

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Sequence
 
+from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.errors import BadLayout
 
@@ -59,6 +60,17 @@ class Parrot:
 
     def stop(self) -> None:
         os.kill(os.getpid(), signal.SIGSTOP)
+
+
+class Stuck(Parrot):
+    """Tells its stacks when it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        stacks.arm()
+
+    def stacks(self) -> str:
+        return stacks.own()
 
 
 class Unwilling:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 from dataclasses import dataclass, field
 
+import msgspec
 import numpy as np
 import pytest
 
@@ -101,6 +102,16 @@ def test_masks_are_put_into_the_rows_of_their_requests(compiler: Compiler) -> No
     tokens = [Token("6", letter), Token("7", digit)]
     assert leader.constraints.take(tokens) == tokens
     assert leader.constraints.take([Token("7", letter)]) == [Token("7", NO_TOKEN, FinishReason.ABORT)]
+
+
+def test_an_answer_that_another_replica_began_is_followed_from_there(compiler: Compiler) -> None:
+    leader = Leader(compiler)
+    both = msgspec.structs.replace(request(7), output_token_ids=BYTES.encode("12"))
+    assert leader.compiled(both) == both
+    step = leader.constraints.mask(Step(1, [], [Row(0, 0, 1, True, -1, -1)]), ["7"])
+    assert allowed(step.rows[0].mask) == {EOS}
+    astray = msgspec.structs.replace(request(8), output_token_ids=BYTES.encode("x"))
+    assert leader.compiled(astray) == Token("8", NO_TOKEN, FinishReason.ABORT)
 
 
 def test_what_ends_is_forgotten(compiler: Compiler) -> None:

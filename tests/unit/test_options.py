@@ -86,6 +86,13 @@ def made(model: Path, *argv: str) -> EngineOptions:
     return engine_options(args)
 
 
+@pytest.mark.parametrize("asked", ["0.5", "nan", "1e9"])
+def test_a_step_timeout_has_bounds(model: Path, asked: str) -> None:
+    assert made(model, "--step-timeout", "30").step_timeout_s == 30
+    with pytest.raises(UserError, match=r"--step-timeout is .*; it must be from 1 to 86400 seconds"):
+        made(model, "--step-timeout", asked)
+
+
 def test_defaults_on_a_cpu(model: Path) -> None:
     options = made(model)
     assert (options.device, options.dtype, options.dummy_weights) == ("cpu", "float32", True)

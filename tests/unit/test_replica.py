@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import gc
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 
+import msgspec
 import pytest
 
-from cluster.channel import Address
+from cluster.channel import Address, Via, Writer
 from cluster.errors import GangDied, ShardwiseError, WorkerFailed
 from cluster.gang import Answer, Call, Failure, Fate, Member
 from orchestrator import replica
-from orchestrator.replica import GangReplica
+from orchestrator.replica import GangReplica, Watchdog
+from orchestrator.request import FinishReason, Grammar, GrammarKind, Request, SamplingParams, Token
 
 NOWHERE = Address(0, "tcp://127.0.0.1:9", b"token")
 OBITUARY = "worker 1 died: signal SIGKILL. It wrote nothing to its standard error."
@@ -25,9 +28,15 @@ class LoopingGang:
 
     def __init__(self) -> None:
         self.fate = Fate()
-        self.loops = [Call(Member(i, "127.0.0.1", "local", i, 0, ""), "loop") for i in range(2)]
+        self.members = tuple(Member(i, "127.0.0.1", "elsewhere", i, 0, "") for i in range(2))
+        self.loops = [Call(member, "loop") for member in self.members]
         for loop in self.loops:
             self.fate.begin(loop)
+
+    def call(self, index: int, method: str, *args: object) -> Call:
+        call = Call(self.members[index], method)
+        call.settle(Answer(f"stuck in {method}"))
+        return call
 
     async def died(self) -> GangDied:
         return await self.fate.died()
@@ -111,3 +120,61 @@ def test_an_interrupt_leaves_nothing_that_reads_from_a_closed_socket(monkeypatch
     asyncio.run(read())
     gc.collect()
     assert complaints == []
+
+
+SILENCE_S = 0.2
+
+
+def request(name: str, grammar: Grammar | None = None) -> Request:
+    return Request(id=name, prompt_token_ids=[1], sampling=SamplingParams(), grammar=grammar)
+
+
+async def silent_for(steps: AsyncIterator[list[Token]], seconds: float) -> bool:
+    """Whether it neither says anything nor ends."""
+    asked = asyncio.ensure_future(anext(steps))
+    done, _ = await asyncio.wait({asked}, timeout=seconds)
+    asked.cancel()
+    return not done
+
+
+@pytest.mark.parametrize("ends_by", ["finish", "abort"])
+def test_a_replica_without_work_may_be_silent(ends_by: str, tmp_path: Path) -> None:
+    async def main() -> None:
+        gang, writer = LoopingGang(), Writer.create([Via.SOCKET], interface="127.0.0.1")
+        found = GangReplica(gang, 0, writer.address(0), gang.loops, Watchdog(SILENCE_S, tmp_path))
+        await found.submit([request("a"), request("b", Grammar(GrammarKind.REGEX, "a"))])  # b: it compiles
+        steps = found.steps()
+        if ends_by == "abort":
+            await found.abort(["a"])
+        else:
+            last = [Token("a", 7, FinishReason.LENGTH)]
+            sending = asyncio.to_thread(writer.send, msgspec.msgpack.encode(last))
+            assert (await asyncio.gather(anext(steps), sending))[0] == last
+        assert await silent_for(steps, 3 * SILENCE_S)
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(main(), 10))
+
+
+def test_a_replica_with_work_and_no_steps_is_put_down_and_its_stacks_are_kept(tmp_path: Path) -> None:
+    async def main() -> None:
+        gang, writer = LoopingGang(), Writer.create([Via.SOCKET], interface="127.0.0.1")
+        found = GangReplica(gang, 0, writer.address(0), gang.loops, Watchdog(SILENCE_S, tmp_path))
+        await found.submit([request("a")])
+        steps = found.steps()
+        asked, token = asyncio.ensure_future(anext(steps)), [Token("a", 7)]
+        for step in ([], token):  # a prompt in chunks has steps that give none
+            await asyncio.to_thread(writer.send, msgspec.msgpack.encode(step))
+        assert await asked == token
+        with pytest.raises(GangDied) as caught:
+            await anext(steps)
+        (path,) = tmp_path.iterdir()
+        assert str(caught.value) == (
+            f"the gang of 2 was stuck: it made no step for 0.2 s with 1 requests at work; "
+            f"the stacks of its ranks are in {path}"
+        )
+        assert path.read_text().count("stuck in stacks") == 2
+        assert not gang.fate.claim(), "the gang was killed"
+        writer.close()
+
+    asyncio.run(asyncio.wait_for(main(), 10))

@@ -297,3 +297,26 @@ def test_a_lone_sequence_runs_ahead_through_a_pipeline() -> None:
     scheduler = Scheduler(SchedulerConfig(num_blocks=9, block_size=4, groups=2, run_ahead=True))
     scheduler.add(request("r", [1, 2, 3], 9))
     assert [scheduler.schedule() is not None for _ in range(3)] == [True, True, False]
+
+
+def test_an_answer_that_another_replica_began_goes_on() -> None:
+    """Its tokens are as many as they would have been, and its stop tokens count from the same one on."""
+    prompt, stop = [3, 1, 4], frozenset(range(50))
+    config = SchedulerConfig(num_blocks=6, block_size=4)
+    for begun in range(1, 6):
+        scheduler = Scheduler(config)
+        scheduler.add(
+            Request(
+                id="a",
+                prompt_token_ids=prompt,
+                sampling=SamplingParams(max_tokens=8, min_tokens=6),
+                stop_ids=stop,
+                output_token_ids=answer(prompt, begun),
+            )
+        )
+        ranks, told = CheckedRanks(config), []
+        while (step := scheduler.schedule()) is not None:
+            assert all((a.prompt_tokens, len(a.token_ids)) == (3, 3 + begun) for a in step.admits)
+            told += scheduler.update(ranks.run(step))
+        assert [token.token_id for token in told] == answer(prompt, 6)[begun:]
+        assert told[-1].finish_reason is FinishReason.STOP

@@ -1,0 +1,62 @@
+"""SIGTERM under load: readiness goes at once, what is in flight ends whole, nothing new is taken, exit code 0."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx2
+
+from tests.hosts import PATIENCE_S, ROOT
+
+STREAMS, TEXT = 50, "Hello"
+
+
+async def text_of(http: httpx2.AsyncClient, started: asyncio.Semaphore) -> list[str]:
+    """A stream's lines of data."""
+    lines = []
+    async with http.stream("POST", "/v1/completions", json={"prompt": "a", "stream": True}) as response:
+        assert response.status_code == 200
+        async for line in response.aiter_lines():
+            if line.startswith("data: "):
+                if not lines:
+                    started.release()
+                lines.append(line.removeprefix("data: "))
+    return lines
+
+
+async def under_load(url: str, process: subprocess.Popen[str]) -> list[list[str]]:
+    limits = httpx2.Limits(max_connections=2 * STREAMS)
+    async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as http:
+        assert (await http.get("/readyz")).status_code == 200
+        started = asyncio.Semaphore(0)
+        asked = [asyncio.create_task(text_of(http, started)) for _ in range(STREAMS)]
+        await started.acquire()
+        process.send_signal(signal.SIGTERM)
+        while (await http.get("/readyz")).status_code == 200:
+            pass
+        assert not all(task.done() for task in asked)
+        assert (await http.get("/livez")).status_code == 200
+        refused = await http.post("/v1/completions", json={"prompt": "b"})
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        return await asyncio.gather(*asked)
+
+
+def test_sigterm_under_load(tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "tests.fake_server", str(tmp_path), "0.04"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            found = asyncio.run(
+                asyncio.wait_for(under_load(process.stdout.readline().strip(), process), PATIENCE_S)
+            )
+            assert process.wait(PATIENCE_S) == 0
+        finally:
+            process.kill()
+    assert [lines[-1] for lines in found] == ["[DONE]"] * STREAMS
+    chunks = [[json.loads(line)["choices"][0] for line in lines[:-1]] for lines in found]
+    assert ["".join(chunk["text"] for chunk in one) for one in chunks] == [TEXT] * STREAMS

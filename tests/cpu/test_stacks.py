@@ -1,0 +1,38 @@
+"""Where processes are stuck, told of running, stopped and dead ones, with py-spy and without."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+
+from cluster import stacks
+from tests.fakes import ProcessGang
+from tests.hosted import Stuck
+
+PATIENCE_S = 30.0
+
+
+@pytest.mark.parametrize("spy", [False, True])
+def test_every_member_is_told_of(spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not spy:
+        monkeypatch.setattr(shutil, "which", lambda _: None)
+    elif shutil.which("py-spy") is None:
+        pytest.skip("py-spy is not installed")
+    with ProcessGang(Stuck, 2) as gang:
+        waiting = gang.call_all("wait")
+        assert gang.call(0, "echo", 1).result(PATIENCE_S) == 1
+        os.kill(gang.members[1].pid, signal.SIGSTOP)
+        path = stacks.save(gang, tmp_path / "made", "stacks")
+        told = path.read_text().split("=== worker ")
+        assert path.name.startswith("stacks-")
+        assert [part.split(" ")[0] for part in told[1:]] == ["0", "1"]
+        assert "T (stopped)" not in told[1]
+        assert "T (stopped)" in told[2]
+        for part in told[1:]:
+            assert "hosted.py" in part, "it waits there"
+            assert "wait" in part
+        assert not any(call.wait(0) for call in waiting)

@@ -119,7 +119,7 @@ class Cluster:
                 undo.callback(gang.kill)
             results([call for gang in gangs for call in gang.host(worker_class)], _left(deadline))
             undo.pop_all()
-        self._gangs += gangs
+        self._gangs = [gang for gang in self._gangs if not gang.has_ended] + gangs
         return gangs
 
     def count(self, device: str) -> int:
@@ -165,6 +165,10 @@ class RayGang:
     def call_all(self, method: str, per_member_args: Sequence[Sequence[object]] | None = None) -> list[Call]:
         given = per_member_args or [()] * len(self._members)
         return [self.call(index, method, *args) for index, args in enumerate(given)]
+
+    @property
+    def has_ended(self) -> bool:
+        return self._fate.has_ended
 
     async def died(self) -> GangDied:
         return await self._fate.died()

@@ -183,6 +183,10 @@ class Fate:
             call.fail(GangDied(str(death)))
         self._death.set_result(death)
 
+    @property
+    def has_ended(self) -> bool:
+        return self._death.done()
+
     def wait(self, timeout_s: float) -> None:
         """Returns when it has ended, or after `timeout_s`."""
         wait([self._death], timeout_s)

@@ -53,7 +53,8 @@ def save(gang: Gang, directory: Path, name: str) -> Path:
         parts.append(f"=== {member} ===\n{told}\n")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
-    path.write_text("\n".join(parts))
+    with path.open("x") as file:  # whoever shares the directory cannot have laid a link there
+        file.write("\n".join(parts))
     return path
 
 

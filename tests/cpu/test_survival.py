@@ -107,7 +107,7 @@ def test_a_rank_is_killed_and_then_one_is_stopped(
 ) -> None:
     directory, model = tiny
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    deadline_s, tokens, prompt = 2.0, 300, [3, 1, 4, 1, 5]
+    deadline_s, tokens, prompt = 5.0, 300, [3, 1, 4, 1, 5]
     asked = options(directory, max_model_len=1024, step_timeout_s=deadline_s)
     sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
     before = set(os.listdir("/dev/shm"))
@@ -131,7 +131,7 @@ def test_a_rank_is_killed_and_then_one_is_stopped(
         (killed, gone_s), (stopped, stuck_s) = asyncio.run(both(found, where))
         assert len(where.gangs) == 3
     assert gone_s < 3
-    assert stuck_s < deadline_s + 4  # stacks take up to a second each
+    assert stuck_s < deadline_s + 5  # stacks take up to a second each
     assert killed == stopped == greedy(model, prompt, tokens)
     (path,) = tmp_path.glob("stacks-*.txt")
     told = path.read_text()

@@ -1,14 +1,21 @@
-"""The limits that a deployment's memory leaves."""
+"""The limits that a deployment's memory leaves; replicas that are started once more."""
 
 from __future__ import annotations
 
+import asyncio
+import threading
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
-from cluster.errors import BadLayout
+from cluster.errors import BadLayout, GangDied
+from cluster.gang import Gang, Member
+from launch import start
 from launch.options import EngineOptions
-from launch.start import limits_for
+from launch.start import Restarting, limits_for
+from orchestrator.scheduler import SchedulerConfig
 from strategies.plan import ParallelDims
 from strategies.source import ModelSource, SourceKind
 from tests.unit.machines import SMOL
@@ -68,3 +75,84 @@ def test_as_many_batches_in_flight_as_stages() -> None:
 def test_a_context_that_does_not_fit(blocks: int, asked: int | None, says: str) -> None:
     with pytest.raises(BadLayout, match=says):
         limits_for(blocks, ParallelDims(tp=2), replace(OPTIONS, max_model_len=asked))
+
+
+class OneGang:
+    """A gang of one that does nothing."""
+
+    def __init__(self) -> None:
+        self.members = (Member(0, "127.0.0.1", "local", 1, 0, ""),)
+        self.killed = threading.Event()
+
+    def kill(self) -> None:
+        self.killed.set()
+
+
+class OneByOne:
+    """Satisfies Devices; the deployment's replicas were two."""
+
+    def __init__(self) -> None:
+        self.gangs = [OneGang(), OneGang()]
+        self.given: list[OneGang] = []
+        self.restarting = Restarting(
+            self, ONE, OPTIONS, [], SchedulerConfig(num_blocks=8), cast(list[Gang], self.gangs)
+        )
+
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        assert list(sizes) == [1]
+        self.given.append(OneGang())
+        return cast(list[Gang], self.given[-1:])
+
+
+@pytest.fixture
+def devices(monkeypatch: pytest.MonkeyPatch) -> OneByOne:
+    """The steps of a start are others' to test."""
+    for step in ("_engine_config", "_join", "_load", "_fit"):
+        monkeypatch.setattr(start, step, lambda *_, **__: None)
+    monkeypatch.setattr(start, "_serve", lambda replica, *_: replica)
+    return OneByOne()
+
+
+def test_a_new_gang_takes_the_place_of_the_dead_one(devices: OneByOne) -> None:
+    dead, other = devices.gangs
+    served: Any = asyncio.run(devices.restarting.restart(0))
+    (made,) = devices.given
+    assert served.gang is made
+    assert devices.gangs == [made, other]
+    assert [gang.killed.is_set() for gang in (dead, other, made)] == [True, False, False]
+
+
+def test_a_start_that_fails_leaves_nothing(devices: OneByOne, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise GangDied("no weights")
+
+    monkeypatch.setattr(start, "_load", fail)
+    with pytest.raises(GangDied, match="no weights"):
+        asyncio.run(devices.restarting.restart(1))
+    assert [gang.killed.is_set() for gang in (devices.gangs[0], *devices.given)] == [False, True]
+
+
+def test_a_start_that_nobody_wants_any_more_has_ended_before_we_leave(
+    devices: OneByOne, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loading, ended = threading.Event(), threading.Event()
+
+    def load(placed: Sequence[start.Placed], *_: object) -> None:
+        loading.set()
+        assert cast(OneGang, placed[0].gang).killed.wait(10)
+        ended.set()
+        raise GangDied("the gang of 1 was stopped")
+
+    async def leave() -> None:
+        starting = asyncio.ensure_future(devices.restarting.restart(0))
+        await asyncio.to_thread(loading.wait, 10)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert ended.is_set()
+
+    monkeypatch.setattr(start, "_load", load)
+    asyncio.run(leave())
+    assert devices.given[0].killed.is_set()

@@ -295,7 +295,8 @@ class Coordinator:
         one.last_token_s = now_s
         lane.tokens -= 1
         one.token_ids.append(token.token_id)
-        self._turns.note_token(one)
+        if one.record.blamed:
+            self._turns.note_token(one)
         if token.logprobs is not None:
             one.logprobs.append(token.logprobs)
         new, reason = "", token.finish_reason

@@ -68,11 +68,10 @@ class Turns:
             self._give(self._waiting.pop(), self._lanes[choose(rooms)])
 
     def note_token(self, one: Ongoing) -> None:
-        """A trial is over once its request has come further than where a replica died."""
-        if one.record.blamed:
-            one.record = one.record.after_tokens(len(one.token_ids))
-            if not one.record.blamed and self._trials.tried_by(one.replica) is one:
-                self._trials.end(one.replica)
+        """Of one under suspicion: its trial is over once it has come further than where a replica died."""
+        one.record = one.record.after_tokens(len(one.token_ids))
+        if not one.record.blamed and self._trials.tried_by(one.replica) is one:
+            self._trials.end(one.replica)
 
     def leave(self, one: Ongoing) -> None:
         """It is finished, or nobody wants it any more."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -18,7 +19,8 @@ import ray
 from cluster.errors import GangDied, PlacementFailed
 from launch.progress import Progress
 from launch.start import Deployment, Devices, cluster
-from orchestrator.request import SamplingParams
+from orchestrator.request import Completion, SamplingParams
+from orchestrator.supervisor import RestartPolicy
 from tests.hosts import PATIENCE_S, ROOT, gone, head_address, second_node
 from tests.oracle import greedy
 from tests.serving import Hosting, answers, options, served, struck
@@ -77,6 +79,36 @@ def test_a_killed_actor_fails_the_request_with_its_last_words(devices: Devices, 
         assert seconds < 5
         assert gone(gang)
     assert hosts() == []
+
+
+@pytest.mark.slow
+def test_a_killed_actor_is_replaced_where_all_devices_are_held(devices: Devices, tiny: Tiny) -> None:
+    asked = options(tiny[0], max_model_len=256)
+    where = Hosting(devices, FrailWorker)
+    sampling = SamplingParams(max_tokens=200, ignore_eos=True)
+
+    async def ask(found: Deployment) -> list[Completion]:
+        async with found.coordinator(asked, None, restarts=RestartPolicy(first_s=0.1)) as coordinator:
+            begun = asyncio.Event()
+            asking = [
+                coordinator.ask(PROMPTS[0], sampling, on_update=lambda _: begun.set()) for _ in range(SLOTS)
+            ]
+            await asyncio.wait_for(begun.wait(), PATIENCE_S)
+            os.kill(where.gangs[0].members[1].pid, signal.SIGKILL)
+            done = [one for answer in asking for one in await answer.all()]
+            async with asyncio.timeout(PATIENCE_S):
+                while coordinator.restarts != {0: 1}:
+                    await asyncio.sleep(0.05)
+            done += [one for _ in range(2) for one in await coordinator.complete(PROMPTS[0], sampling)]
+            assert coordinator.replicas_alive == [True, True]
+        return done
+
+    with served("tp2dp2", asked, where) as found:
+        done = asyncio.run(ask(found))
+        assert [gone(gang) for gang in where.gangs] == [True, False, False]
+    assert hosts() == []
+    assert len({tuple(one.token_ids) for one in done}) == 1
+    assert done[0].token_ids[:OUTPUT_TOKENS] == tiny[1][0]
 
 
 @pytest.fixture(scope="class")

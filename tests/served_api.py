@@ -21,6 +21,7 @@ from orchestrator.coordinator import Coordinator
 from orchestrator.replica import Replica
 from orchestrator.request import Request
 from orchestrator.scheduler import SchedulerConfig
+from orchestrator.supervisor import Supervisor
 from orchestrator.text import Message, Text
 from tests.byte_text import BYTES
 from tests.fakes import TalkingReplica
@@ -75,6 +76,7 @@ async def served(
     limits: HttpLimits | None = None,
     loopback_only: bool = True,
     scheduler: SchedulerConfig = LIMITS,
+    supervisor: Supervisor | None = None,
     stored: Callable[[Service], Mapping[str, Any]] = lambda _: {},
     **changes: Any,
 ) -> AsyncIterator[Served]:
@@ -86,6 +88,7 @@ async def served(
         eos_ids=(EOS,),
         text=text if text is not None else chat_text(),
         queue=queue or QueueLimits(),
+        supervisor=supervisor,
     )
     async with coordinator:
         service = Service(coordinator, ["bytes", "alias"], PLAN, FACTS, **changes)

@@ -14,7 +14,9 @@ import pytest
 from cluster.errors import GangDied
 from launch.api.guard import HttpLimits
 from orchestrator.admission import QueueLimits
+from orchestrator.replica import Replica
 from orchestrator.request import FinishReason, Request, Token, TokenLogprobs
+from orchestrator.supervisor import RestartPolicy, Supervisor
 from tests.byte_text import BYTES
 from tests.fakes import FakeReplica, TalkingReplica
 from tests.served_api import EOS, Served, chat_text, in_loop, says, served
@@ -343,6 +345,41 @@ async def test_a_death_is_told() -> None:
         assert (await whole).status_code == 503
         assert (await api.http.get("/readyz")).status_code == 503
         assert (await api.chat()).status_code == 503
+
+
+@in_loop
+async def test_a_stream_outlives_its_replica_and_poison_is_told() -> None:
+    lives = [FakeReplica() for _ in range(4)]
+    starts = iter(lives[1:])
+
+    async def restart(number: int) -> Replica:
+        return next(starts)
+
+    async with served(lives[0], supervisor=Supervisor(restart, RestartPolicy(first_s=0))) as api:
+        streaming = asyncio.create_task(api.chat(stream=True, stream_options={"include_usage": True}))
+        lives[0].say(await lives[0].submitted.get(), *BYTES.encode("Hel"))
+        lives[0].die(GangDied("worker 0 died"))
+        again = await lives[1].submitted.get()
+        assert again.output_token_ids == BYTES.encode("Hel")
+        lives[1].say(again, *BYTES.encode("lo"), EOS, end=FinishReason.STOP)
+        *chunks, last = events((await streaming).text)
+        assert "".join(c["choices"][0]["delta"].get("content", "") for c in chunks) == "Hello"
+        assert last["usage"]["completion_tokens"] == len("Hello") + 1
+        poison = asyncio.create_task(api.chat())
+        for life in lives[1:3]:
+            await life.submitted.get()
+            life.die(GangDied("worker 0 died. Its last words: out of memory"))
+        refused = await poison
+        error = refused.json()["error"]
+        assert (refused.status_code, error["code"]) == (500, "attempts_spent")
+        assert refused.headers["x-should-retry"] == "false"
+        assert "out of memory" in error["message"]
+        while (await api.http.get("/readyz")).status_code != 200:
+            await asyncio.sleep(0)
+        told = await text_of_metrics(api)
+        assert told['shardwise:replica_restarts_total{replica="0"}'] == 3
+        assert told["shardwise:requests_replayed_total"] == 2
+        assert told['shardwise:requests_failed_total{error="AttemptsSpent"}'] == 1
 
 
 @in_loop

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.errors import BadRequest, GangDied
+from cluster.errors import AttemptsSpent, BadRequest, GangDied
 from orchestrator import jobs
 from orchestrator.jobs import Answered, Changed, Halted, Job, check_same, examine
 from orchestrator.journal import ERRORS, OUTPUT, Bits, Journal, line_of
@@ -136,19 +136,22 @@ def test_what_is_no_request_goes_to_the_error_file(tmp_path: Path, monkeypatch: 
 
 
 def test_a_request_that_fails_twice_goes_to_the_error_file(tmp_path: Path) -> None:
-    path, calls = write_input(tmp_path / "in", 6), Counter[int]()
+    path, calls = write_input(tmp_path / "in", 7), Counter[int]()
 
     async def answer(number: int, line: bytes) -> Answered:
         calls[number] += 1
+        if number == 6:  # it was tried twice already
+            raise AttemptsSpent("2 replicas died")
         if number == 2 or (number == 4 and calls[4] == 1):
             raise GangDied("worker 0 died")
         return Answered(f"r{number}", 200, {})
 
     run(path, tmp_path, answer)
     assert sorted(ids(tmp_path, OUTPUT), key=str) == ["r0", "r1", "r3", "r4", "r5"]
-    (error,) = [json.loads(line) for line in (tmp_path / ERRORS).read_text().splitlines()]
-    assert (error["custom_id"], error["response"]["status_code"]) == ("r2", 500)
-    assert calls == {0: 1, 1: 1, 2: 2, 3: 1, 4: 2, 5: 1}
+    errors = [json.loads(line) for line in (tmp_path / ERRORS).read_text().splitlines()]
+    told = {error["custom_id"]: error["response"]["status_code"] for error in errors}
+    assert told == {"r2": 500, "r6": 500}
+    assert calls == {0: 1, 1: 1, 2: 2, 3: 1, 4: 2, 5: 1, 6: 1}
 
 
 def test_a_disk_that_takes_no_more_ends_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

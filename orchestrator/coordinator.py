@@ -11,6 +11,7 @@ import logging
 import random
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
@@ -255,7 +256,7 @@ class Coordinator:
                 return
             lane.revive(
                 await self._supervisor.again(
-                    lane.number, error, has_served=lane.has_served, on_open=self._end_if_lost
+                    lane.number, error, has_served=lane.has_served, on_open=partial(self._give_up, lane)
                 )
             )
             self._end_outage()
@@ -371,6 +372,11 @@ class Coordinator:
             self._outage = loop.call_later(self._supervisor.policy.patience_s, self._lose_patience)
         self._end_if_lost()
         self._turns.deal()
+
+    def _give_up(self, lane: Lane, error: GangDied) -> None:
+        """Nobody should count on this one; it is still tried now and then."""
+        lane.error = error
+        self._end_if_lost()
 
     def _lose_patience(self) -> None:
         self._is_patient = False

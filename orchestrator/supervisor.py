@@ -166,16 +166,17 @@ class Supervisor:
         return not self._breaker(number).is_open
 
     async def again(
-        self, number: int, error: ShardwiseError, *, has_served: bool, on_open: Callable[[], None]
+        self, number: int, death: ShardwiseError, *, has_served: bool, on_open: Callable[[GangDied], None]
     ) -> Replica:
-        """The replica's next life, as soon as there is one. `on_open` is told when nobody should wait for it."""
-        breaker = self._breaker(number)
+        """The replica's next life, as soon as there is one. `on_open` is told why, when nobody should wait for it."""
+        breaker, error = self._breaker(number), death
         while True:
             wait_s = breaker.ended(has_served=has_served)
             told = f"replica {number} is down ({_first_line(error)})"
             if breaker.is_open:
                 LOG.error("%s, %d times in a row: next try in %g s", told, breaker.failures, wait_s)
-                on_open()
+                failed = "" if error is death else f"\nIt could not be started again: {error}"
+                on_open(GangDied(f"{death}{failed}"))
             else:
                 LOG.warning("%s: starting it again%s", told, f" in {wait_s:g} s" if wait_s else "")
             await self._sleep(wait_s)

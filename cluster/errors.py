@@ -74,4 +74,4 @@ class WorkerFailed(ShardwiseError):
 
 
 class GangDied(ShardwiseError):
-    pass
+    was_killed = False  # by a signal that nothing it ran can have sent: a person, or a kernel short of memory

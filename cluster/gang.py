@@ -207,7 +207,9 @@ def _uncancellable() -> Future[Any]:
 
 def obituary(member: Member, how: str, words: str) -> GangDied:
     said = f"Its last words:\n{words}" if words else "It wrote nothing to its standard error."
-    return GangDied(f"{member} died: {how}. {said}")
+    death = GangDied(f"{member} died: {how}. {said}")
+    death.was_killed = "SIGKILL" in how and _FATAL not in words
+    return death
 
 
 def read_last_words(path: str) -> str | None:

@@ -38,7 +38,7 @@ from orchestrator.request import (
     check_tokens,
 )
 from orchestrator.scheduler import Load, SchedulerConfig, check_length
-from orchestrator.supervisor import Supervisor, spent
+from orchestrator.supervisor import End, Supervisor, spent
 from orchestrator.text import AnswerText, Text
 from orchestrator.turns import Turns
 
@@ -251,14 +251,10 @@ class Coordinator:
         """One replica after the other in a lane's place."""
         while True:
             error = await self._gather(lane)
-            self._bury(lane, error)
+            end = self._bury(lane, error)
             if self._supervisor is None:
                 return
-            lane.revive(
-                await self._supervisor.again(
-                    lane.number, error, has_served=lane.has_served, on_open=partial(self._give_up, lane)
-                )
-            )
+            lane.revive(await self._supervisor.again(lane.number, error, end, partial(self._give_up, lane)))
             self._end_outage()
             self._turns.deal()
 
@@ -355,14 +351,16 @@ class Coordinator:
             if (one := self._open.get(request.id)) is not None:
                 self._fail(one.answers, error)
 
-    def _bury(self, lane: Lane, error: ShardwiseError) -> None:
+    def _bury(self, lane: Lane, error: ShardwiseError) -> End:
         """What it was doing goes on elsewhere, or when it is back; what may have killed it twice fails."""
+        end = End.SERVED if lane.has_served else End.IN_VAIN
         lost = [one for one in self._open.values() if one.replica == lane.number]
         self._turns.bury(lane, error, lost)
         for one in lost:
             if one.request.id not in self._open:  # its sibling has taken it along
                 continue
             if one.record.is_spent:
+                end = End.SERVED if lane.has_served else End.EXPLAINED
                 self._fail(one.answers, AttemptsSpent(spent(one.record, error)))
             elif not self.is_lost:
                 self.meter.replayed += 1
@@ -372,6 +370,7 @@ class Coordinator:
             self._outage = loop.call_later(self._supervisor.policy.patience_s, self._lose_patience)
         self._end_if_lost()
         self._turns.deal()
+        return end
 
     def _give_up(self, lane: Lane, error: GangDied) -> None:
         """Nobody should count on this one; it is still tried now and then."""

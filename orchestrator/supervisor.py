@@ -10,6 +10,8 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from enum import Enum
+from itertools import islice
 from typing import Generic, Protocol, TypeVar
 
 from cluster.errors import GangDied, ShardwiseError
@@ -17,11 +19,15 @@ from orchestrator.replica import Replica
 
 LOG = logging.getLogger("shardwise")
 
-ATTEMPTS = 2  # a request that may have killed so many replicas is not run again
-SUSPICIONS = 6  # nor one that had to be cleared so often: it may kill now and then
+ATTEMPTS = 2  # deaths under suspicion, at the last of them alone: such a request is not run again
+KILLED_ATTEMPTS = 4  # where the last replica was killed: seldom the doing of what it ran
 CLEARED_TOKENS = 4
 """So many new tokens after a death put a request above suspicion. It goes on from what was shown, and so comes at once
 to the step that it died in; steps in flight ahead of what was shown, and tokens lost on their way, are the others."""
+MOST_DOUBLINGS = 4  # of these tokens, for one that was under suspicion before: it may kill now and then
+CROWD = 16
+"""Of more suspects than this, so many are tried at once: 200 one by one, each a prompt and some steps, took longer than
+a start. It costs the guilty one's neighbours a third start."""
 
 
 # -- whether and when a replica is started again: pure --
@@ -48,6 +54,14 @@ class RestartPolicy:
 DEFAULT_POLICY = RestartPolicy()
 
 
+class End(Enum):
+    """Of a replica's life."""
+
+    SERVED = "it had finished a request: failures are counted anew"
+    EXPLAINED = "a request is to blame, which will not come again: no failure of the replica's"
+    IN_VAIN = "nothing came of it"
+
+
 class Breaker:
     """Of one replica: closed, it is started again; open, nobody counts on it, and it is tried now and then."""
 
@@ -59,9 +73,12 @@ class Breaker:
     def is_open(self) -> bool:
         return self.failures >= self._policy.failures
 
-    def ended(self, *, has_served: bool) -> float:
-        """A life is over. → seconds to wait before the next. One that finished a request starts the count anew."""
-        self.failures = 0 if has_served else self.failures + 1
+    def ended(self, end: End) -> float:
+        """A life is over. → seconds to wait before the next."""
+        if end is End.SERVED:
+            self.failures = 0
+        elif end is End.IN_VAIN:
+            self.failures += 1
         return self._policy.wait_s(self.failures)
 
 
@@ -73,16 +90,19 @@ class Record:
     """What a request has to do with deaths of replicas."""
 
     blamed: int = 0  # deaths that may be its doing
-    suspicions: int = 0  # of those and earlier ones, which it was cleared of
+    suspects: int = 0  # of the last of them, with this one
+    was_killed: bool = False  # so the last one ended
+    suspicions: int = 0  # those and earlier ones, which it was cleared of
     cleared_at: int = 0  # so many tokens of its answer put it above suspicion
 
     @property
     def is_spent(self) -> bool:
-        return self.blamed >= ATTEMPTS or self.suspicions >= SUSPICIONS
+        return self.suspects == 1 and self.blamed >= (KILLED_ATTEMPTS if self.was_killed else ATTEMPTS)
 
-    def after_death(self, tokens: int, *, is_blamed: bool) -> Record:
-        """`tokens`: how many of its answer there are."""
-        return Record(self.blamed + is_blamed, self.suspicions + is_blamed, tokens + CLEARED_TOKENS)
+    def after_death(self, tokens: int, suspects: int, *, was_killed: bool = False) -> Record:
+        """It is one of so many that may have done it. `tokens`: how many of its answer there are."""
+        needed = CLEARED_TOKENS << min(self.suspicions, MOST_DOUBLINGS)
+        return Record(self.blamed + 1, suspects, was_killed, self.suspicions + 1, tokens + needed)
 
     def after_tokens(self, tokens: int) -> Record:
         """Above suspicion where it came so far: what it dies of later has nothing to do with the last time."""
@@ -101,11 +121,12 @@ class Trials(Generic[S]):
     """Requests that were there when a replica died: each replica takes one at a time, until it is cleared.
 
     Thus one that kills what runs it is alone under suspicion the second time, and its neighbours are not blamed.
+    Of a crowd each replica takes several at a time, and one by one only those among whom it died again.
     """
 
     def __init__(self) -> None:
         self._waiting: dict[int, S] = {}  # by id: in order, and quick to leave
-        self._tried: dict[int, S] = {}  # by replica
+        self._tried: dict[int, dict[int, S]] = {}  # by replica, and by id
 
     def __len__(self) -> int:
         """Those that wait for their trial."""
@@ -117,30 +138,37 @@ class Trials(Generic[S]):
     def is_free(self, replica: int) -> bool:
         return replica not in self._tried
 
-    def begin(self, replica: int) -> S:
-        """The next one's trial."""
-        suspect = self._waiting.pop(next(iter(self._waiting)))
-        self._tried[replica] = suspect
-        return suspect
+    def begin(self, replica: int) -> list[S]:
+        """The next trial: of one, or of several from a crowd."""
+        waiting = iter(self._waiting.values())
+        tried = [next(waiting)]
+        if tried[0].record.suspects > CROWD:
+            crowd = (suspect for suspect in waiting if suspect.record.suspects > CROWD)
+            tried += islice(crowd, CROWD - 1)
+        for suspect in tried:
+            del self._waiting[id(suspect)]
+        self._tried[replica] = {id(suspect): suspect for suspect in tried}
+        return tried
 
-    def tried_by(self, replica: int) -> S | None:
-        return self._tried.get(replica)
+    def tries(self, suspect: S, replica: int) -> bool:
+        return id(suspect) in self._tried.get(replica, ())
 
     def end(self, replica: int) -> None:
+        """It is dead."""
         self._tried.pop(replica, None)
 
     def leave(self, suspect: S, replica: int) -> None:
-        """It is finished, or nobody wants it any more."""
+        """It is cleared, or finished, or nobody wants it any more."""
         self._waiting.pop(id(suspect), None)
-        if self._tried.get(replica) is suspect:
-            del self._tried[replica]
+        if (tried := self._tried.get(replica)) is not None:
+            tried.pop(id(suspect), None)
+            if not tried:
+                del self._tried[replica]
 
 
 def spent(record: Record, last: ShardwiseError) -> str:
     """What a request is told that is not run again."""
-    if record.blamed >= ATTEMPTS:
-        return f"{record.blamed} replicas died while they ran this request, which is not tried again; the last: {last}"
-    return f"{record.suspicions} replicas died under this request, which is not tried again; the last: {last}"
+    return f"{record.blamed} replicas died while they ran this request, which is not tried again; the last: {last}"
 
 
 # -- the doing --
@@ -166,12 +194,12 @@ class Supervisor:
         return not self._breaker(number).is_open
 
     async def again(
-        self, number: int, death: ShardwiseError, *, has_served: bool, on_open: Callable[[GangDied], None]
+        self, number: int, death: ShardwiseError, end: End, on_open: Callable[[GangDied], None]
     ) -> Replica:
         """The replica's next life, as soon as there is one. `on_open` is told why, when nobody should wait for it."""
         breaker, error = self._breaker(number), death
         while True:
-            wait_s = breaker.ended(has_served=has_served)
+            wait_s = breaker.ended(end)
             told = f"replica {number} is down ({_first_line(error)})"
             if breaker.is_open:
                 LOG.error("%s, %d times in a row: next try in %g s", told, breaker.failures, wait_s)
@@ -180,7 +208,7 @@ class Supervisor:
             else:
                 LOG.warning("%s: starting it again%s", told, f" in {wait_s:g} s" if wait_s else "")
             await self._sleep(wait_s)
-            begun_s, has_served = time.monotonic(), False
+            begun_s, end = time.monotonic(), End.IN_VAIN
             try:
                 found = await self._restart(number)
             except ShardwiseError as failure:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 
-from cluster.errors import Overloaded, ShardwiseError
+from cluster.errors import GangDied, Overloaded, ShardwiseError
 from orchestrator.admission import FairQueue, QueueLimits
 from orchestrator.answer import Ongoing
 from orchestrator.lane import Lane
@@ -60,7 +60,8 @@ class Turns:
             if not quiet:  # nor is anything new begun, or it would never get quiet
                 return
             lane = self._lanes[choose(quiet)]
-            self._give(self._trials.begin(lane.number), lane)
+            for one in self._trials.begin(lane.number):
+                self._give(one, lane)
         while len(self._waiting):
             rooms = self._rooms(is_batch=self._waiting.next_is_batch)
             if not rooms:
@@ -70,8 +71,8 @@ class Turns:
     def note_token(self, one: Ongoing) -> None:
         """Of one under suspicion: its trial is over once it has come further than where a replica died."""
         one.record = one.record.after_tokens(len(one.token_ids))
-        if not one.record.blamed and self._trials.tried_by(one.replica) is one:
-            self._trials.end(one.replica)
+        if not one.record.blamed:
+            self._trials.leave(one, one.replica)
 
     def leave(self, one: Ongoing) -> None:
         """It is finished, or nobody wants it any more."""
@@ -85,14 +86,14 @@ class Turns:
 
     def bury(self, lane: Lane, error: ShardwiseError, given: Sequence[Ongoing]) -> None:
         """A replica is dead: `given` is what it had, and each remembers whether it may be to blame."""
-        unsent = lane.die(error)
-        tried = self._trials.tried_by(lane.number)
+        unsent, was_killed = lane.die(error), isinstance(error, GangDied) and error.was_killed
+        sent = [one for one in given if one.request.id not in unsent]
+        suspects = [one for one in sent if self._trials.tries(one, lane.number)] or sent
         self._trials.end(lane.number)
         for one in given:
             one.replica = -1
-            if one.request.id not in unsent:
-                is_blamed = tried is None or one is tried
-                one.record = one.record.after_death(len(one.token_ids), is_blamed=is_blamed)
+        for one in suspects:
+            one.record = one.record.after_death(len(one.token_ids), len(suspects), was_killed=was_killed)
 
     def _rooms(self, *, is_batch: bool) -> list[Outstanding]:
         """Replicas with room, and nobody's trial."""

@@ -119,7 +119,11 @@ def test_calls_overlap_and_a_killed_gang_tells_who_waits(pair):
 
 @pytest.mark.parametrize(
     ("method", "args", "words"),
-    [("exit", (3, "no space left"), "no space left"), ("crash", (), "Segmentation fault")],
+    [
+        ("exit", (3, "no space left"), "no space left"),
+        ("crash", (), "Segmentation fault"),
+        ("signal", (signal.SIGKILL,), "killed or crashed"),
+    ],
 )
 def test_one_death_ends_the_gang_with_its_last_words(pair, capfd, method, args, words):
     deaths = []
@@ -135,6 +139,7 @@ def test_one_death_ends_the_gang_with_its_last_words(pair, capfd, method, args, 
     )
     assert gone(pair)
     assert [str(death) for death in deaths] == [str(caught.value)]
+    assert [death.was_killed for death in deaths] == [method != "crash"]  # Ray cannot tell a kill from an exit
     assert capfd.readouterr().out == ""
 
 

@@ -14,9 +14,13 @@ from orchestrator.replica import Replica
 from orchestrator.request import Completion, FinishReason, Request, SamplingParams
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.supervisor import (
+    ATTEMPTS,
     CLEARED_TOKENS,
-    SUSPICIONS,
+    CROWD,
+    KILLED_ATTEMPTS,
+    MOST_DOUBLINGS,
     Breaker,
+    End,
     Record,
     RestartPolicy,
     Supervisor,
@@ -31,11 +35,14 @@ POLICY = RestartPolicy(failures=3)
 
 def test_waiting_doubles_and_an_open_breaker_rests() -> None:
     breaker = Breaker(POLICY)
-    waits = [breaker.ended(has_served=True)]  # one that served is started again at once
-    waits += [breaker.ended(has_served=False) for _ in range(4)]
-    assert waits == [0, POLICY.first_s, 2 * POLICY.first_s, POLICY.rest_s, POLICY.rest_s]
+    waits = [breaker.ended(End.SERVED)]  # one that served is started again at once
+    waits += [
+        breaker.ended(end) for end in (End.IN_VAIN, End.EXPLAINED, End.IN_VAIN, End.IN_VAIN, End.IN_VAIN)
+    ]
+    first_s, rest_s = POLICY.first_s, POLICY.rest_s
+    assert waits == [0, first_s, first_s, 2 * first_s, rest_s, rest_s]
     assert breaker.is_open
-    assert breaker.ended(has_served=True) == 0
+    assert breaker.ended(End.SERVED) == 0
     assert not breaker.is_open
 
 
@@ -46,39 +53,70 @@ def test_no_wait_is_longer_than_the_most() -> None:
     assert waits[-1] == policy.most_s
 
 
-def test_a_request_is_spent_by_blame_or_by_many_suspicions() -> None:
-    once = Record().after_death(10, is_blamed=True)
+def test_a_request_is_spent_by_deaths_under_it_alone() -> None:
+    once = Record().after_death(10, 7)
     assert not once.is_spent
-    assert once.after_death(10, is_blamed=True).is_spent
+    assert not once.after_death(10, 7).is_spent
+    assert once.after_death(10, 1).is_spent
     assert once.after_tokens(10 + CLEARED_TOKENS - 1).blamed
     cleared = once.after_tokens(10 + CLEARED_TOKENS)
     assert cleared.blamed == 0
-    assert not cleared.after_death(99, is_blamed=False).blamed
-    tokens, lives = 0, Record()
-    for _ in range(SUSPICIONS):
-        assert not lives.is_spent
-        lives = lives.after_death(tokens, is_blamed=True)
-        tokens += CLEARED_TOKENS
-        lives = lives.after_tokens(tokens)
-    assert lives.is_spent
+    assert not cleared.after_death(99, 1).is_spent
+
+
+def test_a_kill_from_outside_is_weak_evidence() -> None:
+    record = Record()
+    for attempt in range(1, KILLED_ATTEMPTS + 1):
+        assert not record.is_spent
+        record = record.after_death(0, 1, was_killed=True)
+        assert record.after_death(0, 1).is_spent == (attempt + 1 >= ATTEMPTS)
+    assert record.is_spent
+
+
+def test_whoever_is_suspected_again_must_come_further_to_be_cleared() -> None:
+    record, steps = Record(), []
+    for _ in range(MOST_DOUBLINGS + 2):
+        record = record.after_death(0, 1)
+        steps.append(record.cleared_at)
+        record = record.after_tokens(record.cleared_at)
+        assert not record.blamed
+    most = CLEARED_TOKENS << MOST_DOUBLINGS
+    assert steps[:3] == [CLEARED_TOKENS, 2 * CLEARED_TOKENS, 4 * CLEARED_TOKENS]
+    assert steps[-2:] == [most, most]
+
+
+class Suspect:
+    def __init__(self, suspects: int = 3) -> None:
+        self.record = Record().after_death(0, suspects)
 
 
 def test_each_replica_tries_one_at_a_time() -> None:
-    class Suspect:
-        record = Record()
-
     first, second, third = Suspect(), Suspect(), Suspect()
     trials: Trials[Suspect] = Trials()
     for suspect in (first, second, third):
         trials.add(suspect)
-    assert trials.begin(0) is first
+    assert trials.begin(0) == [first]
     assert [trials.is_free(0), trials.is_free(1)] == [False, True]
     trials.leave(second, -1)
-    assert trials.begin(1) is third
+    assert trials.begin(1) == [third]
     assert len(trials) == 0
     trials.leave(first, 0)
     assert trials.is_free(0)
-    assert trials.tried_by(1) is third
+    assert trials.tries(third, 1)
+
+
+def test_of_a_crowd_each_replica_tries_several_and_is_free_once_all_have_left() -> None:
+    many = [Suspect(CROWD + 2) for _ in range(CROWD + 1)]
+    few = [Suspect(2), Suspect(2)]
+    trials: Trials[Suspect] = Trials()
+    for suspect in (many[0], few[0], *many[1:], few[1]):
+        trials.add(suspect)
+    tried = trials.begin(0)
+    assert tried == many[:CROWD]
+    for suspect in tried:
+        assert not trials.is_free(0)
+        trials.leave(suspect, 0)
+    assert [trials.begin(replica) for replica in range(3)] == [[few[0]], [many[CROWD]], [few[1]]]
 
 
 class Stage:
@@ -242,6 +280,28 @@ async def test_one_that_kills_its_replica_fails_alone_after_two_attempts() -> No
     assert "2 replicas died while they ran this request" in str(found[6])
     good = [one[0].token_ids for one in found if isinstance(one, list)]
     assert good == [list(range(20))] * 12
+
+
+@in_loop
+async def test_in_a_crowd_it_is_found_by_a_third_death_and_others_need_few_trials() -> None:
+    stage = Stage(1)
+    limits = replace(LIMITS, max_num_seqs=100)
+    stage.serving = Coordinator(
+        stage.replicas, limits, vocab=257, supervisor=Supervisor(stage._restart, POLICY)
+    )
+    poison, others = 99, 60
+    mortal = Mortal(stage, 0, lambda request: poison in request.prompt_token_ids)
+    async with stage.serving:
+        prompts = [[i] for i in range(others)] + [[poison]]
+        asked = [stage.ask(prompt, max_tokens=200) for prompt in prompts]
+        await stage.until(lambda: stage.replicas[0].submitted.qsize() == len(prompts))
+        playing = asyncio.create_task(mortal.play())
+        found = await asyncio.gather(*asked, return_exceptions=True)
+        playing.cancel()
+        assert mortal.deaths == 3
+    failed = [i for i, one in enumerate(found) if isinstance(one, BaseException)]
+    assert failed == [others]
+    assert [one[0].token_ids for one in found if isinstance(one, list)] == [list(range(200))] * others
 
 
 @in_loop

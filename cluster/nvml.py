@@ -111,6 +111,7 @@ class Vitals:
     watts: float | None
     watts_limit: float | None
     throttled_by: tuple[str, ...] = ()
+    joules: float | None = None  # since the driver was loaded; cards before Volta do not count them
 
 
 def read_gpus(binding: Binding = None) -> GpuReport:
@@ -225,8 +226,8 @@ def _gpu(nvml: Binding, index: int, handle: Any) -> Gpu:
         sm_clock_mhz_max=_ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_SM),
         memory_clock_mhz_max=_ask(nvml, "nvmlDeviceGetMaxClockInfo", handle, nvml.NVML_CLOCK_MEM),
         temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-        watts_limit=_watts(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
-        watts_limit_default=_watts(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle),
+        watts_limit=_thousandths(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
+        watts_limit_default=_thousandths(nvml, "nvmlDeviceGetPowerManagementDefaultLimit", handle),
         throttled_by=_throttled_by(nvml, handle),
         ecc=None if ecc is None else ecc[0] == nvml.NVML_FEATURE_ENABLED,
         memory_bytes_per_s=_memory_bytes_per_s(nvml, handle),
@@ -292,7 +293,8 @@ def _lane_bytes_per_s(nvml: Binding, handle: Any) -> float | None:
     return float(values[0].value.uiVal) * 1e6
 
 
-def _watts(nvml: Binding, name: str, handle: Any) -> float | None:
+def _thousandths(nvml: Binding, name: str, handle: Any) -> float | None:
+    """Of what the driver tells in thousandths."""
     milliwatts = _ask(nvml, name, handle)
     return None if milliwatts is None else milliwatts / 1000
 
@@ -326,7 +328,8 @@ def _vitals(nvml: Binding, uuid: str, handle: Any) -> Vitals:
         sm_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_SM),
         memory_clock_mhz=_ask(nvml, "nvmlDeviceGetClockInfo", handle, nvml.NVML_CLOCK_MEM),
         temperature_c=_ask(nvml, "nvmlDeviceGetTemperature", handle, nvml.NVML_TEMPERATURE_GPU),
-        watts=_watts(nvml, "nvmlDeviceGetPowerUsage", handle),
-        watts_limit=_watts(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
+        watts=_thousandths(nvml, "nvmlDeviceGetPowerUsage", handle),
+        watts_limit=_thousandths(nvml, "nvmlDeviceGetEnforcedPowerLimit", handle),
         throttled_by=_throttled_by(nvml, handle),
+        joules=_thousandths(nvml, "nvmlDeviceGetTotalEnergyConsumption", handle),  # told in mJ
     )

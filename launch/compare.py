@@ -1,22 +1,25 @@
-"""`shardwise compare`: predict, measure and check every layout on this machine, and print the signed error."""
+"""`shardwise compare`: predict, measure and check every layout on this machine at several loads; print the error."""
 
 from __future__ import annotations
 
 import argparse
 import json
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.options import add_engine_arguments
 from launch.plan import add_workload_arguments, check_lengths, layouts_of, workload_of
 
 if TYPE_CHECKING:
-    from cluster.topology import Topology
+    from collections.abc import Sequence
+
     from launch.options import EngineOptions
     from launch.progress import Progress
-    from launch.trial import Trial
-    from strategies.plan import Layout, Plan
+    from launch.report import Comparison
     from strategies.spec import Workload
+
+DEFAULT_SWEEP = (1, 8)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,20 +30,41 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--no-measure", action="store_true", help="predict alone, start nothing")
     parser.add_argument(
+        "--against",
+        metavar="URL",
+        action="append",
+        default=[],
+        help="put the OpenAI endpoint at this address beside them, under the same loads; may be given again",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="FOLDER",
+        help="for results and report; default: compare-MODEL-… here, one for each model, machine and workload",
+    )
+    parser.add_argument("--fresh", action="store_true", help="measure anew what the folder already has")
+    parser.add_argument(
+        "--skip-outputs",
+        action="store_true",
+        help="do not check half precision against float64: two starts less",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"
     )
-    add_workload_arguments(parser)
+    add_workload_arguments(parser, sweep=DEFAULT_SWEEP)
     add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import NoFeasiblePlan
+    from launch.compare_run import predict_all
     from launch.options import check_blocks, engine_options
-    from launch.predict import measured_machine, predict, this_machine
+    from launch.predict import measured_machine, this_machine
     from launch.progress import Progress
-    from launch.report import comparison_to_json, show_comparison
+    from launch.report import Comparison
 
-    workload = workload_of(args)
+    loads = [workload_of(argparse.Namespace(**{**vars(args), "concurrency": n})) for n in args.concurrency]
+    workload = loads[0]
     layouts = layouts_of(args.layouts)
     options = engine_options(args, needs_weights=not args.no_measure)
     check_lengths(options.spec, workload, options.max_model_len)
@@ -50,32 +74,62 @@ def run(args: argparse.Namespace) -> int:
     check_blocks(options)
     progress = Progress()
     topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
-    plan = predict(options, topology, workload, layouts)
-    trials = {} if args.no_measure else _try_all(plan, options, workload, topology, progress)
-    if args.json:
-        print(json.dumps(comparison_to_json(plan, trials, workload, topology), indent=2))
+    plans = predict_all(options, topology, loads, layouts)
+    comparison = Comparison(plans, {}, workload, topology, options.dtype)
+    if args.no_measure:
+        _show(comparison, as_json=args.json)
     else:
-        show_comparison(plan, trials, workload, topology, options.dtype)
-    return 0 if plan.chosen is not None else NoFeasiblePlan.exit_code
+        _measure(args, comparison, options, loads, progress)
+    return 0 if plans[workload.concurrency].chosen is not None else NoFeasiblePlan.exit_code
 
 
-def _try_all(
-    plan: Plan, options: EngineOptions, workload: Workload, topology: Topology, progress: Progress
-) -> dict[Layout, Trial]:
-    """Every feasible layout, smallest first, on one cluster: the first of them is what the others must equal."""
-    from launch.start import cluster
-    from launch.trial import Truth, measure_truth, run_trial
+def _measure(
+    args: argparse.Namespace,
+    comparison: Comparison,
+    options: EngineOptions,
+    loads: Sequence[Workload],
+    progress: Progress,
+) -> None:
+    """Whatever ends it, what is done by then is shown and written."""
+    from launch.compare_journal import key_of, open_journal
+    from launch.compare_run import Sweep, facts_of
 
-    feasible = [c for c in plan.candidates if c.feasible and c.not_runnable is None]
-    if not feasible:
-        return {}
-    feasible.sort(key=lambda c: (bool(c.format.name), c.dims.world_size, c.dims.dp, c.dims.pp))
-    trials: dict[Layout, Trial] = {}
-    with cluster(options, max(c.dims.world_size for c in feasible), progress) as found:
-        truth: Truth | None = measure_truth(
-            found, options, [c.dims for c in feasible if c.layout.is_plain], topology, progress
-        )
-        for candidate in feasible:
-            own = replace(options, format=candidate.format.name)
-            trials[candidate.layout] = run_trial(found, candidate, own, workload, topology, truth, progress)
-    return trials
+    workload, topology = comparison.workload, comparison.topology
+    facts = facts_of(options, topology, workload)
+    folder = args.out or Path(f"compare-{options.spec.name}-{key_of(facts)}")
+    journal = open_journal(folder, facts, fresh=args.fresh)
+    sweep = Sweep(options, topology, loads, comparison.plans, journal, progress, not args.skip_outputs)
+    if journal.trials and not sweep.left():
+        progress.say(f"{folder} has all of this already; measuring it anew")
+        journal = open_journal(folder, facts, fresh=True)
+        sweep.journal = journal
+    try:
+        sweep.run()
+    except KeyboardInterrupt:
+        left = sum(len(loads) for _, loads in sweep.left())
+        progress.say(f"interrupted with {left} runs to go; the same command goes on from here")
+        raise
+    finally:
+        done = replace(comparison, trials=journal.trials)
+        if journal.trials:
+            _show(done, as_json=args.json)
+            _write(done, folder, progress)
+    if not journal.trials:
+        _show(comparison, as_json=args.json)
+
+
+def _show(comparison: Comparison, *, as_json: bool) -> None:
+    from launch.report import comparison_to_json
+    from launch.report_text import show_comparison
+
+    if as_json:
+        print(json.dumps(comparison_to_json(comparison), indent=2))
+    else:
+        show_comparison(comparison)
+
+
+def _write(done: Comparison, folder: Path, progress: Progress) -> None:
+    from launch.report_folder import write
+
+    for line in write(folder, done):
+        progress.say(line)

@@ -60,17 +60,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
-def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+def add_workload_arguments(parser: argparse.ArgumentParser, sweep: Sequence[int] | None = None) -> None:
+    """`sweep`: the concurrency may be several, by default these."""
     asked = parser.add_argument_group("workload")
     asked.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
     asked.add_argument("--output-tokens", type=int, default=256, metavar="N", help="of each request (256)")
-    asked.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
+    if sweep is None:
+        asked.add_argument("--concurrency", type=int, default=1, metavar="N", help="requests at once (1)")
+    else:
+        told = ",".join(map(str, sweep))
+        asked.add_argument(
+            "--concurrency",
+            type=_several,
+            default=tuple(sweep),
+            metavar="N,M",
+            help=f"requests at once, one load after the other ({told})",
+        )
     asked.add_argument(
         "--objective",
         choices=tuple(map(str, Objective)),
         default=Objective.LATENCY,
         help="what the chosen layout is best at (latency)",
     )
+
+
+def _several(text: str) -> tuple[int, ...]:
+    """`1,8,32` → each once, in order."""
+    try:
+        return tuple(sorted({int(word) for word in text.split(",")}))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"invalid int value: {text!r}") from None
 
 
 def run(args: argparse.Namespace) -> int:

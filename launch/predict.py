@@ -38,7 +38,11 @@ def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
 
 
 def predict(
-    options: EngineOptions, topology: Topology, workload: Workload, layouts: Sequence[Layout] | None
+    options: EngineOptions,
+    topology: Topology,
+    workload: Workload,
+    layouts: Sequence[Layout] | None,
+    cut_for: Workload | None = None,
 ) -> Plan:
     ours = with_limits(
         engine(CPU if options.device == "cpu" else OURS),
@@ -47,7 +51,14 @@ def predict(
     )
     length = options.max_model_len
     return plan(
-        options.spec, topology, workload, options.dtype, layouts=layouts, max_model_len=length, engine=ours
+        options.spec,
+        topology,
+        workload,
+        options.dtype,
+        layouts=layouts,
+        max_model_len=length,
+        engine=ours,
+        cut_for=cut_for,
     )
 
 

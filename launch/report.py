@@ -1,23 +1,47 @@
-"""A comparison, for programs and for people."""
+"""A comparison as data: what `--json` prints and results.json holds, its verdicts, and the same as rows of CSV."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from typing import TYPE_CHECKING
+import csv
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 from cluster.topology import Topology
-from launch.plan import WIDTH, bullets, candidate_to_json, heading, plan_table, plan_to_json, rejections
+from launch.compare_journal import Trials
+from launch.plan import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
-from strategies.explain import ms
-from strategies.plan import Candidate, Estimate, Layout, Plan
+from strategies.plan import Candidate, Estimate, Plan
 from strategies.spec import Objective, Workload
 
-if TYPE_CHECKING:
-    from rich.table import Table
+METRICS = ("ttft_ms", "tpot_ms", "output_tokens_per_s")
 
-Trials = Mapping[Layout, Trial]
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """`workload` is the first load's; `against`: endpoints' trials by their address."""
+
+    plans: Mapping[int, Plan]  # by concurrency
+    trials: Trials
+    workload: Workload
+    topology: Topology
+    dtype: str
+    against: Trials = field(default_factory=dict)
+
+    @property
+    def plan(self) -> Plan:
+        return self.plans[self.workload.concurrency]
+
+    def load(self, concurrency: int) -> Workload:
+        return replace(self.workload, concurrency=concurrency)
+
+    def candidate(self, name: str, concurrency: int) -> Candidate | None:
+        every = self.plans[concurrency].candidates
+        return next((c for c in every if c.layout.name == name), None)
+
+    def trial(self, name: str, concurrency: int) -> Trial | None:
+        return self.trials.get(name, {}).get(concurrency)
 
 
 def error_percent(predicted: float, measured: float) -> float | None:
@@ -25,61 +49,125 @@ def error_percent(predicted: float, measured: float) -> float | None:
     return 100 * (predicted - measured) / measured if measured else None
 
 
-def outputs(layout: Layout, trials: Trials) -> str | None:
-    """equal or different, within one format; None where nothing could be compared."""
-    trial = trials.get(layout)
-    if trial is None or trial.measured is None:
+def outputs(made: Comparison, name: str) -> str | None:
+    """equal or different, within one format; None where nothing could be compared.
+
+    In half precision by logits; else by tokens at each load, beside the first layout that was measured at it.
+    """
+    own = {n: trial for n, trial in made.trials.get(name, {}).items() if trial.measured is not None}
+    if not own:
         return None
-    if trial.forced_error is not None and trial.allowed_error is not None:
-        return "equal" if trial.forced_error <= trial.allowed_error else "different"
-    alike = [t for of, t in trials.items() if of.format == layout.format and t.measured is not None]
-    if layout.format.name and (len(alike) == 1 or any(t.forced_error is not None for t in trials.values())):
+    scored = next((t for t in own.values() if t.forced_error is not None), None)
+    if scored is not None and scored.forced_error is not None and scored.allowed_error is not None:
+        return "equal" if scored.forced_error <= scored.allowed_error else "different"
+    kept = name.partition("+")[2]
+    same_format = [
+        other
+        for other, trials in made.trials.items()
+        if other.partition("+")[2] == kept and any(t.measured is not None for t in trials.values())
+    ]
+    if kept and (len(same_format) == 1 or _is_scored(made)):
         return None  # nothing to compare with; or in half precision, where tokens may differ
-    first = alike[0]
-    return "equal" if trial.token_ids == first.token_ids else "different"
+    for n, trial in own.items():
+        digests = [t.tokens_digest for o in same_format if (t := made.trial(o, n)) and t.measured]
+        if trial.tokens_digest != digests[0]:
+            return "different"
+    return "equal"
 
 
-# --- for programs -------------------------------------------------------------------------------------------
+def _is_scored(made: Comparison) -> bool:
+    return any(t.forced_error is not None for trials in made.trials.values() for t in trials.values())
 
 
-def comparison_to_json(
-    plan: Plan, trials: Trials, workload: Workload, topology: Topology
-) -> dict[str, object]:
-    """The object that `--json` prints: the plan's, and in each candidate what was measured."""
-    made = plan_to_json(plan, workload)
-    made["candidates"] = [_candidate(candidate, trials, workload) for candidate in plan.candidates]
-    made["verdicts"] = verdicts(plan, trials, workload, topology)
-    return made
+# --- as one object ------------------------------------------------------------------------------------------
 
 
-def _candidate(candidate: Candidate, trials: Trials, workload: Workload) -> dict[str, object]:
-    made = candidate_to_json(candidate)
-    trial = trials.get(candidate.layout)
-    made["results"] = [] if trial is None else [_result(made["predicted"], trial, workload)]
-    made["outputs"] = outputs(candidate.layout, trials)
-    return made
+def comparison_to_json(made: Comparison) -> dict[str, object]:
+    """The plan's object of the first load, and in each candidate what was predicted and measured at each load."""
+    found = plan_to_json(made.plan, made.workload)
+    found["concurrencies"] = list(made.plans)
+    found["dtype"] = made.dtype
+    found["candidates"] = [_candidate(made, candidate) for candidate in made.plan.candidates]
+    found["verdicts"] = verdicts(made)
+    found["against"] = [
+        {
+            "endpoint": url,
+            "results": [{"concurrency": n, **_measured_part(trial)} for n, trial in sorted(trials.items())],
+        }
+        for url, trials in made.against.items()
+    ]
+    found["devices"] = [
+        {
+            "name": d.name,
+            "memory_gb": round(d.memory_bytes / 1e9, 3),
+            "bandwidth_gb_per_s": round(d.bandwidth_bytes_per_s / 1e9, 2),
+            "provenance": str(d.provenance),
+        }
+        for d in made.topology.devices
+    ]
+    found["links"] = [
+        {
+            "between": [a, b],
+            "kind": str(link.kind),
+            "gb_per_s": round(link.bytes_per_s / 1e9, 2),
+            "latency_us": round(link.latency_s * 1e6, 2),
+            "provenance": str(link.provenance),
+        }
+        for (a, b), link in sorted(made.topology.links.items())
+    ]
+    return found
 
 
-def _result(predicted: object, trial: Trial, workload: Workload) -> dict[str, object]:
-    measured = {} if trial.measured is None else _measured(trial.measured)
-    assert isinstance(predicted, Mapping), "only feasible layouts are tried"
-    errors = {key: error_percent(predicted[key], value) for key, value in measured.items()}
+def _candidate(made: Comparison, candidate: Candidate) -> dict[str, object]:
+    found = candidate_to_json(candidate)
+    name = candidate.layout.name
+    loads = [n for n in made.plans if made.trial(name, n) is not None]
+    found["results"] = [_result(made, name, n) for n in loads]
+    found["outputs"] = outputs(made, name)
+    return found
+
+
+def _result(made: Comparison, name: str, concurrency: int) -> dict[str, object]:
+    trial, candidate = made.trial(name, concurrency), made.candidate(name, concurrency)
+    assert trial is not None and candidate is not None and candidate.estimate is not None, (
+        "only feasible ones run"
+    )
+    predicted = candidate_to_json(candidate)["predicted"]
+    assert isinstance(predicted, Mapping)
+    estimate, measured = candidate.estimate, trial.measured
+    errors = {}
+    if measured is not None:
+        errors = {key: error_percent(predicted[key], value) for key, value in _measured(measured).items()}
+    limit = estimate.output_tokens_per_s / estimate.share_of_limit
     return {
-        "concurrency": workload.concurrency,
+        "concurrency": concurrency,
         "predicted": predicted,
-        "measured": measured or None,
         "error_percent": errors or None,
+        "measured_share_of_limit": None if measured is None else measured.output_tokens_per_s / limit,
+        "step_ms": {cause: round(s * 1e3, 5) for cause, s in estimate.breakdown.items()},
+        "memory_gb": {part: round(b / 1e9, 4) for part, b in estimate.memory_parts.items()},
+        **_measured_part(trial),
+    }
+
+
+def _measured_part(trial: Trial) -> dict[str, object]:
+    return {
+        "measured": None if trial.measured is None else _measured(trial.measured),
+        "rounds": trial.rounds,
         "failure": trial.failure,
         "logits_error": trial.forced_error,
+        "joules_per_token": trial.joules_per_token,
+        "throttled_by": list(trial.throttled_by),
         "devices": [
             {
-                "uuid": v.uuid,
-                "sm_clock_mhz": v.sm_clock_mhz,
-                "temperature_c": v.temperature_c,
-                "watts": v.watts,
-                "throttled_by": list(v.throttled_by),
+                "uuid": h.uuid,
+                "sm_clock_mhz": h.sm_clock_mhz,
+                "temperature_c": h.temperature_c,
+                "watts": h.watts,
+                "joules": h.joules,
+                "throttled_by": h.throttled_by,
             }
-            for v in trial.vitals
+            for h in trial.health
         ],
     }
 
@@ -92,45 +180,53 @@ def _measured(found: Measured) -> dict[str, float]:
     }
 
 
-def verdicts(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> list[dict[str, object]]:
-    """For each objective: what the plan would choose, what was best, and what the choice loses to it."""
-    return [
-        verdict
-        for o in Objective
-        if (verdict := _verdict(plan, trials, replace(workload, objective=o), topology))
-    ]
+# --- verdicts -----------------------------------------------------------------------------------------------
 
 
-def _verdict(plan: Plan, trials: Trials, workload: Workload, topology: Topology) -> dict[str, object] | None:
-    predicted, real = {}, {}
-    for candidate in plan.candidates:
-        trial = trials.get(candidate.layout)
-        if candidate.estimate is not None and trial is not None and trial.measured is not None:
-            predicted[candidate.layout] = score(candidate.estimate, candidate.dims, workload)
-            as_measured = _as_estimate(trial.measured, candidate, topology)
-            real[candidate.layout] = score(as_measured, candidate.dims, workload)
+def verdicts(made: Comparison) -> list[dict[str, object]]:
+    """For each load and objective: what the plan would choose, what was best, and what the choice loses to it."""
+    every = (_verdict(made, replace(made.load(n), objective=o)) for n in made.plans for o in Objective)
+    return [verdict for verdict in every if verdict]
+
+
+def _verdict(made: Comparison, workload: Workload) -> dict[str, object] | None:
+    predicted: dict[str, float] = {}
+    real: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+    unmeasured = []
+    for candidate in made.plans[workload.concurrency].candidates:
+        if candidate.estimate is None or candidate.not_runnable is not None:
+            continue
+        name = candidate.layout.name
+        trial = made.trial(name, workload.concurrency)
+        if trial is None or trial.measured is None:
+            unmeasured.append(name)
+            continue
+        sizes[name] = candidate.dims.world_size
+        predicted[name] = score(candidate.estimate, candidate.dims, workload)
+        real[name] = score(as_estimate(trial.measured, candidate.estimate), candidate.dims, workload)
     if not real:
         return None
-    chosen = min(predicted, key=lambda layout: (predicted[layout], layout.dims.world_size))
-    winner = min(real, key=lambda layout: (real[layout], layout.dims.world_size))
+    chosen = min(predicted, key=lambda name: (predicted[name], sizes[name]))
+    winner = min(real, key=lambda name: (real[name], sizes[name]))
     return {
         "concurrency": workload.concurrency,
         "objective": workload.objective.value,
-        "chosen": chosen.name,
-        "winner": winner.name,
+        "chosen": chosen,
+        "winner": winner,
         "regret_percent": round(100 * (real[chosen] / real[winner] - 1), 3),
+        "not_measured": unmeasured,
     }
 
 
-def _as_estimate(found: Measured, candidate: Candidate, topology: Topology) -> Estimate:
+def as_estimate(found: Measured, predicted: Estimate) -> Estimate:
     """The estimate with what was measured in place of what was predicted."""
-    assert candidate.estimate is not None
     rate = found.output_tokens_per_s
-    usd = candidate.estimate.usd_per_million_tokens
+    usd = predicted.usd_per_million_tokens
     if usd is not None:
-        usd *= candidate.estimate.output_tokens_per_s / rate
+        usd *= predicted.output_tokens_per_s / rate
     return replace(
-        candidate.estimate,
+        predicted,
         ttft_s=found.ttft_s,
         tpot_s=found.tpot_s,
         output_tokens_per_s=rate,
@@ -138,83 +234,85 @@ def _as_estimate(found: Measured, candidate: Candidate, topology: Topology) -> E
     )
 
 
-# --- for people ---------------------------------------------------------------------------------------------
+# --- as rows ------------------------------------------------------------------------------------------------
+
+COLUMNS = (
+    "layout",
+    "concurrency",
+    *(f"{metric}_{what}" for metric in METRICS for what in ("predicted", "measured", "error_percent")),
+    "share_of_limit_predicted",
+    "share_of_limit_measured",
+    "memory_gb_per_gpu",
+    "joules_per_token",
+    "sm_clock_mhz",
+    "temperature_c",
+    "watts",
+    "throttled_by",
+    "outputs",
+    "failure",
+)
 
 
-def show_comparison(plan: Plan, trials: Trials, workload: Workload, topology: Topology, dtype: str) -> None:
-    from rich.console import Console
-
-    console = Console(highlight=False, markup=False)
-    if not console.is_terminal:
-        console.width = WIDTH
-    console.print(heading(plan, topology, workload, dtype), "", sep="\n")
-    if trials:
-        console.print(comparison_table(plan, trials), "", sep="\n")
-    elif plan.chosen is not None:
-        console.print(plan_table(plan))
-    for part in rejections(plan):
-        console.print(part)
-    if plan.chosen is None:
-        console.print(bullets(plan.explanation))
-    for verdict in verdicts(plan, trials, workload, topology):
-        console.print(_sentence(verdict))
-    for line in _vitals(trials):
-        console.print(line)
-    for layout, trial in trials.items():
-        if trial.failure is not None:
-            console.print(f"{layout.name} could not be run: {trial.failure}")
+def to_csv(results: Mapping[str, object]) -> str:
+    """Of the object above: a row for each layout and load, and for each endpoint beside them."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, COLUMNS, restval="", lineterminator="\n")
+    writer.writeheader()
+    for row in rows(results):
+        writer.writerow({key: "" if value is None else value for key, value in row.items()})
+    return out.getvalue()
 
 
-def comparison_table(plan: Plan, trials: Trials) -> Table:
-    """Predicted, measured and signed error of each feasible layout, best prediction first."""
-    from rich import box
-    from rich.table import Table
-
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)  # 80 columns, with room for long names
-    table.add_column("\nlayout", no_wrap=True)
-    for metric in ("TTFT ms", "TPOT ms", "tok/s"):
-        for column in (f"{metric}\npred.", "\nmeas.", "\nerror"):
-            table.add_column(column, justify="right", no_wrap=True)
-    table.add_column("\noutputs", no_wrap=True)
-    for candidate in plan.candidates:
-        if candidate.estimate is not None:
-            trial = trials.get(candidate.layout)
-            cells = _cells(candidate.estimate, None if trial is None else trial.measured)
-            style = "bold" if candidate is plan.chosen else None
-            table.add_row(candidate.layout.name, *cells, outputs(candidate.layout, trials) or "", style=style)
-    return table
+def rows(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
+    for candidate in _list(results["candidates"]):
+        for result in _list(candidate["results"]):
+            yield {**_row(candidate["layout"], result), "outputs": candidate["outputs"]}
+    for endpoint in _list(results["against"]):
+        for result in _list(endpoint["results"]):
+            yield _row(endpoint["endpoint"], result)
 
 
-def _cells(predicted: Estimate, measured: Measured | None) -> list[str]:
-    def number(value: float, is_time: bool) -> str:
-        return ms(value).removesuffix(" ms") if is_time else f"{value:,.{1 if value < 100 else 0}f}"
+def _row(name: object, result: Mapping[str, object]) -> dict[str, object]:
+    predicted, measured, errors = (
+        _mapping(result.get(key)) for key in ("predicted", "measured", "error_percent")
+    )
+    devices = _list(result["devices"])
 
-    cells: list[str] = []
-    for name, is_time in (("ttft_s", True), ("tpot_s", True), ("output_tokens_per_s", False)):
-        value = getattr(predicted, name)
-        cells.append(number(value, is_time))
-        if measured is None:
-            cells += ["", ""]
-            continue
-        real = getattr(measured, name)
-        error = error_percent(value, real)
-        cells += [number(real, is_time), "" if error is None else f"{error:+.0f}%"]
-    return cells
+    def mean(key: str) -> float | None:
+        known = [float(v) for d in devices if isinstance(v := d[key], int | float)]
+        return round(sum(known) / len(known), 1) if known else None
+
+    row: dict[str, object] = {"layout": name, "concurrency": result["concurrency"]}
+    for metric in METRICS:
+        row[f"{metric}_predicted"] = predicted.get(metric)
+        row[f"{metric}_measured"] = measured.get(metric)
+        row[f"{metric}_error_percent"] = _rounded(errors.get(metric), 2)
+    return row | {
+        "share_of_limit_predicted": predicted.get("share_of_limit"),
+        "share_of_limit_measured": _rounded(result.get("measured_share_of_limit"), 4),
+        "memory_gb_per_gpu": predicted.get("memory_gb_per_gpu"),
+        "joules_per_token": _rounded(result["joules_per_token"], 4),
+        "sm_clock_mhz": mean("sm_clock_mhz"),
+        "temperature_c": mean("temperature_c"),
+        "watts": mean("watts"),
+        "throttled_by": "; ".join(map(str, _sequence(result["throttled_by"]))),
+        "failure": result["failure"],
+    }
 
 
-def _sentence(verdict: Mapping[str, object]) -> str:
-    objective, chosen, winner = verdict["objective"], verdict["chosen"], verdict["winner"]
-    if chosen == winner:
-        return f"For {objective} the plan chose {chosen}, and {chosen} was best."
-    return f"For {objective} the plan chose {chosen}; {winner} was best, by {verdict['regret_percent']:.1f}%."
+def _rounded(value: object, digits: int) -> float | None:
+    return round(value, digits) if isinstance(value, int | float) else None
 
 
-def _vitals(trials: Trials) -> Sequence[str]:
-    lines = []
-    for layout, trial in trials.items():
-        for index, v in enumerate(trial.vitals):
-            throttled = f", throttled by {', '.join(v.throttled_by)}" if v.throttled_by else ""
-            lines.append(
-                f"{layout.name}, GPU {index}: {v.sm_clock_mhz} MHz, {v.temperature_c} °C, {v.watts} W{throttled}"
-            )
-    return lines
+def _sequence(value: object) -> Sequence[object]:
+    assert isinstance(value, list)
+    return value
+
+
+def _list(value: object) -> list[Mapping[str, object]]:
+    assert isinstance(value, list)
+    return value
+
+
+def _mapping(value: object) -> Mapping[str, object]:
+    return value if isinstance(value, Mapping) else {}

@@ -1,23 +1,22 @@
-"""One layout, run for real: how fast it was, and whether its outputs are what they should be."""
+"""One layout, started once and run at each load: how fast it was, and whether its outputs are what they should be."""
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import random
 import statistics
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from cluster.discover import device_vitals
-from cluster.errors import BadLayout, PlacementFailed
-from cluster.nvml import Vitals
+from cluster.errors import BadLayout, GangDied, PlacementFailed
 from cluster.topology import Topology
+from launch.compare_vitals import Health, joules_per_token, watched
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.start import Deployment, Devices, deployment
@@ -31,7 +30,11 @@ WARM_UP_TOKENS = 4
 HALF_PRECISION_SLACK = 1.5
 """A layout's error against float64 may be so many times that of one process in the same dtype: sums in another
 order round otherwise."""
-VITALS_EVERY_S = 0.5
+
+ENOUGH_S = 2.0
+MOST_ROUNDS = 5
+"""A load is run again, with other prompts, until so many seconds were measured or it was run so often: one short run
+says little. The middle one counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +48,24 @@ class Measured:
 
 @dataclass(frozen=True, slots=True)
 class Trial:
+    """A layout under one load."""
+
     measured: Measured | None  # None: it could not be run, see `failure`
-    token_ids: tuple[tuple[int, ...], ...] = ()  # each request's greedy output
+    tokens_digest: str = ""  # of each request's greedy output
     forced_error: float | None = (
         None  # of the logits on forced tokens, relative L2 to float64; None in float32
     )
     allowed_error: float | None = None
-    vitals: tuple[Vitals, ...] = ()
+    health: tuple[Health, ...] = ()
+    joules_per_token: float | None = None
     failure: str | None = None
+    rounds: int = 0
+    seconds: float = 0.0  # that measuring took
+
+    @property
+    def throttled_by(self) -> tuple[str, ...]:
+        """Of all its GPUs; empty where none was held back for long."""
+        return tuple(sorted({r for h in self.health if h.is_throttled for r in h.throttled_by}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +74,9 @@ class Truth:
 
     logits: NDArray[np.float32]
     own_error: float
+
+
+OnTrial = Callable[[Workload, Trial], None]
 
 
 def forced_tokens(vocab: int) -> list[int]:
@@ -91,54 +107,101 @@ def measure_truth(
     return Truth(scored[0], _distance(scored[1], scored[0]))
 
 
-def run_trial(
+def run_trials(
     found: Devices,
     candidate: Candidate,
     options: EngineOptions,
-    workload: Workload,
+    loads: Sequence[Workload],
     topology: Topology,
     truth: Truth | None,
     progress: Progress,
-) -> Trial:
-    """Start the layout, warm it up, answer the workload's requests at once."""
+    on_trial: OnTrial,
+) -> None:
+    """Start the layout, warm it up, put each load on it. `on_trial` is told of each as soon as it is done."""
     dims = candidate.dims
+    options = replace(options, format=candidate.format.name)
     if candidate.format.name:
         truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
     placed = deployment(found, dims, options, progress, shards=candidate.shards, score=score)
+    left = list(loads)
     try:
-        with placed as started, _watched(topology, dims) as vitals:
-            progress.say(f"{candidate.layout.name}: measuring")
-            done, seconds = asyncio.run(_answer(started, options, workload))
+        with placed as started:
             scored = np.frombuffer(started.scored, np.float32)
-    except (BadLayout, PlacementFailed) as error:
-        return Trial(None, failure=str(error))
-    return Trial(
-        measured=_means(done, seconds),
-        token_ids=tuple(tuple(c.token_ids) for c in done),
-        forced_error=_distance(scored, truth.logits) if truth is not None else None,
-        allowed_error=HALF_PRECISION_SLACK * truth.own_error if truth is not None else None,
-        vitals=tuple(vitals),
-    )
+            checked = Trial(
+                None,
+                forced_error=_distance(scored, truth.logits) if truth is not None else None,
+                allowed_error=HALF_PRECISION_SLACK * truth.own_error if truth is not None else None,
+            )
+
+            def tell(load: Workload, trial: Trial) -> None:
+                left.remove(load)
+                on_trial(load, trial)
+
+            asyncio.run(
+                _measure_all(
+                    started, candidate.layout.name, options, loads, topology, checked, progress, tell
+                )
+            )
+    except (BadLayout, PlacementFailed, GangDied) as error:
+        for load in left:
+            on_trial(load, Trial(None, failure=str(error)))
 
 
-async def _answer(
-    started: Deployment, options: EngineOptions, workload: Workload
-) -> tuple[list[Completion], float]:
-    rnd = random.Random(0)
+async def _measure_all(
+    started: Deployment,
+    name: str,
+    options: EngineOptions,
+    loads: Sequence[Workload],
+    topology: Topology,
+    checked: Trial,
+    progress: Progress,
+    on_trial: OnTrial,
+) -> None:
+    dims = started.dims
+    devices = topology.devices[: dims.world_size]
     async with started.coordinator(options, None) as coordinator:
-        warm_up = [_prompt(rnd, options, workload) for _ in range(2 * started.dims.dp)]
-        await _ask(coordinator, warm_up, WARM_UP_TOKENS)
-        # Drawn anew, so that every layout gets the same prompts and none is known from the warm-up.
-        rnd = random.Random(2)
-        prompts = [_prompt(rnd, options, workload) for _ in range(workload.concurrency)]
-        start = time.perf_counter()
-        done = await _ask(coordinator, prompts, workload.output_tokens)
-        return done, time.perf_counter() - start
+
+        async def ask(load: Workload, seed: str, tokens: int) -> list[Completion]:
+            return await _ask(coordinator, prompts_of(seed, options.spec.vocab, load), tokens)
+
+        # Kernels are chosen and compiled at the first step of a size. A CPU has none to compile.
+        most = max(loads, key=lambda load: load.concurrency)
+        first = most if options.device == "cuda" else replace(most, concurrency=2 * dims.dp)
+        await ask(first, "warm-up", WARM_UP_TOKENS)
+        for load in loads:
+            progress.say(f"{name}: measuring {load.concurrency} at once")
+            begun_s = time.perf_counter()
+            rounds: list[Measured] = []
+            digest, tokens = "", 0
+            with watched(lambda: device_vitals(devices)) as watch:
+                while not rounds or not _enough(rounds, time.perf_counter() - begun_s):
+                    start_s = time.perf_counter()
+                    done = await ask(load, f"{load.concurrency} {len(rounds)}", load.output_tokens)
+                    rounds.append(means(done, time.perf_counter() - start_s))
+                    digest = digest or digest_of(done)
+                    tokens += sum(len(c.token_ids) for c in done)
+            health = watch.health()
+            trial = replace(
+                checked,
+                measured=middle(rounds),
+                tokens_digest=digest,
+                health=health,
+                joules_per_token=joules_per_token(health, tokens),
+                rounds=len(rounds),
+                seconds=time.perf_counter() - begun_s,
+            )
+            on_trial(load, trial)
 
 
-def _prompt(rnd: random.Random, options: EngineOptions, workload: Workload) -> list[int]:
-    return [rnd.randrange(options.spec.vocab) for _ in range(workload.prompt_tokens)]
+def _enough(rounds: Sequence[Measured], seconds: float) -> bool:
+    return seconds >= ENOUGH_S or len(rounds) >= MOST_ROUNDS
+
+
+def prompts_of(seed: str, vocab: int, load: Workload) -> list[list[int]]:
+    """Equal for every layout; others for every seed, so that no prefix is known from before."""
+    rnd = random.Random(f"shardwise {seed}")
+    return [[rnd.randrange(vocab) for _ in range(load.prompt_tokens)] for _ in range(load.concurrency)]
 
 
 async def _ask(coordinator: Coordinator, prompts: Sequence[Sequence[int]], tokens: int) -> list[Completion]:
@@ -147,7 +210,7 @@ async def _ask(coordinator: Coordinator, prompts: Sequence[Sequence[int]], token
     return [answer[0] for answer in answers]
 
 
-def _means(done: Sequence[Completion], seconds: float) -> Measured:
+def means(done: Sequence[Completion], seconds: float) -> Measured:
     """TTFT, TPOT and throughput as vLLM's benchmark defines them."""
     gaps = [(c.latency_s - c.ttft_s) / (len(c.token_ids) - 1) for c in done if len(c.token_ids) > 1]
     return Measured(
@@ -157,29 +220,18 @@ def _means(done: Sequence[Completion], seconds: float) -> Measured:
     )
 
 
+def middle(rounds: Sequence[Measured]) -> Measured:
+    """The median of each figure: a round that something else disturbed does not count."""
+    return Measured(
+        ttft_s=statistics.median(r.ttft_s for r in rounds),
+        tpot_s=statistics.median(r.tpot_s for r in rounds),
+        output_tokens_per_s=statistics.median(r.output_tokens_per_s for r in rounds),
+    )
+
+
+def digest_of(done: Sequence[Completion]) -> str:
+    return hashlib.sha256(repr([c.token_ids for c in done]).encode()).hexdigest()[:16]
+
+
 def _distance(a: NDArray[np.float32], b: NDArray[np.float32]) -> float:
     return float(np.linalg.norm(a.astype(np.float64) - b) / np.linalg.norm(b.astype(np.float64)))
-
-
-@contextmanager
-def _watched(topology: Topology, dims: ParallelDims) -> Iterator[list[Vitals]]:
-    """Each device's state at its busiest moment that was seen (the most watts); empty on a CPU."""
-    devices = topology.devices[: dims.world_size]
-    busiest: list[Vitals] = []
-    ended = threading.Event()
-
-    def look() -> None:
-        while True:
-            now = device_vitals(devices)
-            if sum(v.watts or 0 for v in now) >= sum(v.watts or 0 for v in busiest):
-                busiest[:] = now
-            if not now or ended.wait(VITALS_EVERY_S):
-                return
-
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
-        yield busiest
-    finally:
-        ended.set()
-        watcher.join()

@@ -37,15 +37,23 @@ def estimate(place: Placement, workload: Workload) -> Estimate:
     # As many replicas work as there are requests for; together they do what the slowest allows.
     at_work = min(place.dims.dp, workload.concurrency) if workload.steady else 1
     rate = at_work * slowest.tokens_per_s
+    fullest = max(needs, key=lambda need: need.fixed + live * length * need.kv_per_token)
+    parts = {
+        "weights": fullest.weights,
+        "kv": live * length * fullest.kv_per_token,
+        "activations": fullest.activations,
+        "runtime": fullest.runtime,
+    }
     return Estimate(
         ttft_s=place.engine.first_s + slowest.first_s,
         tpot_s=slowest.token_s,
         output_tokens_per_s=rate,
-        memory_bytes_per_device=max(need.fixed + live * length * need.kv_per_token for need in needs),
+        memory_bytes_per_device=sum(parts.values()),
         kv_tokens=kv_tokens,
         share_of_limit=rate / limit_tokens_per_s(place, workload),
         usd_per_million_tokens=_usd_per_million(place, rate),
         breakdown=slowest.step,
+        memory_parts=parts,
     )
 
 

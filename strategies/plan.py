@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
@@ -173,6 +173,9 @@ class Estimate:
     breakdown: Mapping[
         str, float
     ]  # decode step, seconds by cause: weights, kv, compute, all_reduce, send_recv, host
+    memory_parts: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of the fullest device: weights, kv, activations, runtime
 
 
 @dataclass(frozen=True, slots=True)

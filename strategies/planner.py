@@ -38,13 +38,14 @@ def plan(
     max_model_len: int | None = None,
     wide: bool = False,
     engine: Engine | None = None,
+    cut_for: Workload | None = None,
 ) -> Plan:
     """The best layout for the workload's objective among `layouts`, or among all that the machine could hold.
 
     Every candidate is kept: the feasible ones that this version runs from best to worst, then those that it only plans,
     then the others with their reasons. The chosen one can be run. `max_model_len` is the longest sequence to make room
     for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well. `engine`:
-    ours as it comes by default.
+    ours as it comes by default. `cut_for`: stages are cut as for this workload, by default the one that is planned for.
     """
     if layouts is not None:
         tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
@@ -53,7 +54,8 @@ def plan(
 
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
         named = layouts is not None or layout.is_plain
-        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, named=named)
+        cut = cut_for or workload
+        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, named=named)
 
     judged = [judge(layout) for layout in tried]
     if wide and layouts is None:
@@ -152,6 +154,7 @@ def _judge(
     dtype: str,
     max_model_len: int | None,
     engine: Engine | None,
+    cut_for: Workload,
     *,
     named: bool,
 ) -> tuple[Candidate, Placement | None]:
@@ -165,7 +168,7 @@ def _judge(
         not_runnable=why_not(spec, layout, topology.devices, named=named),
     )
     try:
-        placement = place(spec, layout, dtype, topology, engine, workload)
+        placement = place(spec, layout, dtype, topology, engine, cut_for)
     except BadLayout as error:
         return replace(bare, reason=str(error)), None
     put = replace(bare, shards=placement.shards, devices=placement.devices)

@@ -32,6 +32,8 @@ class FakeGpu:
     watts_default: int = 450
     lane_mb_per_s: int = 26562
     socket: int = 0
+    watts: float = 71.5
+    joules: float | None = None  # None: the card does not count
 
     @property
     def uuid(self) -> str:
@@ -149,7 +151,8 @@ class FakeNvml:
             "nvmlDeviceGetMemoryBusWidth": lambda gpu: gpu.bus_bits,
             "nvmlDeviceGetNumGpuCores": lambda gpu: gpu.cores,
             "nvmlDeviceGetTemperature": lambda gpu, sensor: 41,
-            "nvmlDeviceGetPowerUsage": lambda gpu: 71_500,
+            "nvmlDeviceGetPowerUsage": lambda gpu: int(gpu.watts * 1000),
+            "nvmlDeviceGetTotalEnergyConsumption": lambda gpu: int(self._supported(gpu.joules) * 1000),
             "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: gpu.watts_limit * 1000,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda gpu: gpu.throttle,
         }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
 from collections.abc import Mapping
@@ -11,10 +12,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cluster.nvml import Vitals
-from launch.report import comparison_table, comparison_to_json, error_percent, outputs, show_comparison
+from launch.compare_vitals import Health
+from launch.report import Comparison, comparison_to_json, error_percent, outputs, rows, to_csv
+from launch.report_text import comparison_table, show_comparison
 from launch.trial import Measured, Trial
-from strategies.plan import Layout, Plan
+from strategies.plan import Plan
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_70B, SMOL, box, with_devices
@@ -22,24 +24,28 @@ from tests.unit.machines import LLAMA_70B, SMOL, box, with_devices
 WORKLOAD = Workload(prompt_tokens=100, output_tokens=11, concurrency=2)
 PAIR = box("h100", 2)
 PLAN = plan(SMOL, PAIR, WORKLOAD, "bfloat16")
-TP1, TP2, PP2, DP2 = (Layout.parse(name) for name in ("tp1", "tp2", "pp2", "dp2"))
-TOKENS = ((1, 2), (3, 4))
+HEAVY = replace(WORKLOAD, concurrency=32)
 
 
-def trial(ttft_ms: float, tpot_ms: float, rate: float, tokens: Any = TOKENS, **more: Any) -> Trial:
+def trial(ttft_ms: float, tpot_ms: float, rate: float, tokens: str = "same", **more: Any) -> Trial:
     return Trial(Measured(ttft_ms / 1e3, tpot_ms / 1e3, rate), tokens, **more)
 
 
 TRIALS = {
-    TP1: trial(20, 3, 500),  # 20 + 10 × 3 = 50 ms a request
-    TP2: trial(30, 1, 400, ((1, 2), (3, 5))),  # 40 ms
-    PP2: trial(90, 9, 100),
-    DP2: Trial(None, failure="dp2: one GPU is held by another"),
+    "tp1": trial(20, 3, 500),  # 20 + 10 × 3 = 50 ms a request
+    "tp2": trial(30, 1, 400, "others"),  # 40 ms
+    "pp2": trial(90, 9, 100),
+    "dp2": Trial(None, failure="dp2: one GPU is held by another"),
 }
 
 
-def compared(made: Plan = PLAN, trials: Mapping[Layout, Trial] = TRIALS) -> dict[str, Any]:
-    return json.loads(json.dumps(comparison_to_json(made, trials, WORKLOAD, PAIR)))
+def comparison(made: Plan = PLAN, trials: Mapping[str, Trial] = TRIALS) -> Comparison:
+    at_two = {name: {2: one} for name, one in trials.items()}
+    return Comparison({2: made}, at_two, WORKLOAD, PAIR, "bfloat16")
+
+
+def compared(made: Plan = PLAN, trials: Mapping[str, Trial] = TRIALS) -> dict[str, Any]:
+    return json.loads(json.dumps(comparison_to_json(comparison(made, trials))))
 
 
 def by_layout(found: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +54,7 @@ def by_layout(found: dict[str, Any]) -> dict[str, Any]:
 
 def test_the_object_is_the_plans_with_results() -> None:
     found = compared()
-    assert list(found) == ["model", "machine", "workload", "chosen", "candidates", "verdicts"]
+    assert {"model", "machine", "workload", "chosen", "candidates", "verdicts"} <= set(found)
     tp2 = by_layout(found)["tp2"]
     assert {"layout", "feasible", "reason", "predicted", "breakdown", "results", "outputs"} == set(tp2)
     (result,) = tp2["results"]
@@ -80,24 +86,27 @@ def test_a_layout_that_could_not_be_run_says_why() -> None:
 def test_outputs_in_float32_are_the_first_ones_tokens() -> None:
     said = {name: candidate["outputs"] for name, candidate in by_layout(compared()).items()}
     assert said == {"tp1": "equal", "tp2": "different", "pp2": "equal", "dp2": None}
-    assert outputs(Layout.parse("tp2pp2"), TRIALS) is None
+    assert outputs(comparison(), "tp2pp2") is None
 
 
 def test_outputs_in_half_precision_are_logits_within_the_slack() -> None:
-    near = trial(1, 1, 1, ((9, 9),), forced_error=0.010, allowed_error=0.015)
+    near = trial(1, 1, 1, "others", forced_error=0.010, allowed_error=0.015)
     far = trial(1, 1, 1, forced_error=0.016, allowed_error=0.015)
-    trials = {TP1: trial(1, 1, 1), TP2: near, PP2: far}
-    assert (outputs(TP2, trials), outputs(PP2, trials)) == ("equal", "different")
+    made = comparison(trials={"tp1": trial(1, 1, 1), "tp2": near, "pp2": far})
+    assert (outputs(made, "tp2"), outputs(made, "pp2")) == ("equal", "different")
 
 
-def test_outputs_are_compared_within_a_format() -> None:
-    other = ((7, 7),)
-    eight, split = Layout.parse("tp1+int8"), Layout.parse("tp2+int8")
-    alone = {TP1: trial(1, 1, 1), eight: trial(1, 1, 1, other)}
-    assert outputs(eight, alone) is None
-    both = alone | {split: trial(1, 1, 1, other)}
-    assert (outputs(eight, both), outputs(split, both)) == ("equal", "equal")
-    assert outputs(split, both | {split: trial(1, 1, 1)}) == "different"
+def test_outputs_are_compared_within_a_format_and_a_load() -> None:
+    one = Comparison({2: PLAN}, {"tp1": {2: trial(1, 1, 1)}}, WORKLOAD, PAIR, "float32")
+    eight = trial(1, 1, 1, "in 8 bits")
+    alone = replace(one, trials={**one.trials, "tp1+int8": {2: eight}})
+    assert outputs(alone, "tp1+int8") is None
+    both = replace(one, trials={**one.trials, "tp1+int8": {2: eight}, "tp2+int8": {2: eight}})
+    assert (outputs(both, "tp1+int8"), outputs(both, "tp2+int8")) == ("equal", "equal")
+    assert (
+        outputs(replace(both, trials={**both.trials, "tp2+int8": {2: trial(1, 1, 1)}}), "tp2+int8")
+        == "different"
+    )
 
 
 def test_verdicts_name_the_choice_the_winner_and_the_loss() -> None:
@@ -113,10 +122,10 @@ def test_verdicts_name_the_choice_the_winner_and_the_loss() -> None:
 
 
 def test_a_wrong_choice_is_regretted() -> None:
-    slow = {candidate.layout: trial(20, 3, 500) for candidate in PLAN.candidates}
+    slow = {candidate.layout.name: trial(20, 3, 500) for candidate in PLAN.candidates}
     assert {v["regret_percent"] for v in compared(trials=slow)["verdicts"]} >= {0}
     assert PLAN.chosen is not None
-    slow[PLAN.chosen.layout] = trial(40, 6, 250)  # twice as long
+    slow[PLAN.chosen.layout.name] = trial(40, 6, 250)  # twice as long
     latency = next(v for v in compared(trials=slow)["verdicts"] if v["objective"] == "latency")
     assert latency["chosen"] == PLAN.chosen.dims.name
     assert latency["regret_percent"] == pytest.approx(100)
@@ -129,22 +138,62 @@ def test_nothing_measured_has_no_verdict() -> None:
 
 
 def test_devices_are_told_with_what_they_did() -> None:
-    hot = Vitals("GPU-1", 1980, 2619, 71, 412.5, 700.0, ("power",))
-    (device,) = by_layout(compared(trials={TP1: trial(1, 1, 1, vitals=(hot,))}))["tp1"]["results"][0][
-        "devices"
-    ]
-    assert device == {
-        "uuid": "GPU-1",
-        "sm_clock_mhz": 1980,
-        "temperature_c": 71,
-        "watts": 412.5,
-        "throttled_by": ["power"],
+    hot = Health("GPU-1", 1980.0, 71, 412.5, 800.0, {"power cap": 0.5, "sync boost": 0.01})
+    trials = {"tp1": trial(1, 1, 1, health=(hot,), joules_per_token=0.25)}
+    (result,) = by_layout(compared(trials=trials))["tp1"]["results"]
+    (device,) = result["devices"]
+    assert (device["uuid"], device["watts"], device["temperature_c"]) == ("GPU-1", 412.5, 71)
+    assert result["joules_per_token"] == 0.25
+    assert result["throttled_by"] == ["power cap", "sync boost"]
+    cool = replace(hot, throttled_by={"power cap": 0.01})
+    assert trial(1, 1, 1, health=(cool,)).throttled_by == ()
+
+
+def swept() -> Comparison:
+    """tp1 and tp2 at 2 and at 32 at once; an endpoint beside them."""
+    trials = {
+        "tp1": {2: trial(20, 3, 500), 32: trial(40, 8, 3000)},
+        "tp2": {2: trial(30, 1, 400), 32: trial(60, 9, 2000)},
     }
+    plans = {2: PLAN, 32: plan(SMOL, PAIR, HEAVY, "bfloat16")}
+    beside = {"http://127.0.0.1:8000/v1": {32: trial(70, 7, 2500)}}
+    return Comparison(plans, trials, WORKLOAD, PAIR, "bfloat16", beside)
 
 
-def rendered(made: Plan, trials: Mapping[Layout, Trial], width: int) -> list[str]:
+def test_each_load_has_its_own_prediction_and_verdicts() -> None:
+    found = json.loads(json.dumps(comparison_to_json(swept())))
+    assert found["concurrencies"] == [2, 32]
+    light, heavy = by_layout(found)["tp1"]["results"]
+    assert (light["concurrency"], heavy["concurrency"]) == (2, 32)
+    assert light["predicted"] != heavy["predicted"]
+    winners = {(v["concurrency"], v["objective"]): v["winner"] for v in found["verdicts"]}
+    assert winners[2, "latency"] == "tp2"  # 40 ms against 50
+    assert winners[32, "latency"] == "tp1"
+    assert all({"pp2", "dp2"} <= set(v["not_measured"]) for v in found["verdicts"])
+    assert found["against"][0]["results"][0]["measured"]["tpot_ms"] == 7
+
+
+def test_a_rows_figures_are_those_of_the_object() -> None:
+    found = json.loads(json.dumps(comparison_to_json(swept())))
+    every = list(rows(found))
+    assert [(row["layout"], row["concurrency"]) for row in every if "http" not in str(row["layout"])] == [
+        (candidate["layout"], result["concurrency"])
+        for candidate in found["candidates"]
+        for result in candidate["results"]
+    ]
+    assert every[-1]["layout"] == "http://127.0.0.1:8000/v1"
+    read = list(csv.DictReader(io.StringIO(to_csv(found))))
+    heavy = next(row for row in read if (row["layout"], row["concurrency"]) == ("tp1", "32"))
+    assert float(heavy["tpot_ms_measured"]) == 8
+    predicted = float(heavy["tpot_ms_predicted"])
+    assert float(heavy["tpot_ms_error_percent"]) == pytest.approx(100 * (predicted - 8) / 8, abs=0.01)
+    limit = float(heavy["output_tokens_per_s_predicted"]) / float(heavy["share_of_limit_predicted"])
+    assert float(heavy["share_of_limit_measured"]) == pytest.approx(3000 / limit, rel=0.01)
+
+
+def rendered(made: Plan, trials: Mapping[str, Trial], width: int) -> list[str]:
     console = Console(file=io.StringIO(), width=width)
-    console.print(comparison_table(made, trials))
+    console.print(comparison_table(comparison(made, trials), 2))
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
@@ -161,14 +210,14 @@ def test_nothing_in_the_table_is_cut_off(width: int) -> None:
 def test_large_figures_and_long_names_fit_too() -> None:
     eight = box("h100", 8)
     made = plan(LLAMA_70B, eight, replace(WORKLOAD, concurrency=256), "bfloat16")
-    trials = {c.dims: trial(98_765, 1_234, 12_345.6) for c in made.candidates if c.feasible}
+    trials = {c.layout.name: trial(98_765, 1_234, 12_345.6) for c in made.candidates if c.feasible}
     lines = rendered(made, trials, 80)
     assert not any("…" in line for line in lines)
     assert any(line.split()[:1] == ["tp2pp2dp2"] for line in lines)
 
 
 def test_people_are_told_what_was_best(capsys: pytest.CaptureFixture[str]) -> None:
-    show_comparison(PLAN, TRIALS, WORKLOAD, PAIR, "bfloat16")
+    show_comparison(comparison())
     out = capsys.readouterr().out
     assert "2 requests at once of 100 prompt + 11 output tokens" in " ".join(out.split())
     assert "For throughput the plan chose" in out
@@ -176,7 +225,7 @@ def test_people_are_told_what_was_best(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def test_people_get_a_plan_where_nothing_was_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    show_comparison(PLAN, {}, WORKLOAD, PAIR, "bfloat16")
+    show_comparison(comparison(trials={}))
     out = capsys.readouterr().out
     assert "share of" in out
     assert "meas." not in out
@@ -185,7 +234,7 @@ def test_people_get_a_plan_where_nothing_was_measured(capsys: pytest.CaptureFixt
 def test_people_get_the_ways_out_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     small = with_devices(PAIR, free_bytes=10**9, memory_bytes=10**9)
     made = plan(LLAMA_70B, small, WORKLOAD, "bfloat16")
-    show_comparison(made, {}, WORKLOAD, small, "bfloat16")
+    show_comparison(Comparison({2: made}, {}, WORKLOAD, small, "bfloat16"))
     out = capsys.readouterr().out
     assert "Does not fit:" in out
     assert "No layout of Llama-3.3-70B fits" in out

@@ -1,0 +1,120 @@
+"""A comparison for people, on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from launch.plan import WIDTH, bullets, heading, plan_table, rejections
+from launch.report import Comparison, error_percent, outputs, verdicts
+from launch.trial import Measured, Trial
+from strategies.explain import ms
+from strategies.plan import Estimate
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+
+def show_comparison(made: Comparison) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    if not console.is_terminal:
+        console.width = WIDTH
+    for n, plan in made.plans.items():
+        console.print(heading(plan, made.topology, made.load(n), made.dtype), "", sep="\n")
+        if made.trials:
+            console.print(comparison_table(made, n), "", sep="\n")
+        elif plan.chosen is not None:
+            console.print(plan_table(plan))
+    for part in rejections(made.plan):
+        console.print(part)
+    if made.plan.chosen is None:
+        console.print(bullets(made.plan.explanation))
+    for line in (*sentences(verdicts(made)), *_health(made), *_failures(made)):
+        console.print(line)
+
+
+def comparison_table(made: Comparison, concurrency: int) -> Table:
+    """Predicted, measured and signed error of each feasible layout, best prediction first."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)  # 80 columns, with room for long names
+    table.add_column("\nlayout", no_wrap=True)
+    for metric in ("TTFT ms", "TPOT ms", "tok/s"):
+        for column in (f"{metric}\npred.", "\nmeas.", "\nerror"):
+            table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("\noutputs", no_wrap=True)
+    plan = made.plans[concurrency]
+    for candidate in plan.candidates:
+        if candidate.estimate is not None and candidate.not_runnable is None:
+            name = candidate.layout.name
+            trial = made.trial(name, concurrency)
+            cells = _cells(candidate.estimate, None if trial is None else trial.measured)
+            style = "bold" if candidate is plan.chosen else None
+            told = outputs(made, name) if trial is not None else None
+            table.add_row(name, *cells, told or "", style=style)
+    for url, trials in made.against.items():
+        if concurrency in trials:
+            table.add_row(_host(url), *_cells(None, trials[concurrency].measured), "")
+    return table
+
+
+def _host(url: str) -> str:
+    return url.partition("://")[2].partition("/")[0]
+
+
+def _cells(predicted: Estimate | None, measured: Measured | None) -> list[str]:
+    def number(value: float, is_time: bool) -> str:
+        return ms(value).removesuffix(" ms") if is_time else f"{value:,.{1 if value < 100 else 0}f}"
+
+    cells: list[str] = []
+    for name, is_time in (("ttft_s", True), ("tpot_s", True), ("output_tokens_per_s", False)):
+        value = None if predicted is None else getattr(predicted, name)
+        cells.append("" if value is None else number(value, is_time))
+        if measured is None:
+            cells += ["", ""]
+            continue
+        real = getattr(measured, name)
+        error = None if value is None else error_percent(value, real)
+        cells += [number(real, is_time), "" if error is None else f"{error:+.0f}%"]
+    return cells
+
+
+def sentences(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
+    several = len({verdict["concurrency"] for verdict in found}) > 1
+    for verdict in found:
+        objective, chosen, winner = verdict["objective"], verdict["chosen"], verdict["winner"]
+        where = f" at {verdict['concurrency']} at once" if several else ""
+        if chosen == winner:
+            yield f"For {objective}{where} the plan chose {chosen}, and {chosen} was best."
+        else:
+            loss = f"by {verdict['regret_percent']:.1f}%"
+            yield f"For {objective}{where} the plan chose {chosen}; {winner} was best, {loss}."
+
+
+def _health(made: Comparison) -> Iterator[str]:
+    for name, trials in made.trials.items():
+        for n, trial in sorted(trials.items()):
+            if trial.health:
+                yield f"{name}, {n} at once: {_of_gpus(trial)}"
+
+
+def _of_gpus(trial: Trial) -> str:
+    gpus = []
+    for h in trial.health:
+        facts = ((h.sm_clock_mhz, "MHz"), (h.temperature_c, "°C"), (h.watts, "W"))
+        gpus.append(" ".join(f"{value:.0f} {unit}" for value, unit in facts if value is not None))
+    told = "; ".join(gpus)
+    if trial.joules_per_token is not None:
+        told += f"; {trial.joules_per_token:.2f} J a token"
+    if trial.throttled_by:
+        told += f"; THROTTLED by {', '.join(trial.throttled_by)}"
+    return told
+
+
+def _failures(made: Comparison) -> Iterator[str]:
+    for name, trials in (*made.trials.items(), *made.against.items()):
+        for failure in dict.fromkeys(t.failure for t in trials.values() if t.failure is not None):
+            yield f"{name} could not be run: {failure}"

@@ -57,7 +57,8 @@ class Ranks(Protocol):
     """What measuring and proving need of processes: Children, or a stand-in in the same process."""
 
     def each(self, job: Callable[..., T], args: Sequence[Sequence[object]], limit_s: float) -> list[T]:
-        """`job(*args[rank])` on the first len(args) ranks at once, and what they returned. Raises ChildFailed."""
+        """`job(*args[rank])` on the first len(args) ranks at once, and what they returned. Raises ChildFailed, also
+        where none of them is heard of for `limit_s`."""
 
     def close(self) -> None: ...
 
@@ -134,7 +135,8 @@ class Children:
             ready = wait(list(waiting), max(0.0, deadline - time.monotonic()))
             if not ready:
                 silent = min(waiting.values())
-                raise ChildFailed(silent, Failure.HUNG, f"no answer in {limit_s:g} s")
+                raise ChildFailed(silent, Failure.HUNG, f"no sign of life for {limit_s:g} s")
+            deadline = time.monotonic() + limit_s
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 self._take(children, waiting[pipe], pipe, answers)
@@ -145,6 +147,8 @@ class Children:
             kind, value = pipe.recv()
         except (EOFError, ConnectionResetError):
             raise ChildFailed(rank, Failure.CRASHED, children[rank].obituary()) from None
+        if kind == "alive":
+            return
         if kind == "said":
             self._said(value)
         elif kind == "raised":
@@ -192,6 +196,12 @@ def say(line: str) -> None:
     """Tells the parent how far a job is."""
     if _pipe is not None:
         _pipe.send(("said", line))
+
+
+def alive() -> None:
+    """Tells the parent that a job which takes long has not hung."""
+    if _pipe is not None:
+        _pipe.send(("alive", None))
 
 
 def _ready() -> None:

@@ -47,8 +47,8 @@ class Target:
     probe_s: float  # a probe repeats for about this long
 
     def open(self) -> torch.device:
+        torch.set_num_threads(self.threads)
         if self.kind == "cpu":
-            torch.set_num_threads(self.threads)
             return torch.device("cpu")
         # CUDA may count the cards in another order than NVML does.
         uuids = [f"GPU-{torch.cuda.get_device_properties(i).uuid}" for i in range(torch.cuda.device_count())]

@@ -84,7 +84,7 @@ def test_one_wrong_bit_is_found_and_the_honest_wire_is_proved_beside_it(climb: C
 @pytest.mark.parametrize(
     ("job", "limit_s", "outcome", "evidence"),
     [
-        (stop, 2, Outcome.HUNG, "no answer in 2 s"),
+        (stop, 2, Outcome.HUNG, "no sign of life for 2 s"),
         (crash, 60, Outcome.CRASHED, "killed by SIGKILL: NCCL WARN a last word"),
     ],
 )

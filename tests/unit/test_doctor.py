@@ -323,12 +323,17 @@ MACHINES: dict[str, tuple[MachineFacts, Severity, str, str]] = {
         on(
             dual_h100(),
             proof=failed(
-                "writes between peers", None, Outcome.HUNG, "no answer in 15 s", "turn off ACS", *SOUND.steps
+                "writes between peers",
+                None,
+                Outcome.HUNG,
+                "no sign of life for 15 s",
+                "turn off ACS",
+                *SOUND.steps,
             ),
         ),
         WARNING,
         "writes between peers, not trusted",
-        "hung: no answer in 15 s",
+        "hung: no sign of life for 15 s",
     ),
     "peer access granted, data wrong": (
         on(

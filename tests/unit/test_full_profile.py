@@ -72,7 +72,7 @@ class Probes:
         name = job.__name__
         self.asked.append(name)
         if self.hangs(name, tuple(args[0])):
-            raise ChildFailed(1, Failure.HUNG, f"no answer in {limit_s:g} s")
+            raise ChildFailed(1, Failure.HUNG, f"no sign of life for {limit_s:g} s")
         if name == "sweep":
             return [swept(own[-1]) for own in args]
         if name == "host_copies":
@@ -155,7 +155,7 @@ def test_a_collective_that_hangs_is_told_of_and_costs_no_other(probes: Probes, t
     probes.hangs = lambda name, args: name == "sweep" and args[-1].ops == (Op.ALL_TO_ALL,)  # type: ignore[attr-defined]
     said: list[str] = []
     profile = full(tmp_path, said.append)
-    assert profile.absent == {"all-to-all of 2 ranks by nccl": "rank 1 hung: no answer in 60 s"}
+    assert profile.absent == {"all-to-all of 2 ranks by nccl": "rank 1 hung: no sign of life for 60 s"}
     assert {c.op for c in profile.curves if c.path is Path.NCCL} == set(Op) - {Op.ALL_TO_ALL}
     assert any("hung" in line for line in said)
 

@@ -60,7 +60,7 @@ def climbed(
 
 
 def hung(rank: int = 0) -> ChildFailed:
-    return ChildFailed(rank, Failure.HUNG, "no answer in 15 s")
+    return ChildFailed(rank, Failure.HUNG, "no sign of life for 15 s")
 
 
 def test_sound_links_are_all_trusted_and_nothing_is_changed() -> None:

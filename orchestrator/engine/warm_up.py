@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import partial
+from types import ModuleType
 from typing import cast
 
 import numpy as np
@@ -26,9 +29,38 @@ def compile_kernels(model: Transformer, cache: KVCache, slots: DeviceSlots) -> N
     """Runs each kernel once, on what has no meaning, in the scratch slot. No collectives."""
     device = cache.keys[0].device
     on_device = (torch.cuda.set_device, (device,)) if device.type == "cuda" else (None, ())
-    with ThreadPoolExecutor(THREADS, "compile", *on_device) as pool:
+    with launchers_apart() as threads, ThreadPoolExecutor(threads, "compile", *on_device) as pool:
         for done in [pool.submit(_without_gradients, call) for call in _calls(model, cache, slots)]:
             done.result()
+
+
+@contextmanager
+def launchers_apart() -> Iterator[int]:
+    """How many threads may compile Triton's kernels at once.
+
+    Triton 3.6 imports a kernel's launcher as a module of one and the same name, and reads the function `launch` from
+    it. Where the file was imported before, for another kernel of the same signature, Python gives the module that was
+    imported last under the name, whose functions it replaces: a thread between import and reading may leave with
+    another kernel's launcher (seen: "function takes exactly 26 arguments (22 given)").
+    """
+    from triton.runtime import build
+
+    load, lock = getattr(build, "_load_module_from_path", None), threading.Lock()
+    if load is None:  # another version, which may or may not do the same
+        yield 1
+        return
+
+    def load_apart(name: str, path: str) -> ModuleType:
+        apart = ModuleType(name)
+        with lock:
+            apart.__dict__.update(vars(load(name, path)))
+        return apart
+
+    build._load_module_from_path = load_apart
+    try:
+        yield THREADS
+    finally:
+        build._load_module_from_path = load
 
 
 def _without_gradients(call: Callable[[], object]) -> None:

@@ -9,11 +9,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
+from launch.version import our_version
 
 if TYPE_CHECKING:
     from launch.batch_client import BatchClient
@@ -106,13 +106,6 @@ def source_of(args: argparse.Namespace) -> Source:
     sampling = {"max_tokens": args.max_tokens, "temperature": args.temperature}
     given = {name: value for name, value in sampling.items() if value is not None}
     return Source(args.file, args.column, args.chat, given)
-
-
-def our_version() -> str:
-    try:
-        return version("shardwise")
-    except PackageNotFoundError:  # run from its source
-        return "0.0.0"
 
 
 def _client(args: argparse.Namespace) -> BatchClient:

@@ -18,6 +18,7 @@ from cluster.errors import ShardwiseError, UserError
 
 CONNECT_S = 2.0  # a wrong address is told at once
 TIMEOUT_S = 60.0
+RANGE_IS_OVER = 416
 _BLOCK = 2**20
 
 
@@ -54,6 +55,11 @@ class BatchClient:
             "POST", path, json.dumps(body).encode(), {"content-type": "application/json"}, TIMEOUT_S
         )
 
+    def text(self, path: str, *, timeout_s: float = TIMEOUT_S) -> str:
+        connection, response = self._ask("GET", path, None, {}, timeout_s)
+        with closing(connection):
+            return response.read().decode(errors="replace")
+
     def upload(self, path: Path) -> str:
         """→ the file's id. It is sent in pieces."""
         mark = uuid.uuid4().hex
@@ -81,6 +87,13 @@ class BatchClient:
         connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, {}, TIMEOUT_S)
         with closing(connection), to.open("wb") as file:
             shutil.copyfileobj(response, file, _BLOCK)
+
+    def piece(self, file_id: str, offset: int, most_bytes: int) -> bytes:
+        """Of a file, from `offset`; empty at its end."""
+        wanted = {"range": f"bytes={offset}-{offset + most_bytes - 1}"}
+        connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, wanted, TIMEOUT_S)
+        with closing(connection):
+            return b"" if response.status == RANGE_IS_OVER else response.read()
 
     def _json(
         self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float
@@ -118,7 +131,7 @@ class BatchClient:
         if response.status >= 500:
             connection.close()
             raise ServerGone(f"{self.address} answers {response.status} {response.reason}")
-        if response.status >= 400:
+        if response.status >= 400 and response.status != RANGE_IS_OVER:
             with closing(connection):
                 raise UserError(f"{self.address} refuses: {_reason(response.read())}")
         return connection, response

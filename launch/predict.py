@@ -10,6 +10,7 @@ from cluster.measure import measure
 from cluster.profile import apply
 from cluster.topology import Topology
 from launch.machine import as_measured, cache_directory, found_here
+from launch.nodes import free_machine
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
@@ -77,7 +78,10 @@ def planned(
     """The layout asked for, or the planner's choice. Raises NoFeasiblePlan, or BadLayout with the arithmetic."""
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
         return Planned(_unseen(options, dims), None, None)
-    topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
+    if options.address is not None:
+        topology = free_machine(options.address, options.device, progress)
+    else:
+        topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
     layouts = None if dims is None else [Layout(dims, FORMATS[options.format])]
     made = predict(options, topology, workload, layouts)
     if made.chosen is None:

@@ -135,5 +135,6 @@ def _join_as_client(address: str) -> None:
         ray.init(address, namespace=NAMESPACE, logging_level=logging.ERROR, configure_logging=False)
     except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
         ray.shutdown()
-        reason = str(error).strip().splitlines()[0]
-        raise PlacementFailed(f"no Ray cluster to join at {address}: {reason}") from None
+        raise PlacementFailed(
+            f"no Ray cluster to join at {address}: {' '.join(str(error).split())}"
+        ) from None

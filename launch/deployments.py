@@ -13,16 +13,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import UserError
 from cluster.life import Life
 from launch.batch_client import BatchClient, ServerGone
-from launch.keeper import ORDER, OVER, STARTING, STATE, started
+from launch.keeper import ORDER, OVER, SHARDWISE, STATE, State, started
 from launch.keeper_log import Cursor, read_log
 from launch.live import Live, live_of, told_by
 from launch.state import state_directory, up_directory
@@ -72,7 +73,7 @@ class Here:
 
     def describe(self) -> dict[str, Any]:
         order = _read(self.directory / ORDER)
-        state = _read(self.directory / STATE) or {"state": STARTING, "keeper_pid": 0, "keeper_started": ""}
+        state = _read(self.directory / STATE) or asdict(State())  # nobody came so far as to keep it
         if state["state"] not in OVER and not self._is_kept(state):
             state = {**state, "state": DEAD, "server_pid": None, "url": None}
         return {"name": self.name, "version": our_version(), "order": order.get("told", {}), **state}
@@ -110,7 +111,8 @@ class Here:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in (STATE, "log", "log.1"):
             (self.directory / name).unlink(missing_ok=True)
-        (self.directory / ORDER).write_text(json.dumps(order), encoding="utf-8")
+        told = json.dumps({"program": SHARDWISE, **order})
+        (self.directory / ORDER).write_text(told, encoding="utf-8")
         ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
         path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
         with (self.directory / "keeper.err").open("ab") as errors:
@@ -123,9 +125,9 @@ class Here:
                 env={**os.environ, "PYTHONPATH": path},
                 start_new_session=True,
             )
-        told = {"state": STARTING, "keeper_pid": keeper.pid, "keeper_started": started(keeper.pid) or ""}
+        begun = State(keeper_pid=keeper.pid, keeper_started=started(keeper.pid) or "", since_s=time.time())
         with contextlib.suppress(FileExistsError), (self.directory / STATE).open("x") as file:
-            json.dump({**told, "url": None, "server_pid": None, "restarts": 0, "failures": []}, file)
+            json.dump(asdict(begun), file)
 
     def _is_kept(self, state: Mapping[str, Any]) -> bool:
         since = started(state["keeper_pid"]) if state["keeper_pid"] else None
@@ -227,6 +229,12 @@ def opened(names: Sequence[str], address: str | None) -> Iterator[list[Deploymen
 
 
 def _of_cluster(names: Sequence[str], address: str, joined_to: ExitStack) -> list[Deployment]:
+    from launch.head import CLIENT, adopt, check_head, client_address, own_token
+
+    if address.startswith(CLIENT):
+        address, token = client_address(address), own_token()
+        check_head(address, None, token)
+        adopt(token)
     from cluster import detached
 
     joined_to.enter_context(detached.joined(address))

@@ -184,7 +184,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
 
         open_checkpoint(source, spec).verify()
     named = _named(args)
-    is_elsewhere = address is not None and args.device != "auto"  # who asks for it there has seen what is there
+    is_elsewhere = (
+        address is not None and args.device != "auto"
+    )  # who asks for it there has seen what is there
     device = args.device if is_elsewhere else _device(args.device)
     return EngineOptions(
         source=source,

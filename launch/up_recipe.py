@@ -29,7 +29,8 @@ from typing import Any
 from cluster.errors import BadRecipe
 from cluster.topology import Topology
 from launch.config import Fields, machine_of, read_sections
-from strategies.plan import ParallelDims
+from strategies.plan import Layout
+from strategies.runnable import check_layout
 from strategies.spec import BYTES_PER_ELEMENT, Objective
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -161,7 +162,7 @@ def _names(fields: Fields, key: str) -> Sequence[str]:
 def _layout(fields: Fields, key: str) -> Sequence[str]:
     name = fields.text(key)
     if name != "auto":
-        ParallelDims.parse(name)
+        check_layout(Layout.parse(name))
     return [name]
 
 

@@ -24,7 +24,9 @@ SERVING = "print('·   0.1 s  serving tiny on http://127.0.0.1:4321', flush=True
 
 
 @contextmanager
-def kept(directory: Path, script: str, *argv: str, has_served: bool = False) -> Iterator[tuple[Keeper, Callable[[], int]]]:
+def kept(
+    directory: Path, script: str, *argv: str, has_served: bool = False
+) -> Iterator[tuple[Keeper, Callable[[], int]]]:
     """A keeper at work in a thread, and a wait for its exit code."""
     program = (sys.executable, "-c", script)
     keeper = Keeper(argv, {}, directory, program=program, has_served=has_served)
@@ -75,7 +77,9 @@ def test_a_first_start_that_fails_is_told_with_its_words_and_not_tried_again(tmp
     assert list(failure.words) == ["shardwise serve: no such model"]
 
 
-def test_a_server_that_served_and_died_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_served_and_died_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keeping, "_BACKOFF_S", (0.01,))
     with kept(tmp_path, f"{SERVING}; import time; time.sleep(60)", "--port", "0") as (keeper, ended):
         first = until(keeper, lambda state: state.state == READY).server_pid
@@ -92,7 +96,9 @@ def test_a_server_that_served_and_died_is_started_again(tmp_path: Path, monkeypa
     assert b"killed by SIGKILL); starting it again" in read_log(tmp_path, None, last_lines=99)[1]
 
 
-def test_what_served_before_is_tried_until_it_serves_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_served_before_is_tried_until_it_serves_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(keeping, "_BACKOFF_S", (0.01, 0.02, 60.0))
     with kept(tmp_path, "raise SystemExit(2)", has_served=True) as (keeper, ended):
         state = until(keeper, lambda state: state.restarts == 2 and state.state == WAITING)

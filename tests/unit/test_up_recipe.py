@@ -51,7 +51,9 @@ def served(wanted: Wanted) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     serve.add_arguments(parser)
     return parser.parse_args(
-        wanted.arguments(device="cpu", key_file=wanted.key_file, address=wanted.address, batch_dir=wanted.batch_dir)
+        wanted.arguments(
+            device="cpu", key_file=wanted.key_file, address=wanted.address, batch_dir=wanted.batch_dir
+        )
     )
 
 
@@ -100,7 +102,12 @@ def test_little_is_enough_and_the_rest_is_as_serve_has_it(tmp_path: Path) -> Non
 
 def test_the_command_line_stands_in_for_the_recipe(tmp_path: Path) -> None:
     wanted = read(tmp_path, FULL, name="other", model="/models/x", address="auto", port=1)
-    assert (wanted.name, wanted.model, wanted.address, served(wanted).port) == ("other", "/models/x", "auto", 1)
+    assert (wanted.name, wanted.model, wanted.address, served(wanted).port) == (
+        "other",
+        "/models/x",
+        "auto",
+        1,
+    )
 
 
 def test_a_model_beside_the_recipe_is_told_by_its_whole_path(tmp_path: Path) -> None:

@@ -27,6 +27,7 @@ COMMANDS = {
     "status": "what is up and what it does: devices, plan, queue, tokens a second, failures",
     "logs": "what a deployment's server says",
     "batch": "answer a file of requests, by a server or in this process",
+    "quality": "what fewer bits cost: perplexity, divergence and agreement on a text",
     "profile": "prove the links of this machine and time all that plans are made of",
     "doctor": "what is here, what is wrong with it, and the fix",
 }

@@ -281,8 +281,8 @@ class CudaRunner:
         if not self.shard.is_last:
             return self._layers(batch, received_TE)
         ends = sampling_ends(rows)
-        # The first token stands in for what is missing. cuBLAS has a kernel for every few rows, and CUDA takes some 4 ms
-        # to load one at its first use: those of captured sizes are there.
+        # The first token stands in for what is missing. cuBLAS has a kernel for every few rows, and CUDA takes 4 ms to
+        # load one at its first use: those of captured sizes are there.
         wanted_R = np.pad(ends, (0, self._captured_size(len(ends)) - len(ends)))
         return self._layers(batch, received_TE, to_device(wanted_R, self._device))[: len(ends)]
 

@@ -79,4 +79,6 @@ class WorkerFailed(ShardwiseError):
 
 
 class GangDied(ShardwiseError):
-    was_killed = False  # by a signal that nothing it ran can have sent: a person, or a kernel short of memory
+    was_killed = (
+        False  # or stopped, by a signal that nothing it ran sent: a person did, or a kernel short of memory
+    )

@@ -58,6 +58,12 @@ def save(gang: Gang, directory: Path, name: str) -> Path:
     return path
 
 
+def is_stopped(gang: Gang) -> bool:
+    """Whether a signal stopped a member on this host: nothing that it ran did."""
+    here = [m.pid for m in gang.members if m.machine == machine()]
+    return any((_state(pid) or "").startswith("T") for pid in here)
+
+
 def _answered(call: Call | None) -> str:
     if call is None:
         return "(nothing)"

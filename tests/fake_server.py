@@ -1,4 +1,4 @@
-"""A server with a replica that answers by itself, as a process: `python -m tests.fake_server DIRECTORY STEP_S`.
+"""A server whose replica answers by itself, as a process: `python -m tests.fake_server DIRECTORY STEP_S [ANSWER]`.
 
 It says where it listens on standard output.
 """
@@ -20,10 +20,10 @@ from tests.fakes import TalkingReplica
 from tests.served_api import EOS, FACTS, LIMITS, PLAN, VOCAB, chat_text, says
 
 
-async def main(root: Path, step_s: float) -> None:
+async def main(root: Path, step_s: float, answer: str = "Hello") -> None:
     (root / "files").mkdir(exist_ok=True)
     listener = socket.create_server(("127.0.0.1", 0))
-    replica = TalkingReplica(says("Hello"), step_s=step_s)
+    replica = TalkingReplica(says(answer), step_s=step_s)
     async with Coordinator([replica], LIMITS, vocab=VOCAB, eos_ids=(EOS,), text=chat_text()) as coordinator:
         service = Service(coordinator, ["bytes"], PLAN, FACTS)
         files = FileStore(root / "files")
@@ -41,4 +41,4 @@ async def main(root: Path, step_s: float) -> None:
 
 
 if __name__ == "__main__":
-    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2])))
+    asyncio.run(main(Path(sys.argv[1]), float(sys.argv[2]), *sys.argv[3:]))

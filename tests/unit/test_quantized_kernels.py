@@ -98,3 +98,16 @@ def test_so_many_rows_go_where(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, MAX_ROWS, MAX_ROWS + 1, kernels.MIDDLE_ROWS, kernels.MIDDLE_ROWS + 1):
         kernels.quantized(torch.empty(rows, 64), of.codes, of.scales, None, 64)
     assert seen == ["stream", "stream", "dot", "dot", "widened"]
+
+
+def test_rows_in_float8_use_its_range() -> None:
+    """Odd columns, a row of zeros, a row of one huge number."""
+    x = randn(4, 300, dtype=torch.float32)
+    x[1] = 0
+    x[2, 7] = 1e6
+    small, scales = kernels.to_float8(x)
+    assert scales.shape == (4, 1)
+    torch.testing.assert_close(scales[0, 0], x[0].abs().max() / 448)
+    assert small.float().abs().amax(dim=1).tolist() == [448, 0, 448, 448]
+    wide = small.float() * scales
+    assert ((wide - x).abs() <= x.abs() / 16 + scales * 2**-9).all()  # three bits of mantissa, or the least step

@@ -29,18 +29,25 @@ _HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
 _LOOK_S = 0.1
 
 
-class Host:
-    """What the actor runs. Answers are of Python's own types: who asks may be of another version."""
+def _host() -> type:
+    """What the actor runs. Answers are of Python's own types: who asks may be of another version.
 
-    def __init__(self, hosted: type, args: tuple[object, ...]) -> None:
-        self._hosted = hosted(*args)
+    A class of a function's own, since Ray then carries it by value: its client's server on the head looks the class up,
+    and may not have this package on its path.
+    """
 
-    def call(self, method: str, args: tuple[object, ...]) -> tuple[Any, str, str]:
-        """→ what it returned, or the name and message of what it raised."""
-        try:
-            return getattr(self._hosted, method)(*args), "", ""
-        except Exception as error:  # of any kind: it is the caller's to judge
-            return None, type(error).__name__, str(error)
+    class Host:
+        def __init__(self, hosted: type, args: tuple[object, ...]) -> None:
+            self._hosted = hosted(*args)
+
+        def call(self, method: str, args: tuple[object, ...]) -> tuple[Any, str, str]:
+            """→ what it returned, or the name and message of what it raised."""
+            try:
+                return getattr(self._hosted, method)(*args), "", ""
+            except Exception as error:  # of any kind: it is the caller's to judge
+                return None, type(error).__name__, str(error)
+
+    return Host
 
 
 class Detached:
@@ -102,7 +109,7 @@ def start(name: str, hosted: type, args: tuple[object, ...], *, may_move: bool) 
         "scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=may_move),
     }
     try:
-        return Detached(name, ray.remote(Host).options(**options).remote(hosted, args))
+        return Detached(name, ray.remote(_host()).options(**options).remote(hosted, args))
     except ValueError as error:
         raise PlacementFailed(f"{name} is up already: {error}. shardwise down {name} ends it") from None
 

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import BadRequest
 from launch.batch_client import BatchClient, ServerGone
-from launch.keeper import STATE, Keeper, on_port
+from launch.keeper import SHARDWISE, STATE, Keeper, on_port
 from launch.keeper_log import LOG, OLDER, Cursor, read_log
 from launch.live import told_by
 from launch.state import coordinator_directory
@@ -51,7 +51,8 @@ class Gateway:
             argv += ["--api-key-file", str(directory / KEYS)]
         before = _before(directory, str(order["run"]))
         argv = on_port(argv, before or "0")
-        self._keeper = Keeper(argv, order["environment"], directory, has_served=before is not None)
+        served = before is not None
+        self._keeper = Keeper(argv, order["environment"], directory, has_served=served, program=SHARDWISE)
         self._keeping = threading.Thread(target=self._keeper.run, daemon=True)
         self._keeping.start()
 

@@ -68,7 +68,7 @@ def check_head(address: str, dashboard: str | None, token: Token | None) -> str:
         asked.add_header("Authorization", f"Bearer {token.value}")
     try:
         with urlopen(asked, timeout=LOOK_S) as answer:
-            _check_version(address, str(json.load(answer).get("ray_version", "")))
+            theirs = str(json.load(answer).get("ray_version", ""))
     except HTTPError as error:
         if error.code in (401, 403):
             raise UserError(_refused(address, token)) from None
@@ -76,6 +76,7 @@ def check_head(address: str, dashboard: str | None, token: Token | None) -> str:
     except (OSError, ValueError, AttributeError):
         _knock(address, parts.hostname or "", parts.port or CLIENT_PORT)
         return f"no dashboard answers at {url} (--dashboard says where it is): neither version nor token is checked"
+    _check_version(address, theirs)
     return ""
 
 

@@ -27,6 +27,10 @@ _PREFIX = "shardwise:"
 _CALLS_AT_ONCE = 32
 _HEAD = "node:__internal_head__"  # a resource that Ray gives to the head alone
 _LOOK_S = 0.1
+_CLIENT_ATTEMPTS = 3
+_SLOW_START = (
+    "Starting Ray client server failed"  # a head that has much to do starts a client's process too late
+)
 
 
 def _host() -> type:
@@ -84,6 +88,7 @@ class Detached:
 def joined(address: str) -> Iterator[None]:
     """In the cluster at HOST:PORT, "auto", or through the client at ray://HOST:PORT. Raises PlacementFailed."""
     if address.startswith(CLIENT):
+        logging.getLogger("ray.util.client").setLevel(logging.ERROR)
         _join_as_client(address)
     else:
         join(address)
@@ -137,11 +142,13 @@ def gcs_address() -> str:
 
 
 def _join_as_client(address: str) -> None:
-    logging.getLogger("ray.util.client").setLevel(logging.ERROR)
-    try:
-        ray.init(address, namespace=NAMESPACE, logging_level=logging.ERROR, configure_logging=False)
-    except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-        ray.shutdown()
-        raise PlacementFailed(
-            f"no Ray cluster to join at {address}: {' '.join(str(error).split())}"
-        ) from None
+    for attempt in range(1, _CLIENT_ATTEMPTS + 1):
+        try:
+            ray.init(address, namespace=NAMESPACE, logging_level=logging.ERROR, configure_logging=False)
+            return
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            ray.shutdown()
+            reason = " ".join(str(error).split())
+            if _SLOW_START in reason and attempt < _CLIENT_ATTEMPTS:
+                continue
+            raise PlacementFailed(f"no Ray cluster to join at {address}: {reason}") from None

@@ -101,9 +101,9 @@ def _ask(args: argparse.Namespace, client: Server) -> int:
     if args.verb == "cancel":
         _show(args, client.post(f"/v1/batches/{args.id}/cancel", {}))
         return 0
-    batch = client.get(f"/v1/batches/{args.id}")
     if args.verb == "wait":
-        return _wait(args, client, batch)
+        return _wait(args, client, args.id)
+    batch = client.get(f"/v1/batches/{args.id}")
     if args.verb == "results":
         return _results(args, client, batch)
     _show(args, batch)
@@ -139,20 +139,21 @@ def _submit(args: argparse.Namespace, client: Server) -> int:
         _show(args, batch, short=True)
         return 0
     progress.say(f"batch {batch['id']}")
-    return _wait(args, client, batch) if args.output is None else _wait_and_write(args, client, batch)
+    job = str(batch["id"])
+    return _wait(args, client, job) if args.output is None else _wait_and_write(args, client, job)
 
 
-def _wait_and_write(args: argparse.Namespace, client: Server, batch: Mapping[str, Any]) -> int:
+def _wait_and_write(args: argparse.Namespace, client: Server, job: str) -> int:
     from launch.batch_follow import follow
 
-    batch = follow(client, batch, _progress(args))
+    batch = follow(client, job, _progress(args))
     return _results(args, client, batch)
 
 
-def _wait(args: argparse.Namespace, client: Server, batch: Mapping[str, Any]) -> int:
+def _wait(args: argparse.Namespace, client: Server, job: str) -> int:
     from launch.batch_follow import follow
 
-    batch = follow(client, batch, _progress(args))
+    batch = follow(client, job, _progress(args))
     _show(args, batch)
     return 0 if batch["status"] == "completed" else 1
 

@@ -31,20 +31,15 @@ def submit(server: Server, source: Source, progress: Progress) -> dict[str, Any]
     return server.post("/v1/batches", asked)
 
 
-def follow(client: Server, batch: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
+def follow(server: Server, job: str, progress: Progress) -> Mapping[str, Any]:
     """Until it is over. A server that does not answer is waited for: the batch goes on when it is back."""
-    begun_s = seen_s = time.monotonic()
+    batch = patiently(server, job)
     counts = batch["request_counts"]
-    before = counts["completed"] + counts["failed"]
-    with progress.bar(f"{batch['id']}", unit_is_bytes=False) as bar:
+    begun_s, before = time.monotonic(), counts["completed"] + counts["failed"]
+    with progress.bar(job, unit_is_bytes=False) as bar:
         while batch["status"] not in OVER:
             time.sleep(POLL_S[time.monotonic() - begun_s > 10])
-            try:
-                batch, seen_s = client.get(f"/v1/batches/{batch['id']}"), time.monotonic()
-            except ServerGone:
-                if time.monotonic() - seen_s > PATIENCE_S:
-                    raise
-                continue
+            batch = patiently(server, job)
             counts = batch["request_counts"]
             bar.update(counts["completed"] + counts["failed"], counts["total"])
     done, seconds = counts["completed"] + counts["failed"] - before, time.monotonic() - begun_s
@@ -52,3 +47,15 @@ def follow(client: Server, batch: Mapping[str, Any], progress: Progress) -> Mapp
         f"{batch['status']}: {done} requests in {seconds:.1f} s, {done / max(seconds, 1e-9):.1f} a second"
     )
     return batch
+
+
+def patiently(server: Server, job: str) -> Mapping[str, Any]:
+    """The batch, once the server answers. Raises ServerGone after PATIENCE_S."""
+    begun_s = time.monotonic()
+    while True:
+        try:
+            return server.get(f"/v1/batches/{job}")
+        except ServerGone:
+            if time.monotonic() - begun_s > PATIENCE_S:
+                raise
+            time.sleep(POLL_S[1])

@@ -83,7 +83,7 @@ class Client:
 
     def wait(self, job: str) -> dict[str, Any]:
         """Until it is over. A server that has gone is waited for: the job goes on when it is back."""
-        return dict(follow(self._server, self.status(job), self._progress))
+        return dict(follow(self._server, job, self._progress))
 
     def results(self, job: str) -> Iterator[dict[str, Any]]:
         """Lines of the output, then those of the error file, in the order in which they were done."""

@@ -165,26 +165,35 @@ def _counted(names: Sequence[str]) -> str:
 
 def _there(wanted: Wanted, progress: Progress, joined_to: ExitStack) -> Deployment:
     from cluster import detached
-    from launch.gateway import Gateway
-    from launch.serve import read_keys
 
     assert wanted.address is not None
     if wanted.name in recorded() and recorded()[wanted.name] is None:
         raise UserError(_other(wanted.name, "on this machine"))
-    keys = read_keys(wanted.key_file)
     progress.say(f"connecting to the Ray cluster at {wanted.address}")
     joined_to.enter_context(detached.joined(wanted.address))
+    deployment = bring_up(wanted, progress, replace=False)
+    record_there(wanted.name, wanted.address)
+    return deployment
+
+
+def bring_up(wanted: Wanted, progress: Progress, *, replace: bool) -> There:
+    """In the cluster that this process has joined. `replace` what is up with another recipe. Raises UserError."""
+    from cluster import detached
+    from launch.gateway import Gateway
+    from launch.serve import read_keys
+
+    keys, where = read_keys(wanted.key_file), str(wanted.address)
     device = wanted.device or ("cuda" if detached.has_gpus() else "cpu")
     address, batches = detached.gcs_address(), wanted.batch_dir  # by default beside the log, on the head
     argv = ["serve", *wanted.arguments(device=device, key_file=None, address=address, batch_dir=batches)]
     digest = _digest(argv, keys)
     known = detached.find(wanted.name)
     if known is not None:
-        deployment = There(wanted.name, wanted.address, known)
+        deployment = There(wanted.name, where, known)
         told = deployment.describe()
-        if told["state"] not in OVER:
+        is_other = told["order"].get("digest") != digest
+        if told["state"] not in OVER and not (replace and is_other):
             _check_same(told, digest, progress)
-            record_there(wanted.name, wanted.address)
             return deployment
         deployment.forget()
     environment = {"CUDA_VISIBLE_DEVICES": None} if device == "cuda" else {}
@@ -196,9 +205,8 @@ def _there(wanted: Wanted, progress: Progress, joined_to: ExitStack) -> Deployme
         "told": {"digest": digest},
     }
     actor = detached.start(wanted.name, Gateway, (wanted.name, order), may_move=wanted.batch_dir is not None)
-    record_there(wanted.name, wanted.address)
     progress.say(f"starting {wanted.name} on the cluster's head; its log: shardwise logs {wanted.name} -f")
-    return There(wanted.name, wanted.address, actor)
+    return There(wanted.name, where, actor)
 
 
 # --- either -------------------------------------------------------------------------------------------------

@@ -96,6 +96,8 @@ def _measure(
     from launch import compare_against
     from launch.compare_journal import key_of, open_journal
     from launch.compare_run import Sweep, facts_of
+    from launch.predict import shelf_of
+    from launch.report import kept_of
 
     compare_against.check(args.against)
     workload, topology = comparison.workload, comparison.topology
@@ -121,6 +123,7 @@ def _measure(
         if journal.trials:
             _show(done, as_json=args.json)
             _write(done, folder, progress)
+            shelf_of(options, topology).add(list(kept_of(done)))
     if not journal.trials:
         _show(comparison, as_json=args.json)
 

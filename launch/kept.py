@@ -1,28 +1,56 @@
-"""A command that ends with who started it: `python -m launch.kept PARENT_PID COMMAND …`, for launch/keeper.py."""
+"""Measurements of earlier comparisons, kept beside the machine's profile, for the plans that come after."""
 
 from __future__ import annotations
 
-import ctypes
-import os
-import signal
-import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
-_DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG, linux/prctl.h
+import msgspec
 
+from cluster.profile import fingerprint_of, key_of, write_whole
+from cluster.topology import Topology
+from strategies.kept import Kept
+from strategies.spec import ModelSpec
 
-def bound(parent: int) -> None:
-    """From now on this process is killed when the thread that started it ends."""
-    ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
-    if os.getppid() != parent:  # it was gone before we asked
-        sys.exit(1)
-
-
-def main(parent: int, argv: list[str]) -> int:
-    bound(parent)
-    from launch.__main__ import main as shardwise
-
-    return shardwise(argv)
+FORMAT = 1
+MOST = 1000  # of one model on one machine; the newest are kept
 
 
-if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), sys.argv[2:]))
+@dataclass(frozen=True, slots=True)
+class _File:
+    format: int
+    fingerprint: str  # of the machine, with driver, NCCL and torch: what it was measured with
+    kept: list[Kept]
+
+
+@dataclass(frozen=True, slots=True)
+class Shelf:
+    """Of a model in a dtype on a machine, under the engine's limits."""
+
+    path: Path
+    fingerprint: str
+
+    def read(self) -> list[Kept]:
+        """Empty where nothing is kept, or the machine is not what it was."""
+        try:
+            found = msgspec.json.decode(self.path.read_bytes(), type=_File)
+        except (OSError, msgspec.DecodeError):
+            return []
+        return found.kept if (found.format, found.fingerprint) == (FORMAT, self.fingerprint) else []
+
+    def add(self, new: Sequence[Kept]) -> None:
+        """In place of what was kept of the same layouts and loads."""
+        again = {(one.layout, one.load) for one in new}
+        rest = [one for one in self.read() if (one.layout, one.load) not in again]
+        whole = _File(FORMAT, self.fingerprint, [*rest, *new][-MOST:])
+        write_whole(msgspec.json.format(msgspec.json.encode(whole)), self.path)
+
+
+def shelf(
+    cache: Path, topology: Topology, spec: ModelSpec, dtype: str, *, chunk_tokens: int, max_sequences: int
+) -> Shelf:
+    what = f"{spec!r} {dtype} {chunk_tokens} {max_sequences}"
+    name = f"measured-{key_of(topology)}-{zlib.crc32(what.encode()):08x}.json"
+    return Shelf(cache / name, fingerprint_of(topology))

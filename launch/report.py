@@ -6,12 +6,14 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from cluster.topology import Topology
 from launch.compare_journal import Trials
 from launch.plan import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
+from strategies.kept import Kept
 from strategies.plan import Candidate, Estimate, Plan
 from strategies.spec import Objective, Workload
 
@@ -230,6 +232,30 @@ def as_estimate(found: Measured, predicted: Estimate) -> Estimate:
         output_tokens_per_s=rate,
         usd_per_million_tokens=usd,
     )
+
+
+def kept_of(made: Comparison) -> Iterator[Kept]:
+    """What later plans may go by: each layout's figures under each load, with what was predicted."""
+    today = datetime.now(UTC).date().isoformat()
+    for name, trials in made.trials.items():
+        for n, trial in trials.items():
+            candidate = made.candidate(name, n) if n in made.plans else None
+            if trial.measured is None or candidate is None or candidate.estimate is None:
+                continue
+            found, predicted = trial.measured, candidate.estimate
+            yield Kept(
+                layout=name,
+                prompt_tokens=made.workload.prompt_tokens,
+                output_tokens=made.workload.output_tokens,
+                concurrency=n,
+                ttft_s=found.ttft_s,
+                tpot_s=found.tpot_s,
+                output_tokens_per_s=found.output_tokens_per_s,
+                predicted_ttft_s=predicted.ttft_s,
+                predicted_tpot_s=predicted.tpot_s,
+                predicted_tokens_per_s=predicted.output_tokens_per_s,
+                measured_on=today,
+            )
 
 
 # --- as rows ------------------------------------------------------------------------------------------------

@@ -33,6 +33,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="in place of the recipe's")
     parser.add_argument("--address", metavar="HOST:PORT", help="of a Ray cluster, in place of the recipe's")
     parser.add_argument("--port", type=int, metavar="N", help="in place of the recipe's")
+    parser.add_argument(
+        "--foreground",
+        action="store_true",
+        help="serve in this process, as a service manager or a container wants it",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -40,12 +45,28 @@ def run(args: argparse.Namespace) -> int:
     path = find_recipe(args.recipe)
     asked = {key: getattr(args, key) for key in ("name", "model", "address", "port")}
     wanted = read_wanted(path, asked)
+    if args.foreground:
+        return _serve(wanted)
     progress = Progress(quiet=args.json)
     with ExitStack() as joined_to:
         with locked():
-            address = wanted.address
-            deployment = _there(wanted, progress, joined_to) if address else _here(wanted, progress)
+            is_there = wanted.address is not None
+            deployment = _there(wanted, progress, joined_to) if is_there else _here(wanted, progress)
         return _follow(deployment, progress, as_json=args.json)
+
+
+def _serve(wanted: Wanted) -> int:
+    """`shardwise serve`, in a cluster or here: nothing is recorded, and who started us keeps us."""
+    from launch import serve
+
+    _check_machine(wanted, None if wanted.machine is None or wanted.address else _gpus_here())
+    parser = argparse.ArgumentParser(prog="shardwise serve")
+    serve.add_arguments(parser)
+    batches = wanted.batch_dir or state_directory() / "batches" / wanted.name
+    asked = wanted.arguments(
+        device=wanted.device, key_file=wanted.key_file, address=wanted.address, batch_dir=batches
+    )
+    return serve.run(parser.parse_args(asked))
 
 
 # --- on this machine ----------------------------------------------------------------------------------------
@@ -143,9 +164,15 @@ def _planned_devices(wanted: Wanted, progress: Progress) -> Sequence[int]:
     return planned(engine_options(args), workload_of(args), layout(args), progress).candidate.devices
 
 
+def _gpus_here() -> Topology | None:
+    from launch.machine import found_here, visible_here
+
+    return found_here("cuda") if visible_here() else None
+
+
 def _check_machine(wanted: Wanted, here: Topology | None) -> None:
     """Raises UserError where the recipe was made for another machine."""
-    if wanted.machine is None or wanted.machine.devices[0].kind == "cpu":
+    if wanted.machine is None or wanted.machine.devices[0].kind == "cpu" or wanted.address is not None:
         return
     names = [device.name for device in wanted.machine.devices]
     have = [device.name for device in here.devices] if here is not None else []

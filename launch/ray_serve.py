@@ -23,8 +23,6 @@ _KEYS = ("recipe", "name", "model", "port")
 
 def app(args: Mapping[str, Any]) -> Any:
     """`args`: recipe, a path on the head; name, model and port stand in for its own."""
-    from cluster.serve_app import application
-
     for key in args:
         if key not in _KEYS:
             raise BadRecipe(
@@ -32,6 +30,8 @@ def app(args: Mapping[str, Any]) -> Any:
             )
     if "recipe" not in args:
         raise BadRecipe("args of launch.ray_serve:app lack recipe, a path on the head")
+    from cluster.serve_app import application
+
     return application(Kept, args)
 
 

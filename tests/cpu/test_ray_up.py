@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -238,3 +239,37 @@ def test_ray_job_submit_runs_a_batch(head: Head, recipe: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stdout + done.stderr
     told = [json.loads(line)["custom_id"] for line in output.read_text().splitlines()]
     assert sorted(told) == sorted(f"r{i}" for i in range(8))
+
+
+def test_ray_serve_tells_rayservice_that_it_is_well(head: Head, recipe: Path) -> None:
+    """As KubeRay's operator deploys it: by the dashboard's API."""
+    pytest.importorskip("grpc_reflection", reason='pip install "ray[serve]"')
+    port = free_port()
+    config = {
+        "http_options": {"host": "127.0.0.1", "port": port},
+        "applications": [
+            {
+                "name": "shardwise",
+                "import_path": "launch.ray_serve:app",
+                "route_prefix": "/",
+                "args": {"recipe": str(recipe), "name": "kept"},
+            }
+        ],
+    }
+    asked = urllib.request.Request(
+        f"{head.dashboard}/api/serve/applications/", json.dumps(config).encode(), method="PUT"
+    )
+    asked.add_header("content-type", "application/json")
+    asked.add_header("authorization", f"Bearer {head.environment['RAY_AUTH_TOKEN']}")
+    urllib.request.urlopen(asked, timeout=PATIENCE_S).close()
+    dashboard = BatchClient(head.dashboard, head.environment["RAY_AUTH_TOKEN"])
+
+    def state() -> str:
+        return str(dashboard.get("/api/serve/applications/")["applications"]["shardwise"]["status"])
+
+    wait_for(lambda: state() in ("RUNNING", "DEPLOY_FAILED"))
+    assert state() == "RUNNING"
+    told = BatchClient(f"http://127.0.0.1:{port}", None).get("/")
+    assert (told["name"], told["state"]) == ("kept", "ready")
+    assert BatchClient(told["url"], None).get("/v1/models")["object"] == "list"
+    head.run("down", "kept", "--address", head.gcs)

@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from cluster.catalog import sheet
-from launch import deployments
+from cluster.errors import BadRecipe
+from launch import deployments, ray_serve
 from launch.__main__ import main
 from launch.keeper import PID, READY, started
 from launch.state import up_directory
@@ -150,6 +151,27 @@ def test_mistakes_are_one_line(shardwise: Callable[..., Ran], tmp_path: Path) ->
         assert (code, out) == (2, ""), said
         assert line.startswith(f"shardwise {argv[0]}: "), said
         assert says in line
+
+
+def test_in_the_foreground_it_is_serve_itself(
+    shardwise: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[Any] = []
+    monkeypatch.setattr("launch.serve.run", lambda args: served.append(args) or 3)
+    code, out, _ = shardwise("up", str(tmp_path / "tiny.yaml"), "--foreground", "--port", "7")
+    assert (code, out) == (3, "")
+    [args] = served
+    assert (args.model, args.device, args.port) == ("/models/tiny", "cpu", 7)
+    assert args.batch_dir == tmp_path / "state" / "shardwise" / "batches" / "tiny"
+    assert deployments.recorded() == {}
+
+
+@pytest.mark.parametrize(
+    ("args", "says"), [({}, "lack recipe"), ({"recipe": "x", "prot": 1}, "have an unknown key 'prot'")]
+)
+def test_what_rayservice_hands_over_is_checked(args: dict[str, Any], says: str) -> None:
+    with pytest.raises(BadRecipe, match=says):
+        ray_serve.app(args)
 
 
 def test_gpus_go_to_who_comes_first_and_the_rest_to_the_next(

@@ -28,7 +28,7 @@ ENDED, FAILED = "ended", "failed"
 OVER = (ENDED, FAILED)
 ORDER, STATE = "order.json", "state.json"
 PID = "{pid}"  # stands for the keeper's
-SHARDWISE = (sys.executable, "-m", "launch.kept", PID)
+SHARDWISE = (sys.executable, "-m", "launch.bound", PID)
 
 _SERVING = re.compile(r"· +[\d.]+ s  serving (.+) on (http://\S+)$")  # launch/api/server.py
 _BACKOFF_S = (1.0, 2.0, 4.0, 8.0, 15.0, 30.0, 60.0)

@@ -14,7 +14,7 @@ from launch.api.batches import Batches
 from launch.api.files import FileStore
 from launch.api.server import serve_http
 from launch.api.service import Service
-from launch.kept import bound
+from launch.bound import bound
 from launch.progress import Progress
 from orchestrator.coordinator import Coordinator
 from tests.fakes import TalkingReplica

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from launch.kept import bound
+from launch.bound import bound
 
 METRICS = """# HELP ours
 vllm:num_requests_running{model_name="tiny"} 3.0

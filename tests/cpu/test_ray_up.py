@@ -165,7 +165,7 @@ def test_the_life_of_a_deployment(head: Head, recipe: Path, tmp_path: Path) -> N
     wait_for(lambda: server.get(f"/v1/batches/{job}")["request_counts"]["completed"] > 20)
     before = server.get(f"/v1/batches/{job}")["request_counts"]["completed"]
     assert before < LINES, "it was done before it was killed"
-    [kept] = head.processes("launch.kept")
+    [kept] = head.processes("launch.bound")
     parent = kept.parent()
     assert parent is not None
     os.kill(parent.pid, signal.SIGKILL)
@@ -195,7 +195,7 @@ def test_the_life_of_a_deployment(head: Head, recipe: Path, tmp_path: Path) -> N
 
     head.run("down", "tiny")
     assert status(head) == []
-    wait_for(lambda: not head.processes("launch.kept") and not head.processes("ray::Host"))
+    wait_for(lambda: not head.processes("launch.bound") and not head.processes("ray::Host"))
 
 
 def status(head: Head) -> list[dict[str, Any]]:

@@ -109,7 +109,7 @@ def test_what_served_before_is_tried_until_it_serves_again(
 
 def test_a_server_dies_with_its_keeper(tmp_path: Path) -> None:
     script = f"{SERVING}; import time; time.sleep(60)"
-    program = [sys.executable, "-c", f"from launch.kept import bound; bound(int({keeping.PID!r})); {script}"]
+    program = [sys.executable, "-c", f"from launch.bound import bound; bound(int({keeping.PID!r})); {script}"]
     order = {"argv": [], "environment": {}, "program": program}
     (tmp_path / keeping.ORDER).write_text(json.dumps(order))
     root = Path(__file__).parents[2]

@@ -72,7 +72,7 @@ class EngineConfig:
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
     grammars: bool = False  # make ready for them before the first comes
-    small_sums: Mapping[str, int | None] = field(default_factory=lambda: dict(ANY_WAY))  # see join
+    ways: Mapping[str, int | None] = field(default_factory=lambda: dict(ANY_WAY))  # beside NCCL, see join
 
 
 def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Concatenate[Worker, P], R]:
@@ -135,7 +135,11 @@ class Worker:
             backend,
             self.device,
             config.join_timeout_s,
-            small_sums=config.small_sums,
+            ways=config.ways,
+            hop_bytes=config.max_num_batched_tokens
+            * config.spec.hidden
+            * getattr(torch, config.dtype).itemsize,
+            tokens_bytes=config.max_num_seqs * torch.int64.itemsize,
         )
         return self.collectives.stage.path
 

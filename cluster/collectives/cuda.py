@@ -17,6 +17,7 @@ import torch
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, cuda.h
 _HOST_REGISTER = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_WAIT_VALUE_GEQ, _WRITE_VALUE_DEFAULT = 0, 0  # CU_STREAM_WAIT_VALUE_GEQ; with a barrier for what came before
 _IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
 
 
@@ -54,6 +55,9 @@ _DRIVER_CALLS = {
     "cuMemHostRegister_v2": (c_void_p, c_size_t, c_uint),
     "cuMemHostUnregister": (c_void_p,),
     "cuMemHostGetDevicePointer_v2": (POINTER(c_uint64), c_void_p, c_uint),
+    "cuMemcpyAsync": (c_uint64, c_uint64, c_size_t, c_void_p),
+    "cuStreamWaitValue32_v2": (c_void_p, c_uint64, c_uint, c_uint),
+    "cuStreamWriteValue32_v2": (c_void_p, c_uint64, c_uint, c_uint),
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernelEx": (POINTER(_LaunchConfig), c_void_p, POINTER(c_void_p), c_void_p),
@@ -117,6 +121,24 @@ def register_host(host_address: int, n_bytes: int) -> int:
 
 def unregister_host(host_address: int) -> None:
     _call("cuMemHostUnregister", host_address)
+
+
+# -- copies and waits of a stream (cudaStream_t as an integer) --
+
+
+def copy(to: int, source: int, n_bytes: int, stream: int) -> None:
+    """By a copy engine: between devices, or a device and memory of the host that is registered."""
+    _call("cuMemcpyAsync", to, source, n_bytes, stream)
+
+
+def wait_for_number(stream: int, address: int, number: int) -> None:
+    """The stream waits, on no processor, until what is there has come to `number`, counted in a ring of 32 bits."""
+    _call("cuStreamWaitValue32_v2", stream, address, number, _WAIT_VALUE_GEQ)
+
+
+def write_number(stream: int, address: int, number: int) -> None:
+    """Once all before it on the stream is done, and to be seen by whoever sees the number."""
+    _call("cuStreamWriteValue32_v2", stream, address, number, _WRITE_VALUE_DEFAULT)
 
 
 # -- kernels --

@@ -246,7 +246,7 @@ def open_one_shot(
         return None, f"NCCL: {members.ranks} ranks, and one-shot all-reduce is for {MAX_RANKS} at most"
     reasons = []
     try:
-        if len(set(members.everyone(_this_host))) > 1:
+        if len(set(members.everyone(this_host))) > 1:
             return None, "NCCL: the stage's ranks are on several hosts"
         binary = _compiled(members)
     except Unusable as error:
@@ -270,7 +270,7 @@ def open_one_shot(
     return None, f"NCCL: {'; '.join(reasons)}"
 
 
-def _this_host() -> bytes:
+def this_host() -> bytes:
     """The boot's id, which no two hosts share; where a sandbox shows none, the name."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_bytes()

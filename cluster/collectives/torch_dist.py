@@ -18,11 +18,14 @@ from dataclasses import dataclass
 from datetime import timedelta
 from urllib.parse import urlsplit
 
+import msgspec
 import torch
 import torch.distributed as dist
 
-from cluster.collectives.one_shot import Members, OneShot, open_one_shot
+from cluster.collectives.mailbox import Post, Receiver, Sender, Wire
+from cluster.collectives.one_shot import Members, OneShot, Unusable, open_one_shot, this_host
 from cluster.collectives.protocols import ANY_WAY
+from cluster.collectives.transports import MappedHostMemory, PeerMemory
 from cluster.errors import GangDied
 from cluster.loopback import loopback_interface
 
@@ -30,6 +33,8 @@ SENDS_IN_FLIGHT = 8
 """Sends that a rank starts before it waits for its oldest. A pipeline has at most pp batches in flight, so
 this is reached only where the peer lags; the tensors must live until sent, so it also bounds memory."""
 
+HOP_SLOTS = 3  # hidden states on their way: one that is computed on, one that waits, one that comes
+TOKEN_SLOTS = 64  # more than steps whose tokens the first stage may leave untaken
 P2P_CHANNELS = 2
 """Of NCCL's sends and receives, each a block of threads that holds a processor of the GPU from when the first side is
 ready until the other has come: its own 16 and more would take them from the layers that run meanwhile. torch can tell
@@ -49,6 +54,18 @@ class Incoming:
     def landed(self) -> torch.Tensor:
         if self.work is not None:
             self.work.wait()
+        return self.tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Posted:
+    """A tensor that a mailbox holds, or will (satisfies collectives.Incoming). They are taken out in their order."""
+
+    tensor: torch.Tensor
+    mailbox: Receiver
+
+    def landed(self) -> torch.Tensor:
+        self.mailbox.receive(self.tensor)
         return self.tensor
 
 
@@ -187,13 +204,56 @@ class TorchCollectives:
         self.next_rank = rank + tp if rank + tp < tp * pp else None
         self._device = device
         self._sending: deque[tuple[dist.Work | None, torch.Tensor]] = deque()
+        self._post: Post | None = None
+        self._to: dict[int, Sender] = {}  # by rank; hidden states
+        self._from: dict[int, Receiver] = {}
+        self._to_first: Sender | None = None  # tokens
+        self._from_last: Receiver | None = None
+
+    def open_mailboxes(
+        self, tp: int, hop_bytes: int, tokens_bytes: int, ways: Mapping[str, int | None]
+    ) -> None:
+        """Between stages, where they can be: they hold no processor. All ranks of the replica call it at once."""
+        group = dist.group.WORLD
+        if self._device.type != "cuda" or self.world_size == tp or group is None:
+            return
+        if MappedHostMemory.name not in ways:  # a mailbox's numbers lie there
+            return
+        hops = [Wire(rank, rank + tp, hop_bytes, HOP_SLOTS) for rank in range(self.world_size - tp)]
+        back = [Wire(self.world_size - tp + t, t, tokens_bytes, TOKEN_SLOTS) for t in range(tp)]
+        members = Members(group, self._device)
+        post = Post(self.rank, self.world_size, [*hops, *back], PeerMemory.name in ways)
+        try:
+            if len(set(members.everyone(this_host))) > 1:
+                return
+            offers = members.everyone(lambda: msgspec.msgpack.encode(post.offer()))
+            ends: list[tuple[dict[Wire, Sender], dict[Wire, Receiver]]] = []
+
+            def open_ends() -> bytes:
+                ends.append(post.open([msgspec.msgpack.decode(offer, type=list[bytes]) for offer in offers]))
+                return b""
+
+            members.everyone(open_ends)
+        except Unusable:
+            return
+        senders, receivers = ends[0]
+        self._post = post
+        self._to = {wire.receiver: end for wire, end in senders.items() if wire in hops}
+        self._from = {wire.sender: end for wire, end in receivers.items() if wire in hops}
+        self._to_first = next((end for wire, end in senders.items() if wire in back), None)
+        self._from_last = next((end for wire, end in receivers.items() if wire in back), None)
 
     def send(self, tensor: torch.Tensor, dst: int) -> None:
         """Starts sending and returns; the tensor must not be written to afterwards."""
-        self._send(tensor, dst, None)
+        self._send(tensor, dst, None, self._to.get(dst))
 
-    def _send(self, tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None) -> None:
+    def _send(
+        self, tensor: torch.Tensor, dst: int, group: dist.ProcessGroup | None, mailbox: Sender | None
+    ) -> None:
         tensor = tensor.contiguous()
+        if mailbox is not None and mailbox.takes(tensor.nbytes):
+            mailbox.send(tensor)
+            return
         try:
             self._sending.append((dist.isend(tensor, dst, group=group), tensor))
             while len(self._sending) > SENDS_IN_FLIGHT:
@@ -209,6 +269,10 @@ class TorchCollectives:
         of an earlier batch could use. The sender's does meanwhile, if it is ahead, and then it can spare them.
         """
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        mailbox = self._from.get(src)
+        if mailbox is not None and mailbox.takes(tensor.nbytes):
+            mailbox.receive(tensor)
+            return tensor
         try:
             dist.recv(tensor, src)
         except RuntimeError as error:
@@ -217,15 +281,17 @@ class TorchCollectives:
 
     def send_to_first(self, tensor: torch.Tensor) -> None:
         """From the last stage to the first, beside all else; the tensor must not be written to afterwards."""
-        self._send(tensor, self._first, self._ends)
+        self._send(tensor, self._first, self._ends, self._to_first)
 
-    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming:
+    def recv_from_last(self, shape: tuple[int, ...], dtype: torch.dtype) -> Incoming | Posted:
         """On the first stage: starts receiving what the last sends, in its order.
 
-        It must be started though nothing needs it yet: the last stage's kernel spins until it is, and what waits there
-        for the whole device, as pinning memory may, would wait for ever.
+        By NCCL it must be started though nothing needs it yet: the last stage's kernel spins until it is, and what
+        waits there for the whole device, as pinning memory may, would wait for ever.
         """
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
+        if self._from_last is not None and self._from_last.takes(tensor.nbytes):
+            return Posted(tensor, self._from_last)
         try:
             return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
         except RuntimeError as error:
@@ -238,6 +304,10 @@ class TorchCollectives:
                 _finish(self._sending.popleft()[0])
         with suppress(RuntimeError):
             self.stage.close()
+        if self._post is not None:
+            with suppress(RuntimeError):
+                torch.cuda.synchronize(self._device)
+                self._post.close()
         self._sending.clear()
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
@@ -252,14 +322,17 @@ def join(
     backend: str,
     device: torch.device,
     timeout_s: float,
-    small_sums: Mapping[str, int | None] = ANY_WAY,
+    ways: Mapping[str, int | None] = ANY_WAY,
+    hop_bytes: int = 0,
+    tokens_bytes: int = 0,
 ) -> TorchCollectives:
     """Meet the replica's other ranks at `init_method` (tcp://host:port, on rank 0's host) and try every wire.
 
-    `backend` is "nccl" or "gloo". `small_sums`: the ways beside NCCL that sums on GPUs may go, see `open_one_shot`;
-    whether they can is found out, and NCCL has its own NCCL_P2P_DISABLE. Every rank calls it with the same arguments
-    but `rank`, `device`. A world of one meets nobody. Raises GangDied where the others do not come within `timeout_s`,
-    or a wire lies.
+    `backend` is "nccl" or "gloo". `ways`: what beside NCCL sums on GPUs, and messages between stages, may go by, see
+    `open_one_shot`; whether they can is found out, and NCCL has its own NCCL_P2P_DISABLE. `hop_bytes` and
+    `tokens_bytes` are the most that a message from stage to stage, or from the last to the first, has. Every rank
+    calls it with the same arguments but `rank`, `device`. A world of one meets nobody. Raises GangDied where the
+    others do not come within `timeout_s`, or a wire lies.
     """
     if world_size != tp * pp:
         raise ValueError(f"a replica of tp={tp}, pp={pp} has {tp * pp} ranks, not world_size={world_size}")
@@ -277,8 +350,9 @@ def join(
         raise _gang_died(meeting, rank, error) from error
     collectives = TorchCollectives(rank, tp, pp, stage, device, ends)
     try:
+        collectives.open_mailboxes(tp, hop_bytes, tokens_bytes, ways)
         _try_wires(collectives, tp, device)
-        stage.open_one_shot(device, timeout_s, small_sums, pipelined=pp > 1)
+        stage.open_one_shot(device, timeout_s, ways, pipelined=pp > 1)
     except GangDied:
         collectives.leave()
         raise

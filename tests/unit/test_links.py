@@ -14,7 +14,7 @@ from cluster.paths import Op, Path, curve_of
 from cluster.proof import Outcome, Proof, Step
 from cluster.prove import NO_PEERS
 from launch import links
-from launch.links import only_proved, small_sums
+from launch.links import only_proved, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
 from strategies.plan import ParallelDims
@@ -49,8 +49,8 @@ def test_sound_links_change_nothing(found: dict[str, Proof]) -> None:
     found["now"] = proof(Outcome.PASSED, {})
     with only_proved(GPUS, 2, QUIET):
         assert "NCCL_P2P_DISABLE" not in os.environ
-    assert small_sums(GPUS, TP2) == {"peer memory": None}  # the other was not proved
-    assert not small_sums(replace(GPUS, peer_access=False), TP2)
+    assert ways_beside_nccl(GPUS, TP2) == {"peer memory": None}  # the other was not proved
+    assert not ways_beside_nccl(replace(GPUS, peer_access=False), TP2)
 
 
 def test_what_starts_over_bad_links_is_told_and_nothing_after_it(found: dict[str, Proof]) -> None:
@@ -58,7 +58,7 @@ def test_what_starts_over_bad_links_is_told_and_nothing_after_it(found: dict[str
     with only_proved(GPUS, 2, QUIET):
         assert os.environ["NCCL_P2P_DISABLE"] == "1"
     assert "NCCL_P2P_DISABLE" not in os.environ
-    assert not small_sums(GPUS, TP2)
+    assert not ways_beside_nccl(GPUS, TP2)
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_nothing_is_proved_of_cpus_one_gpu_or_a_cluster_elsewhere(
     found: dict[str, Proof], options: EngineOptions, devices: int
 ) -> None:
     with only_proved(options, devices, QUIET):
-        assert small_sums(options, ParallelDims(dp=devices)) == ANY_WAY
+        assert ways_beside_nccl(options, ParallelDims(dp=devices)) == ANY_WAY
 
 
 def test_sums_take_a_way_as_far_as_it_was_measured_to_be_faster(
@@ -82,7 +82,7 @@ def test_sums_take_a_way_as_far_as_it_was_measured_to_be_faster(
         for path, seconds in by_size.items()
     ]
     monkeypatch.setattr(links, "kept_profile", lambda cache, topology: SimpleNamespace(curves=curves))
-    most = small_sums(GPUS, TP2)["peer memory"]
+    most = ways_beside_nccl(GPUS, TP2)["peer memory"]
     assert most is not None
     assert 1 << 20 < most < 4 << 20
-    assert small_sums(GPUS, ParallelDims(tp=4)) == {"peer memory": None}  # measured of two alone
+    assert ways_beside_nccl(GPUS, ParallelDims(tp=4)) == {"peer memory": None}  # measured of two alone

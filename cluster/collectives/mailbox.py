@@ -70,14 +70,18 @@ class Sender(_End):
 
 
 class Receiver(_End):
-    def receive(self, tensor: torch.Tensor) -> None:
-        """The next message, into `tensor`, once the current stream has come so far."""
+    def expect(self) -> int:
+        """The number of the next message. Messages may be left, but not received out of their order."""
+        self._count += 1
+        return self._count
+
+    def receive(self, tensor: torch.Tensor, number: int) -> None:
+        """That message, into `tensor`, once the current stream has come so far."""
         n_bytes = _fitting(tensor, self._slots)
         stream = torch.cuda.current_stream().cuda_stream
-        self._count += 1
-        cuda.wait_for_number(stream, self._numbers.sent, self._count % MODULUS)
-        cuda.copy(tensor.data_ptr(), self._slots.address(self._count), n_bytes, stream)
-        cuda.write_number(stream, self._numbers.taken, self._count % MODULUS)
+        cuda.wait_for_number(stream, self._numbers.sent, number % MODULUS)
+        cuda.copy(tensor.data_ptr(), self._slots.address(number), n_bytes, stream)
+        cuda.write_number(stream, self._numbers.taken, number % MODULUS)
 
 
 def _fitting(tensor: torch.Tensor, slots: Slots) -> int:

@@ -63,9 +63,10 @@ class Posted:
 
     tensor: torch.Tensor
     mailbox: Receiver
+    number: int
 
     def landed(self) -> torch.Tensor:
-        self.mailbox.receive(self.tensor)
+        self.mailbox.receive(self.tensor, self.number)
         return self.tensor
 
 
@@ -271,7 +272,7 @@ class TorchCollectives:
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
         mailbox = self._from.get(src)
         if mailbox is not None and mailbox.takes(tensor.nbytes):
-            mailbox.receive(tensor)
+            mailbox.receive(tensor, mailbox.expect())
             return tensor
         try:
             dist.recv(tensor, src)
@@ -291,7 +292,7 @@ class TorchCollectives:
         """
         tensor = torch.empty(shape, dtype=dtype, device=self._device)
         if self._from_last is not None and self._from_last.takes(tensor.nbytes):
-            return Posted(tensor, self._from_last)
+            return Posted(tensor, self._from_last, self._from_last.expect())
         try:
             return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
         except RuntimeError as error:

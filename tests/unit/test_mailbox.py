@@ -76,7 +76,10 @@ def test_every_message_comes_whole_and_in_order_however_streams_interleave(
     while left[1] or left[2]:
         driver.current = rnd.choice([stream for stream in left if left[stream]])
         tensor = left[driver.current].popleft()
-        (sender.send if driver.current == 1 else receiver.receive)(tensor)
+        if driver.current == 1:
+            sender.send(tensor)
+        else:
+            receiver.receive(tensor, receiver.expect())
         if rnd.random() < 0.5:
             driver.run(rnd)
     driver.run(rnd)
@@ -92,10 +95,25 @@ def test_a_sender_waits_where_nobody_takes_its_messages_out(driver: Driver) -> N
     driver.run(random.Random(0))
     assert len(driver.streams[1]) == 6  # of the third and the fourth: wait, copy, number
     driver.current, got = 2, torch.zeros(4)
-    receiver.receive(got)
+    receiver.receive(got, receiver.expect())
     driver.run(random.Random(0))
     assert len(driver.streams[1]) == 3
     assert got.tolist() == [0.0] * 4
+
+
+def test_messages_that_nobody_wants_are_left(driver: Driver) -> None:
+    sender, receiver, _memory = ends(2)
+    numbers = [receiver.expect() for _ in range(4)]
+    got = torch.zeros(4)
+    for value in range(4):
+        driver.current = 1
+        sender.send(torch.full((4,), float(value)))
+        if value % 2:
+            driver.current = 2
+            receiver.receive(got, numbers[value])
+        driver.run(random.Random(value))
+        assert got.tolist() == [float(value - (value + 1) % 2) if value else 0.0] * 4
+    assert not any(driver.streams.values())
 
 
 def test_numbers_go_on_past_32_bits(driver: Driver) -> None:
@@ -107,7 +125,7 @@ def test_numbers_go_on_past_32_bits(driver: Driver) -> None:
         sent = torch.full((4,), float(value))
         sender.send(sent)
         driver.current, got = 2, torch.zeros(4)
-        receiver.receive(got)
+        receiver.receive(got, receiver.expect())
         driver.run(random.Random(value))
         assert torch.equal(got, sent)
 

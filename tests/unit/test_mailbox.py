@@ -104,10 +104,10 @@ def test_a_sender_waits_where_nobody_takes_its_messages_out(driver: Driver) -> N
 def test_messages_that_nobody_wants_are_left(driver: Driver) -> None:
     sender, receiver, _memory = ends(2)
     numbers = [receiver.expect() for _ in range(4)]
-    got = torch.zeros(4)
+    sent, got = [torch.full((4,), float(value)) for value in range(4)], torch.zeros(4)
     for value in range(4):
         driver.current = 1
-        sender.send(torch.full((4,), float(value)))
+        sender.send(sent[value])
         if value % 2:
             driver.current = 2
             receiver.receive(got, numbers[value])

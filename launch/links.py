@@ -44,7 +44,7 @@ def only_proved(options: EngineOptions, devices: int, progress: Progress) -> Ite
 
 
 def ways_beside_nccl(options: EngineOptions, dims: ParallelDims) -> dict[str, int | None]:
-    """What a replica's ranks may use beside NCCL, by what was proved, and the bytes up to which sums over tp gain by it,
+    """What a replica may use beside NCCL, by what was proved, and the bytes up to which sums over tp gain by it,
     by what was measured; None where that was not."""
     ways = [path for path in ONE_SHOT_PATHS if options.peer_access or path is not Path.PEER]
     topology = linked(options, dims.world_size)

@@ -50,10 +50,15 @@ class Incoming:
 
     tensor: torch.Tensor
     work: dist.Work | None
+    what: str
+    rank: int  # whose it is
 
     def landed(self) -> torch.Tensor:
-        if self.work is not None:
-            self.work.wait()
+        try:
+            if self.work is not None:
+                self.work.wait()
+        except RuntimeError as error:
+            raise _gang_died(self.what, self.rank, error) from error
         return self.tensor
 
 
@@ -113,9 +118,10 @@ class RankGroup:
         """The same, beside what this stream computes next; a small one is done before that."""
         small = self._one_shot is not None and self._one_shot.takes(tensor)
         if self._group is None or small or tensor.is_cpu:
-            return Incoming(self.all_reduce(tensor), None)
+            return Incoming(self.all_reduce(tensor), None, "all-reduce", self._rank)
         with self._naming("all-reduce", tensor):
-            return Incoming(tensor, dist.all_reduce(tensor, group=self._group, async_op=True))
+            sending = dist.all_reduce(tensor, group=self._group, async_op=True)
+            return Incoming(tensor, sending, f"all-reduce of {list(tensor.shape)}", self._rank)
 
     def all_gather_columns(self, tensor: torch.Tensor, widths: list[int]) -> torch.Tensor:
         """[tokens, own width] → [tokens, sum of widths], columns in rank order; `widths` of all ranks."""
@@ -294,7 +300,8 @@ class TorchCollectives:
         if self._from_last is not None and self._from_last.takes(tensor.nbytes):
             return Posted(tensor, self._from_last, self._from_last.expect())
         try:
-            return Incoming(tensor, dist.irecv(tensor, self._last, group=self._ends))
+            coming = dist.irecv(tensor, self._last, group=self._ends)
+            return Incoming(tensor, coming, f"receive of {list(shape)} from rank {self._last}", self.rank)
         except RuntimeError as error:
             raise _gang_died(f"receive of {list(shape)} from rank {self._last}", self.rank, error) from error
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import BadLayout, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
 from strategies.plan import Layout, ParallelDims
+from strategies.quantize import native
 from strategies.runnable import check_layout, check_runs
 from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
@@ -187,12 +188,14 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     is_elsewhere = (
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
-    device = args.device if is_elsewhere else _device(args.device)
+    device = args.device if is_elsewhere else choose_device(args.device)
+    spec = _kept_on(device, spec)
+    kept = _format(named, spec)
     return EngineOptions(
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=named is not None and bool(named.format.name)),
+        dtype=_dtype(args.dtype, device, spec, small=bool(kept)),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -205,9 +208,25 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         peer_access=peers_allowed(),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
-        format="" if named is None else named.format.name,
+        format=kept,
         step_timeout_s=args.step_timeout,
     )
+
+
+def _kept_on(device: str, spec: ModelSpec) -> ModelSpec:
+    """A CPU does not multiply float8: it is widened there."""
+    if device != "cpu" or spec.published is None or spec.published.format != "fp8":
+        return spec
+    return replace(spec, published=replace(spec.published, format=""))
+
+
+def _format(named: Layout | None, spec: ModelSpec) -> str:
+    """That weights are kept in: the layout's, or the checkpoint's own. Raises BadLayout."""
+    asked = "" if named is None else named.format.name
+    stored = native(spec).name
+    if asked and stored and asked != stored:
+        raise BadLayout(f"{spec.name} is stored in {stored} already; leave +{asked} away")
+    return asked or stored
 
 
 def _check_sizes(args: argparse.Namespace) -> None:
@@ -245,7 +264,8 @@ def _address(asked: str | None) -> str | None:
     return asked
 
 
-def _device(asked: str) -> str:
+def choose_device(asked: str) -> str:
+    """cpu or cuda, by default what is there. Raises UserError."""
     if asked == "cpu":
         return asked
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import json
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
@@ -94,6 +95,17 @@ class Text:
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         text: str = self._tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
         return text
+
+    def save(self, directory: Path, bos_id: int | None, eos_id: int | None) -> None:
+        """As a Hugging Face directory has it."""
+        self._tokenizer.save(str(directory / "tokenizer.json"))
+        config: dict[str, object] = {"tokenizer_class": "PreTrainedTokenizerFast"}
+        for name, token_id in (("bos_token", bos_id), ("eos_token", eos_id)):
+            if token_id is not None:
+                config[name] = self._tokenizer.id_to_token(token_id)
+        if self.template:
+            config["chat_template"] = self.template
+        (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
 
     @cached_property
     def pieces(self) -> Sequence[bytes] | None:

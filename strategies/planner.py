@@ -15,6 +15,7 @@ from strategies.formats import FORMATS, PLAIN, Format
 from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
+from strategies.quantize import native
 from strategies.runnable import why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
@@ -53,15 +54,15 @@ def plan(
     if layouts is not None:
         tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
     else:
-        tried = [Layout(dims) for dims in enumerate_layouts(len(topology.devices))]
+        tried = [Layout(dims, native(spec)) for dims in enumerate_layouts(len(topology.devices))]
 
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
-        named = layouts is not None or layout.is_plain
+        named = layouts is not None or layout.format == native(spec)
         cut = cut_for or workload
         return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
 
     judged = [judge(layout) for layout in tried]
-    if wide and layouts is None:
+    if wide and layouts is None and spec.published is None:
         others = beyond_plain(spec, topology, [layout.dims for layout in tried])
         judged += [judge(layout) for layout in others]
         if not any(c.feasible and c.layout.is_plain for c, _ in judged):

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cluster.errors import BadLayout
-from strategies.formats import Format
+from strategies.formats import FORMATS, PLAIN, Format
 from strategies.plan import Shard
 from strategies.spec import ModelSpec
 
@@ -69,10 +69,24 @@ def _group(spec: ModelSpec, linear: str) -> int:
         "attention.o": (spec.group * spec.head_dim, "columns of a KV group"),
         "mlp.down": (spec.intermediate, "columns of the MLP"),
     }.get(linear, (spec.hidden, "hidden columns"))
+    stored = spec.published.group if spec.published is not None else 0
     for group in GROUPS:
-        if columns % group == 0:
+        if columns % group == 0 and stored % group == 0:  # a stored group may be told as several
             return group
     raise BadLayout(
         f"+int4 needs groups of {', '.join(map(str, GROUPS))} columns; {spec.name} has {columns} {what}, "
         "which none divides; use +int8"
     )
+
+
+def native(spec: ModelSpec) -> Format:
+    """What layouts have that name no format: what the checkpoint stores, or nothing."""
+    return FORMATS[spec.published.format] if spec.published is not None else PLAIN
+
+
+def one_group(spec: ModelSpec, asked: int | None = None) -> int:
+    """For all linear layers of a checkpoint alike: the largest that divides, or the one asked for. Raises BadLayout."""
+    largest = min(_group(spec, linear) for linear in LINEARS)
+    if asked is not None and largest % asked:
+        raise BadLayout(f"groups of {asked} columns do not divide {spec.name}'s layers; {largest} do")
+    return asked or largest

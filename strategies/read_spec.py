@@ -15,6 +15,7 @@ from typing import Any
 import yaml
 
 from cluster.errors import BadModel
+from strategies.published import published
 from strategies.spec import BYTES_PER_ELEMENT, Experts, Latent, ModelSpec, RopeSpec
 
 
@@ -114,10 +115,9 @@ def from_hf_config(config: Mapping[str, object], name: str) -> ModelSpec:
         config = inner
     family = _family(config, name)
     fields = _Fields(config, name)
-    if config.get("quantization_config") is not None:
-        raise BadModel(
-            f"{name}: quantized checkpoints are not supported; use the bf16 weights, or a GGUF file"
-        )
+    stored = config.get("quantization_config")
+    if stored is not None and not isinstance(stored, Mapping):
+        raise fields.bad("quantization_config", "it must be an object")
     activation = config.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
         raise fields.bad("hidden_act", "only silu is supported")
@@ -150,6 +150,7 @@ def from_hf_config(config: Mapping[str, object], name: str) -> ModelSpec:
         bos_id=next(iter(fields.token_ids("bos_token_id")), None),
         experts=_experts(fields) if family.experts else None,
         latent=_latent(fields) if family.latent else None,
+        published=None if stored is None else published(stored, name),
     )
     return checked(spec)
 

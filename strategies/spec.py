@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from strategies.published import Published
+
 BYTES_PER_ELEMENT = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -86,6 +88,7 @@ class ModelSpec:
     bos_id: int | None = None
     experts: Experts | None = None
     latent: Latent | None = None
+    published: Published | None = None  # weights in fewer bits, as a checkpoint stores them
 
     @property
     def group(self) -> int:

@@ -5,29 +5,20 @@ Three sources behind one Protocol: safetensors directories, GGUF files, and rand
 
 from __future__ import annotations
 
-import json
-import math
-import os
-import threading
 import zlib
-from collections.abc import Mapping
-from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from cluster.errors import BadModel
 from orchestrator.engine.gguf_checkpoint import GgufCheckpoint
-from strategies.source import ModelSource, SourceKind, read_json
+from orchestrator.engine.published import PublishedCheckpoint
+from orchestrator.engine.safetensors_files import SafetensorsFiles
+from strategies.source import ModelSource, SourceKind
 from strategies.spec import ModelSpec
 from strategies.tensor_shapes import check_shape, tensor_shapes
-
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_FLOATS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 class Checkpoint(Protocol):
@@ -40,7 +31,9 @@ class Checkpoint(Protocol):
         """
 
 
-def open_checkpoint(source: ModelSource, spec: ModelSpec) -> SafetensorsCheckpoint | GgufCheckpoint:
+def open_checkpoint(
+    source: ModelSource, spec: ModelSpec
+) -> SafetensorsCheckpoint | PublishedCheckpoint | GgufCheckpoint:
     """The weights of a directory or a GGUF file; its `verify` checks every header. Raises BadModel."""
     if source.path is None:
         raise BadModel(
@@ -49,149 +42,36 @@ def open_checkpoint(source: ModelSource, spec: ModelSpec) -> SafetensorsCheckpoi
         )
     if source.kind == SourceKind.GGUF:
         return GgufCheckpoint(source.path, spec)
+    if spec.published is not None:
+        return PublishedCheckpoint(source.path, spec)
     return SafetensorsCheckpoint(source.path, spec)
 
 
 class SafetensorsCheckpoint:
-    """A directory with model.safetensors, or with shards and an index. Files are opened when first read."""
+    """A directory with model.safetensors, or with shards and an index, in floating dtypes."""
 
     chunk_bytes = 4 * 2**20  # little enough to be in cache still when it is copied on
 
     def __init__(self, directory: Path, spec: ModelSpec) -> None:
         self.spec = spec
-        self._directory = directory
         self._shapes = tensor_shapes(spec)
-        self._files = _file_of_each(directory, self._shapes)
-        self._open: dict[Path, _File] = {}
-        self._opening = threading.Lock()
-        self._scratch = threading.local()  # each thread's: fresh memory costs more than what is copied to it
+        self._files = SafetensorsFiles(directory, spec.name)
 
     def read(self, name: str, rows: range | None = None, cols: range | None = None) -> Tensor:
         """Reads whole rows also where columns are asked for: a disk gives whole pages, and what is left out here
         the other ranks of the host find in the page cache."""
-        file, stored = self._checked(name)
-        rows = range(stored.shape[0]) if rows is None else rows
-        dtype = _FLOATS[stored.dtype]
-        row_bytes = math.prod(stored.shape[1:]) * dtype.itemsize
-        memory = self._memory(len(rows) * row_bytes)
-        file.read_into(memory, stored.offset + rows.start * row_bytes)
-        lines = memory.view(dtype).view(len(rows), *stored.shape[1:])
+        self._check(name)
+        lines = self._files.read(name, rows)
         return lines if cols is None else lines[:, cols.start : cols.stop]
-
-    def _memory(self, n_bytes: int) -> Tensor:
-        """uint8, this thread's own."""
-        memory: Tensor | None = getattr(self._scratch, "memory", None)
-        if memory is None or len(memory) < n_bytes:
-            memory = self._scratch.memory = torch.empty(n_bytes, dtype=torch.uint8)
-        return memory[:n_bytes]
 
     def verify(self) -> None:
         """Raises BadModel unless every tensor of the spec is there, in its shape. Reads headers only."""
         for name in self._shapes:
-            self._checked(name)
+            self._check(name)
 
-    def _checked(self, name: str) -> tuple[_File, _Stored]:
-        path = self._path(name)
-        with self._opening:
-            if path not in self._open:
-                self._open[path] = _opened(path)
-            file = self._open[path]
-        stored = file.tensors.get(name)
-        if stored is None:
-            raise BadModel(f"{path} has no tensor {name}, which {self.spec.name} needs; fetch it again")
-        check_shape(self.spec, name, stored.shape, self._shapes[name])
-        if stored.dtype not in _FLOATS:
-            supported = ", ".join(_FLOATS)
-            raise BadModel(f"{self.spec.name}: {name} is stored as {stored.dtype}; supported are {supported}")
-        return file, stored
-
-    def _path(self, name: str) -> Path:
-        if name not in self._files:
-            raise BadModel(
-                f"the index in {self._directory} has no tensor {name}, which {self.spec.name} needs"
-            )
-        return self._directory / self._files[name]
-
-
-@dataclass(frozen=True, slots=True)
-class _Stored:
-    """Where a tensor lies in its file."""
-
-    dtype: str  # as safetensors spells it
-    shape: tuple[int, ...]
-    offset: int  # of its first byte
-
-
-@dataclass(frozen=True, slots=True)
-class _File:
-    path: Path
-    file: FileIO
-    tensors: Mapping[str, _Stored]
-
-    def read_into(self, memory: Tensor, offset: int) -> None:
-        """Fills it from there on. Not through a mapping, whose page faults read a disk in small pieces."""
-        left = memoryview(memory.numpy().data)
-        while left:
-            try:
-                n_bytes = os.preadv(self.file.fileno(), [left], offset)
-            except OSError as error:
-                raise BadModel(
-                    f"{self.path} cannot be read at byte {offset} ({error.strerror}); check the disk, or fetch it again"
-                ) from None
-            if not n_bytes:
-                raise BadModel(
-                    f"{self.path} has nothing at byte {offset}: it was cut short since it was opened; fetch it again"
-                )
-            left, offset = left[n_bytes:], offset + n_bytes
-
-
-def _opened(path: Path) -> _File:
-    """A file whose header safetensors found in order. Raises BadModel."""
-    try:
-        file = path.open("rb", buffering=0)  # safetensors calls any file that it cannot open missing
-    except OSError as error:
-        raise BadModel(f"{path} cannot be read ({error.strerror}); check its owner and mode") from None
-    try:
-        with safe_open(path, framework="pt"):
-            pass
-    except (SafetensorError, OSError) as error:
-        file.close()
-        raise BadModel(f"{path} is cut short or corrupt ({error}); fetch it again") from None
-    # The format: https://github.com/huggingface/safetensors#format. safetensors itself tells no offsets.
-    header_bytes = int.from_bytes(file.read(8), "little")
-    header = json.loads(file.read(header_bytes))
-    header.pop("__metadata__", None)
-    data = 8 + header_bytes
-    tensors = {
-        name: _Stored(entry["dtype"], tuple(entry["shape"]), data + entry["data_offsets"][0])
-        for name, entry in header.items()
-    }
-    return _File(path, file, tensors)
-
-
-def _file_of_each(directory: Path, names: Mapping[str, object]) -> Mapping[str, str]:
-    """The file that holds each tensor. Raises BadModel."""
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        return _indexed(index)
-    if (directory / "model.safetensors").is_file():
-        return dict.fromkeys(names, "model.safetensors")
-    if pickles := sorted(file.name for pattern in _PICKLES for file in directory.glob(pattern)):
-        raise BadModel(
-            f"{directory} holds a pickle checkpoint, {pickles[0]}: unpickling runs code from the file; "
-            "convert it to safetensors (transformers' save_pretrained writes them)"
-        )
-    raise BadModel(f"{directory} has neither model.safetensors nor {index.name}; fetch the weights")
-
-
-def _indexed(index: Path) -> Mapping[str, str]:
-    files = read_json(index).get("weight_map")
-    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
-        raise BadModel(f"{index} has no weight_map of tensor names to files; fetch it again")
-    for file in sorted(set(files.values())):
-        if not (index.parent / file).is_file():
-            raise BadModel(f"{index} names {file}, which is not beside it; fetch that file")
-    return files
+    def _check(self, name: str) -> None:
+        check_shape(self.spec, name, self._files.shape(name), self._shapes[name])
+        self._files.check_float(name)
 
 
 _WINDOWS = 4_194_301

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.engine.checkpoint import Checkpoint
 from orchestrator.engine.model import GateUp
+from orchestrator.engine.published import PublishedCheckpoint
 from orchestrator.engine.quantized import Quantized, QuantizedGateUp
 from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
-from strategies.quantize import scheme
+from strategies.quantize import native, scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import Piece, pieces
 
@@ -47,14 +49,17 @@ def load(
         del shapes["head.weight"]
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
-    small = _replace_quantized(model, spec, kept, device, dtype)
+    small = _replace_quantized(model, spec, kept, device, dtype, checkpoint, sources)
     shapes = {name: shape for name, shape in shapes.items() if name not in small}
     empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
-    chunks: list[_Chunk | _QuantizedChunk] = [
+    chunks: list[_Chunk | _QuantizedChunk | _StoredChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
     for name, layer in small.items():
-        chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
+        if _is_stored(checkpoint, sources[name]):
+            chunks += _stored_chunks(layer, sources[name])
+        else:
+            chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
     total, done = sum(chunk.nbytes for chunk in chunks), 0
     with ThreadPoolExecutor(READERS, initializer=_begin_reader, initargs=(device,)) as readers:
         for n_bytes in readers.map(lambda chunk: _fill(chunk, checkpoint, device), chunks):
@@ -107,20 +112,70 @@ class _QuantizedChunk:
         self.to.fill(self.start, values, self.cols)
 
 
+@dataclass(frozen=True, slots=True)
+class _StoredChunk:
+    """Channels of a layer from `start` on, whose codes are the checkpoint's."""
+
+    to: Quantized
+    start: int
+    source: Piece
+
+    @property
+    def nbytes(self) -> int:
+        assert self.source.rows is not None
+        return len(self.source.rows) * self.to.row_bytes
+
+    def fill_from(self, checkpoint: PublishedCheckpoint) -> None:
+        rows, cols = self.source.rows, self.source.cols
+        assert rows is not None
+        cols = range(self.to.in_features) if cols is None else cols
+        self.to.put(
+            self.start, checkpoint.codes(self.source.name, rows, cols, self.to.how.group or len(cols))
+        )
+
+
+def _is_stored(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> TypeGuard[PublishedCheckpoint]:
+    """Whether all that makes up a layer is there in codes."""
+    return isinstance(checkpoint, PublishedCheckpoint) and all(checkpoint.keeps(part.name) for part in parts)
+
+
+def _scales_dtype(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> torch.dtype | None:
+    return checkpoint.scales_dtype(parts[0].name) if _is_stored(checkpoint, parts) else None
+
+
+def _stored_chunks(layer: Quantized, parts: tuple[Piece, ...]) -> Iterator[_StoredChunk]:
+    at = 0
+    for part in parts:
+        rows = range(layer.out_features) if part.rows is None else part.rows
+        yield _StoredChunk(layer, at, Piece(part.name, rows, part.cols))
+        at += len(rows)
+    assert at == layer.out_features, f"{parts} gave {at} rows for {layer.out_features}"
+
+
 def _replace_quantized(
-    model: nn.Module, spec: ModelSpec, kept: Format, device: torch.device, dtype: torch.dtype
+    model: nn.Module,
+    spec: ModelSpec,
+    kept: Format,
+    device: torch.device,
+    dtype: torch.dtype,
+    checkpoint: Checkpoint,
+    sources: Mapping[str, tuple[Piece, ...]],
 ) -> dict[str, Quantized]:
-    """By the names of the weights that they keep."""
+    """By the names of the weights that they keep. What a published checkpoint has in full stays so."""
     found: dict[str, Quantized] = {}
     for name, weight in list(model.named_parameters()):
         how = scheme(spec, kept, name)
         if how is None:
             continue
+        is_stored = _is_stored(checkpoint, sources[name])
+        if isinstance(checkpoint, PublishedCheckpoint) and native(spec).name and not is_stored:
+            continue
         owner = name.removesuffix(".weight")
         linear = model.get_submodule(owner)
         stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         n, k = weight.shape
-        layer = stand_in((n, k), how, linear.bias is not None, device, dtype)
+        of_stored = _scales_dtype(checkpoint, sources[name])
+        layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored)
         parent, _, leaf = owner.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         found[name] = layer
@@ -165,8 +220,14 @@ def _begin_reader(device: torch.device) -> None:
         torch.cuda.set_device(device)  # else it would pin memory in a context on the first GPU
 
 
-def _fill(chunk: _Chunk | _QuantizedChunk, checkpoint: Checkpoint, device: torch.device) -> int:
+def _fill(
+    chunk: _Chunk | _QuantizedChunk | _StoredChunk, checkpoint: Checkpoint, device: torch.device
+) -> int:
     """In a reader's thread. → bytes. On a GPU the copy may still be under way: all are in one stream's order."""
+    if isinstance(chunk, _StoredChunk):
+        assert isinstance(checkpoint, PublishedCheckpoint)
+        chunk.fill_from(checkpoint)
+        return chunk.nbytes
     source = chunk.source
     if source is None:
         chunk.fill(torch.zeros((), device=device))

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.engine import cpu_products, ops
+from orchestrator.engine.published import StoredCodes
 from strategies.quantize import Scheme
 
 INT8_MOST = 127.0
@@ -31,23 +32,31 @@ class Quantized(nn.Module):
     """Stands in for a linear layer. A loader fills it by rows, whole ones of the checkpoint, and calls `finish`."""
 
     def __init__(
-        self, shape: tuple[int, int], how: Scheme, bias: bool, device: torch.device, dtype: torch.dtype
+        self,
+        shape: tuple[int, int],
+        how: Scheme,
+        bias: bool,
+        device: torch.device,
+        dtype: torch.dtype,
+        scales_dtype: torch.dtype | None = None,
     ) -> None:
+        """`scales_dtype`: of a checkpoint's own; by default `dtype`, and float32 of float8, as cuBLAS wants it."""
         super().__init__()
         n, k = shape
         self.out_features, self.in_features, self.how = n, k, how
+        self._computes_in = dtype
 
         def made(*shape: int, dtype: torch.dtype) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
 
         if how.group:
             self.codes = made(n, k // 2, dtype=torch.uint8)
-            self.scales = made(n, k // how.group, 2, dtype=dtype)  # and zeros
+            self.scales = made(n, k // how.group, 2, dtype=scales_dtype or dtype)  # and zeros
         else:
             kept = torch.int8 if how.format == "int8" else torch.float8_e4m3fn
             self.codes = made(n, k, dtype=kept)
-            # cuBLAS and CUTLASS want float8's in float32.
-            self.scales = made(n, dtype=torch.float32 if how.format == "fp8" else dtype)
+            of_float8 = how.format == "fp8"
+            self.scales = made(n, dtype=torch.float32 if of_float8 else scales_dtype or dtype)
         self.bias = made(n, dtype=dtype) if bias else None
         self.packed = False  # for torch's kernel of int4 on CPUs
 
@@ -71,13 +80,32 @@ class Quantized(nn.Module):
         self.codes.data[rows] = quantize_channels(own_NK, scales_N, self.how.format)
         self.scales.data[rows] = scales_N
 
+    def put(self, start: int, stored: StoredCodes) -> None:
+        """Channels from `start` on, as a checkpoint has them, this rank's columns."""
+        device, rows = self.codes.device, slice(start, start + len(stored.codes_NK))
+        codes_NK, scales_NG = stored.codes_NK.to(device), stored.scales_NG.to(device)
+        if not self.how.group:
+            self.codes.data[rows] = codes_NK
+            self.scales.data[rows] = scales_NG.squeeze(1).to(self.scales.dtype)
+            return
+        assert stored.zero_points_NG is not None, "codes in groups have zero points"
+        self.codes.data[rows] = pack(codes_NK, self.how.group)
+        from_eight_NG = 8 - stored.zero_points_NG.to(device, torch.float32)
+        zeros_NG = (from_eight_NG * scales_NG.float()).to(self.scales.dtype)
+        self.scales.data[rows] = torch.stack((scales_NG.to(self.scales.dtype), zeros_NG), 2)
+
     def finish(self) -> None:
         """All rows are there: bring them into the form that the fastest product wants."""
         codes, scales = self.codes.data, self.scales.data
-        if self.how.group and not codes.is_cuda and cpu_products.has_int4(self.out_features, scales.dtype):
+        fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)
+        if self.how.group and not codes.is_cuda and fits:
             cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
             self.scales.data = scales.transpose(0, 1).contiguous()
             self.packed = True
+
+    def _has_int8_product(self, x_MK: Tensor) -> bool:
+        is_int8 = self.how.format == "int8" and self.scales.dtype == x_MK.dtype
+        return is_int8 and cpu_products.has_int8(len(x_MK), x_MK.dtype)
 
     def dequantized(self, rows: slice) -> Tensor:
         """[rows, K] in the scales' dtype; not once `packed`."""
@@ -88,7 +116,7 @@ class Quantized(nn.Module):
             return ops.quantized_linear(x_MK, self.codes, self.scales, self.bias, self.how)
         if self.packed:
             product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
-        elif self.how.format == "int8" and cpu_products.has_int8(len(x_MK), x_MK.dtype):
+        elif self._has_int8_product(x_MK):
             product_MN = cpu_products.int8(x_MK, self.codes, self.scales)
         elif self.how.group:
             product_MN = in_blocks(x_MK, self.out_features, self.dequantized)

@@ -1,0 +1,199 @@
+"""`shardwise quantize`: a model's weights in four bits, as a directory that vLLM and transformers read as well."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator, Sequence
+
+    import torch
+    from torch import Tensor
+
+    from launch.progress import Progress
+    from orchestrator.engine.checkpoint import Checkpoint
+    from orchestrator.engine.model import Transformer
+    from orchestrator.text import Text
+    from strategies.source import ModelSource
+    from strategies.spec import ModelSpec
+
+BUNDLED = "bundled"
+CONTEXT = 512
+_COPIED = (
+    "token*",
+    "vocab*",
+    "merges*",
+    "special_tokens*",
+    "added_tokens*",
+    "chat_template*",
+    "generation_config.json",
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, or smollm2")
+    parser.add_argument(
+        "--to", choices=("int4",), required=True, help="int4: groups of 128, 64 or 32 columns"
+    )
+    parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a directory, made anew")
+    parser.add_argument(
+        "--calibrate",
+        metavar="TEXT",
+        nargs="?",
+        const=BUNDLED,
+        help="with error feedback (GPTQ) on a file of text; without a file on Python's language reference",
+    )
+    parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="of the text, at most (16384)")
+    parser.add_argument("--group", type=int, choices=(128, 64, 32), help="default: the largest that divides")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+def run(args: argparse.Namespace) -> int:
+    from cluster.errors import BadModel, BadRequest
+    from launch.models import resolve
+    from launch.options import choose_device
+    from launch.progress import Progress
+    from orchestrator.engine.checkpoint import open_checkpoint
+    from orchestrator.text import text_of
+    from strategies.quantize import one_group
+    from strategies.runnable import check_runs
+    from strategies.source import spec_of
+
+    source = resolve(args.model)
+    spec = spec_of(source)
+    check_runs(spec)
+    if spec.published is not None:
+        raise BadModel(f"{spec.name} is in fewer bits already; start from its source")
+    if args.out.exists():
+        raise BadRequest(f"{args.out} is there already; give a directory that is not")
+    if args.tokens < 2:
+        raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
+    group = one_group(spec, args.group)
+    device = choose_device(args.device)
+    text = text_of(source)
+    windows = _windows(args, spec, text)
+    checkpoint = open_checkpoint(source, spec)
+    checkpoint.verify()
+    progress = Progress()
+    partial = args.out.with_name(f".{args.out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise BadRequest(f"{args.out} cannot be made ({error.strerror}); give another directory") from None
+    try:
+        written = _write(partial, spec, source, checkpoint, windows, group, device, text, progress)
+        partial.rename(args.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    way = "to nearest" if windows is None else f"calibrated on {sum(map(len, windows)):,} tokens"
+    print(f"{args.out}: {spec.name} in int4, groups of {group}, {way}; {written / 1e9:.2f} GB")
+    return 0
+
+
+def _windows(args: argparse.Namespace, spec: ModelSpec, text: Text | None) -> list[list[int]] | None:
+    from cluster.errors import BadModel
+    from launch.texts import bundled, read_text
+    from orchestrator.engine.quality import windows_of
+
+    if args.calibrate is None:
+        return None
+    if text is None:
+        raise BadModel(f"{spec.name} has no tokenizer, which --calibrate needs")
+    given = bundled(to_calibrate=True) if args.calibrate == BUNDLED else read_text(Path(args.calibrate))
+    return windows_of(text.encode(given), min(CONTEXT, spec.max_positions), args.tokens)
+
+
+def _write(
+    directory: Path,
+    spec: ModelSpec,
+    source: ModelSource,
+    checkpoint: Checkpoint,
+    windows: Sequence[Sequence[int]] | None,
+    group: int,
+    device: str,
+    text: Text | None,
+    progress: Progress,
+) -> int:
+    import torch
+
+    from orchestrator.engine.write_packed import plain_tensors, quantization_config, write_shards
+
+    stored = spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"
+    dtype = getattr(torch, stored)
+    with progress.bar(f"{spec.name}: loading weights") as bar:
+        model = _model(spec, checkpoint, device, bar.update)
+    with progress.bar(f"{spec.name}: four bits, by layer", unit_is_bytes=False) as bar:
+
+        def tensors() -> Iterator[tuple[str, Tensor]]:
+            yield from _in_four_bits(model, spec, windows, group, dtype, bar.update)
+            yield from plain_tensors(spec, checkpoint, dtype)
+
+        written = write_shards(directory, tensors())
+    config = _config(source, spec, stored) | {"quantization_config": quantization_config(group)}
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    _copy_text(source, spec, text, directory)
+    return written
+
+
+def _in_four_bits(
+    model: Transformer,
+    spec: ModelSpec,
+    windows: Sequence[Sequence[int]] | None,
+    group: int,
+    dtype: torch.dtype,
+    told: Callable[[int, int], None],
+) -> Iterator[tuple[str, Tensor]]:
+    from orchestrator.engine.calibrate import calibrated, rounded
+    from orchestrator.engine.write_packed import layer_tensors
+
+    found = (
+        rounded(model, group, dtype, told)
+        if windows is None
+        else calibrated(model, windows, group, dtype, told)
+    )
+    for layer, linear, codes in found:
+        yield from layer_tensors(spec, layer, linear, codes)
+
+
+def _model(
+    spec: ModelSpec, checkpoint: Checkpoint, device: str, told: Callable[[int, int], None]
+) -> Transformer:
+    """The whole model on one device, in float32."""
+    import torch
+
+    from orchestrator.engine.loader import load
+    from orchestrator.engine.model import Transformer
+    from strategies.pipeline import shard_replica
+    from strategies.plan import ParallelDims
+
+    (shard,) = shard_replica(spec, ParallelDims())
+    with torch.device("meta"):
+        model = Transformer(spec)
+    load(model, shard, spec, checkpoint, torch.device(device), torch.float32, told)
+    return model
+
+
+def _config(source: ModelSource, spec: ModelSpec, dtype: str) -> dict[str, object]:
+    from strategies.hf_config import to_hf_config
+    from strategies.source import SourceKind, read_json
+
+    if source.kind == SourceKind.HF and source.path is not None:
+        return dict(read_json(source.path / "config.json"))
+    return to_hf_config(spec, dtype)
+
+
+def _copy_text(source: ModelSource, spec: ModelSpec, text: Text | None, directory: Path) -> None:
+    """The tokenizer and its template: the files, or what a GGUF file has of them."""
+    from strategies.source import SourceKind
+
+    if source.kind == SourceKind.HF and source.path is not None:
+        for pattern in _COPIED:
+            for file in source.path.glob(pattern):
+                shutil.copyfile(file, directory / file.name)
+    elif text is not None:
+        text.save(directory, spec.bos_id, next(iter(spec.eos_ids), None))

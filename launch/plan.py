@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from cluster.errors import BadRequest, NoFeasiblePlan
@@ -25,6 +26,8 @@ from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from launch.queueing import Simulations
 
 MOST_ROWS = 16  # of the table that people read; --json has them all
 MOST_PLANNED = 4  # of them, of what cannot be run, where something can
@@ -52,6 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(
             flag, type=float, metavar="MS", help=f"choose no layout that takes longer to {of}"
         )
+    parser.add_argument(
+        "--request-rate",
+        metavar="R",
+        help="simulate the best layouts with so many requests a second, or max: as many as keep the limits",
+    )
     dtypes = ("auto", *BYTES_PER_ELEMENT)
     parser.add_argument(
         "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
@@ -96,7 +104,11 @@ def _several(text: str) -> tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.queueing import rate_of, to_json
+
     workload = workload_of(args)
+    rate = rate_of(args)
+    alone = workload if rate is None else replace(workload, most_ttft_s=None, most_tpot_s=None)
     layouts = named_layouts(args.layouts)
     topology = read_machine(args.on) if args.on else found_here()
     spec = spec_of(args.model)
@@ -106,11 +118,18 @@ def run(args: argparse.Namespace) -> int:
         topology = as_measured(topology, dtype)
     kept = () if args.on else kept_here(topology, spec, dtype)
     longest = args.max_model_len
-    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
+    made = plan(spec, topology, alone, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
+    simulated = None
+    if rate is not None and made.candidates:
+        from launch.progress import Progress
+        from launch.queueing import queued
+
+        made, simulated = queued(made, spec, topology, workload, dtype, rate, Progress(quiet=args.json))
     if args.json:
-        print(json.dumps(plan_to_json(made, workload), indent=2))
+        told = plan_to_json(made, workload)
+        print(json.dumps(told if simulated is None else {**told, "simulated": to_json(simulated)}, indent=2))
     else:
-        show(made, workload, heading(made, topology, workload, dtype))
+        show(made, workload, heading(made, topology, workload, dtype), simulated)
     return 0 if made.chosen is not None else NoFeasiblePlan.exit_code
 
 
@@ -249,13 +268,17 @@ def _shares(candidate: Candidate) -> Mapping[str, float] | None:
 # --- for people ---------------------------------------------------------------------------------------------
 
 
-def show(made: Plan, workload: Workload, title: str) -> None:
+def show(made: Plan, workload: Workload, title: str, simulated: Simulations | None = None) -> None:
     """The table, what was rejected, and the sentences."""
     from rich.console import Console, Group
 
     parts: list[RenderableType] = [title, ""]
     if any(candidate.feasible for candidate in made.candidates):
         parts.append(plan_table(made))
+    if simulated is not None:
+        from launch.queueing import table
+
+        parts.append(table(simulated))
     parts += rejections(made)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.layout.name} for {workload.objective}.")

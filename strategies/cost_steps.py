@@ -220,6 +220,20 @@ def prefill_s(
     return last, (fill + last) / 2
 
 
+def pass_s(place: Placement, replica: int, work: Pass) -> tuple[float, ...]:
+    """Seconds of a step in each stage, with its host time and its way to the next: for whoever steps one by one."""
+    chunks = min(1.0, work.prompt_tokens)
+    host = step_host_s(place, replica, work, chunks)
+    hop_s = hops_s(place, replica, work) / place.dims.pp
+    busy = min(1.0, work.tokens)
+    found = []
+    for stage in range(place.dims.pp):
+        parts = stage_s(place, replica, stage, work, busy)
+        seconds = busy_s(place, replica, stage, parts, work) if work.prompt_tokens else sum(parts.values())
+        found.append(seconds + host + hop_s)
+    return tuple(found)
+
+
 def prefill_steps(place: Placement, prompts: int, length: int) -> float:
     return max(1.0, prompts * length / place.engine.chunk_tokens)
 

@@ -229,12 +229,10 @@ def opened(names: Sequence[str], address: str | None) -> Iterator[list[Deploymen
 
 
 def _of_cluster(names: Sequence[str], address: str, joined_to: ExitStack) -> list[Deployment]:
-    from launch.head import CLIENT, adopt, check_head, client_address, own_token
+    from launch.head import CLIENT, adopt, check_head, client_address
 
-    if address.startswith(CLIENT):
-        address, token = client_address(address), own_token()
-        check_head(address, None, token)
-        adopt(token)
+    address = client_address(address) if address.startswith(CLIENT) else address
+    adopt(check_head(address))
     from cluster import detached
 
     joined_to.enter_context(detached.joined(address))

@@ -1,10 +1,13 @@
-"""A Ray cluster's head, asked over HTTP before anybody connects: with a wrong token Ray's client tries for 30 s."""
+"""A Ray cluster's head, asked before anybody connects: with a wrong token Ray itself tries for 20 to 30 s.
+
+By HTTP, its dashboard tells the version too; where that listens on the head alone, which is Ray's default, by an empty
+call of the service that one would connect to: who may not come in is told so before anything else.
+"""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +20,11 @@ from cluster.errors import PlacementFailed, UserError
 CLIENT = "ray://"
 CLIENT_PORT, DASHBOARD_PORT = 10_001, 8265  # Ray's defaults
 LOOK_S = 0.8  # each of two looks: a mistake is told within 2 s
+_GCS_METHOD, _CLIENT_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"
+_WAY_OUT = {
+    _GCS_METHOD: "give HOST:PORT of its head, as ray start says, or ray://HOST:PORT of its client server",
+    _CLIENT_METHOD: "give ray://HOST:PORT of its client server, as ray start's --ray-client-server-port says",
+}
 _MODE, _TOKEN, _TOKEN_FILE = "RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 
 
@@ -52,11 +60,18 @@ def client_address(address: str) -> str:
     return f"{CLIENT}{_bracketed(host)}:{port}"
 
 
-def check_head(address: str, dashboard: str | None, token: Token | None) -> str:
-    """→ what could not be found out, or nothing. Raises UserError, PlacementFailed where connecting would be in vain.
+def check_head(address: str, dashboard: str | None = None) -> Token | None:
+    """→ the token that the cluster takes. Raises UserError, PlacementFailed where connecting would be in vain.
 
-    `address`: as `client_address` gives it; `dashboard`: the URL of the cluster's HTTP port, by default Ray's.
+    `address`: HOST:PORT of the head, auto, or as `client_address` gives it; `dashboard`: the URL of the cluster's HTTP
+    port, by default Ray's.
     """
+    token = own_token()
+    if address == "auto":
+        return token
+    if not address.startswith(CLIENT):
+        _call(address, address, _GCS_METHOD, token)
+        return token
     parts = urlsplit(address)
     url = (dashboard or f"http://{_bracketed(parts.hostname or '')}:{DASHBOARD_PORT}").rstrip("/")
     if not url.startswith(("http://", "https://")):
@@ -72,12 +87,14 @@ def check_head(address: str, dashboard: str | None, token: Token | None) -> str:
     except HTTPError as error:
         if error.code in (401, 403):
             raise UserError(_refused(address, token)) from None
-        return f"{url} answers {error.code}: neither version nor token could be checked"
-    except (OSError, ValueError, AttributeError):
-        _knock(address, parts.hostname or "", parts.port or CLIENT_PORT)
-        return f"no dashboard answers at {url} (--dashboard says where it is): neither version nor token is checked"
-    _check_version(address, theirs)
-    return ""
+        theirs = ""
+    except (OSError, ValueError, AttributeError):  # it listens on the head alone, or elsewhere
+        theirs = ""
+    if theirs:
+        _check_version(address, theirs)
+    else:
+        _call(address, parts.netloc, _CLIENT_METHOD, token)
+    return token
 
 
 def adopt(token: Token | None) -> None:
@@ -103,14 +120,31 @@ def _refused(address: str, token: Token | None) -> str:
     return f"{address} refuses the token in {token.source}: put the head's in its place (`ray get-auth-token` there)"
 
 
-def _knock(address: str, host: str, port: int) -> None:
-    try:
-        socket.create_connection((host, port), timeout=LOOK_S).close()
-    except OSError as error:
-        raise PlacementFailed(
-            f"no Ray cluster answers at {address}: {error.strerror or error}; give ray://HOST:PORT of its client "
-            f"server (ray start --head --ray-client-server-port {CLIENT_PORT})"
-        ) from None
+def _call(address: str, target: str, method: str, token: Token | None) -> None:
+    """An empty call. Raises UserError where it is not let in, PlacementFailed where nobody answers."""
+    if os.environ.get("RAY_USE_TLS", "0") not in ("", "0"):  # Ray's own certificates are Ray's to find
+        return
+    import grpc
+
+    metadata = [] if token is None else [("authorization", f"Bearer {token.value}")]
+    with grpc.insecure_channel(target, options=[("grpc.enable_http_proxy", 0)]) as channel:
+        try:
+            channel.unary_unary(method)(b"", timeout=LOOK_S, metadata=metadata)
+        except grpc.RpcError as error:
+            code, details = error.code(), str(error.details())
+        else:
+            return
+    if code is grpc.StatusCode.UNAUTHENTICATED:
+        raise UserError(_refused(address, token))
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        reason = (
+            "Connection refused"
+            if "refused" in details
+            else "name or port is wrong, or a firewall is between"
+        )
+        raise PlacementFailed(f"no Ray cluster answers at {address}: {reason}; {_WAY_OUT[method]}")
+    if code is grpc.StatusCode.UNIMPLEMENTED:
+        raise PlacementFailed(f"what answers at {address} is another service; {_WAY_OUT[method]}")
 
 
 def _bracketed(host: str) -> str:

@@ -8,6 +8,7 @@ from typing import Protocol
 from cluster.gang import Gang, results
 from cluster.nodes import NodeReport, Reporter, joined, of_devices
 from cluster.topology import Topology
+from launch.head import adopt, check_head
 from launch.machine import peers_allowed
 from launch.progress import Progress
 
@@ -29,6 +30,7 @@ class Nodes(Protocol):
 
 def cluster_machine(address: str, device: str | None, progress: Progress) -> Topology:
     """All nodes of the cluster at `address`. Raises PlacementFailed."""
+    adopt(check_head(address))
     from cluster.actors import Cluster
 
     progress.say(f"connecting to the Ray cluster at {address}")
@@ -38,6 +40,7 @@ def cluster_machine(address: str, device: str | None, progress: Progress) -> Top
 
 def free_machine(address: str, device: str, progress: Progress) -> Topology:
     """Of the cluster at `address`, what nobody holds. Raises PlacementFailed where that is nothing."""
+    adopt(check_head(address))
     from cluster.actors import Cluster
 
     progress.say(f"looking for what is free in the Ray cluster at {address}")

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import GangDied, UserError
 from launch.batch_client import ServerGone, check_version
-from launch.head import adopt, check_head, client_address, own_token
+from launch.head import adopt, check_head, client_address
 
 if TYPE_CHECKING:
     from cluster.detached import Detached
@@ -30,10 +30,8 @@ class RayBatchClient:
 
     def __init__(self, address: str, name: str | None, dashboard: str | None, progress: Progress) -> None:
         """`name` of the deployment; None: the only one. Raises UserError or PlacementFailed, in seconds."""
-        self.address, token = client_address(address), own_token()
-        if unknown := check_head(self.address, dashboard, token):
-            progress.say(unknown)
-        adopt(token)
+        self.address = client_address(address)
+        adopt(check_head(self.address, dashboard))
         progress.say(f"connecting to {self.address}")
         from cluster import detached
 

@@ -15,6 +15,7 @@ from typing import Protocol
 from cluster.channel import Via
 from cluster.errors import BadLayout, GangDied
 from cluster.gang import Call, Gang, Member, results
+from launch.head import adopt, check_head
 from launch.links import only_proved, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
@@ -102,6 +103,10 @@ class Devices(Protocol):
 @contextmanager
 def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterator[Devices]:
     """The Ray cluster at the address given, or a private one that is gone at exit."""
+    if options.address is not None and not options.address.startswith(
+        "ray://"
+    ):  # refused by who would join it
+        adopt(check_head(options.address))
     from cluster.actors import Cluster
 
     if options.address is not None:

@@ -191,9 +191,16 @@ def _counted(names: Sequence[str]) -> str:
 
 
 def _there(wanted: Wanted, progress: Progress, joined_to: ExitStack) -> Deployment:
-    from cluster import detached
+    from launch.head import CLIENT, adopt, check_head
 
     assert wanted.address is not None
+    if wanted.address.startswith(CLIENT):
+        raise UserError(
+            f"up takes HOST:PORT of the head, such as 10.0.0.1:6379, or auto, not {wanted.address}"
+        )
+    adopt(check_head(wanted.address))
+    from cluster import detached
+
     if wanted.name in recorded() and recorded()[wanted.name] is None:
         raise UserError(_other(wanted.name, "on this machine"))
     progress.say(f"connecting to the Ray cluster at {wanted.address}")
@@ -287,7 +294,9 @@ def _follow(deployment: Deployment, progress: Progress, *, as_json: bool) -> int
 def _echo(deployment: Deployment, cursor: tuple[int, int], *, quiet: bool) -> tuple[int, int]:
     cursor, text = deployment.log(cursor, 0)
     for line in text.decode(errors="replace").splitlines() if not quiet else ():
-        print(line.partition(" ")[2], file=sys.stderr, flush=True)
+        said = line.partition(" ")[2]
+        if not said.startswith("shardwise serve:"):  # its last line, told at the end
+            print(said, file=sys.stderr, flush=True)
     return cursor
 
 

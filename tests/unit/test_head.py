@@ -6,17 +6,18 @@ import http.server
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import grpc
 import pytest
 
 from cluster.errors import PlacementFailed, UserError
 from launch.__main__ import main
 from launch.head import Token, check_head, client_address, own_token
-
-RIGHT = Token("secret", "RAY_AUTH_TOKEN")
 
 
 class Dashboard(http.server.BaseHTTPRequestHandler):
@@ -48,33 +49,85 @@ def closed_port() -> int:
         return int(free.getsockname()[1])
 
 
-def test_the_right_token_and_version_pass(dashboard: str) -> None:
-    assert check_head("ray://127.0.0.1:1", dashboard, RIGHT) == ""
+@pytest.fixture
+def token(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[str], None]:
+    """What is here to show, by the environment."""
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USE_TLS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    return lambda value: monkeypatch.setenv("RAY_AUTH_TOKEN", value)
 
 
-def test_what_is_wrong_is_told_with_the_fix(dashboard: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(
-        UserError, match=r"wants a token, and none is here: write the head's .* to ~/\.ray/auth_token"
-    ):
-        check_head("ray://127.0.0.1:1", dashboard, None)
-    with pytest.raises(UserError, match="refuses the token in /home/me/token: put the head's in its place"):
-        check_head("ray://127.0.0.1:1", dashboard, Token("wrong", "/home/me/token"))
+NO_TOKEN = r"wants a token, and none is here: write the head's .* to ~/\.ray/auth_token"
+WRONG = "refuses the token in RAY_AUTH_TOKEN: put the head's in its place"
+
+
+def test_the_right_token_and_version_pass(dashboard: str, token: Callable[[str], None]) -> None:
+    token("secret")
+    assert check_head("ray://127.0.0.1:1", dashboard) == Token("secret", "RAY_AUTH_TOKEN")
+
+
+def test_what_is_wrong_is_told_with_the_fix(
+    dashboard: str, token: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for value, says in (("", NO_TOKEN), ("wrong", WRONG)):
+        token(value)
+        with pytest.raises(UserError, match=says):
+            check_head("ray://127.0.0.1:1", dashboard)
+    token("secret")
     monkeypatch.setattr(Dashboard, "tells", "2.9.9")
     with pytest.raises(
         UserError, match=r"runs Ray 2\.9\.9, and here is .*; use the same: pip install ray==2\.9\.9"
     ):
-        check_head("ray://127.0.0.1:1", dashboard, RIGHT)
+        check_head("ray://127.0.0.1:1", dashboard)
 
 
-def test_without_a_dashboard_the_client_server_is_knocked_at() -> None:
+@pytest.fixture
+def service() -> Iterator[str]:
+    """A head's gRPC port: it lets in who has the token, then knows no empty call."""
+
+    class Door(grpc.GenericRpcHandler):  # type: ignore[misc]
+        def service(self, details: Any) -> Any:
+            if not details.method.startswith("/ray.rpc."):
+                return None
+            given = dict(details.invocation_metadata).get("authorization")
+            code = grpc.StatusCode.NOT_FOUND if given == "Bearer secret" else grpc.StatusCode.UNAUTHENTICATED
+            return grpc.unary_unary_rpc_method_handler(lambda _, context: context.abort(code, "told"))
+
+    server = grpc.server(ThreadPoolExecutor(2), handlers=[Door()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    yield f"127.0.0.1:{port}"
+    server.stop(None)
+
+
+@pytest.mark.parametrize("scheme", ["ray://", ""])
+def test_where_no_dashboard_answers_the_port_itself_is_asked(
+    scheme: str, service: str, token: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     nobody = f"http://127.0.0.1:{closed_port()}"
-    with socket.create_server(("127.0.0.1", 0)) as client_server:
-        address = f"ray://127.0.0.1:{client_server.getsockname()[1]}"
-        assert check_head(address, nobody, RIGHT).startswith(f"no dashboard answers at {nobody}")
+    for value, says in (("", NO_TOKEN), ("wrong", WRONG)):
+        token(value)
+        with pytest.raises(UserError, match=says):
+            check_head(f"{scheme}{service}", nobody)
+    token("secret")
+    assert check_head(f"{scheme}{service}", nobody) == Token("secret", "RAY_AUTH_TOKEN")
     with pytest.raises(
-        PlacementFailed, match=r"no Ray cluster answers at ray://127\.0\.0\.1:.*: Connection refused"
+        PlacementFailed, match=f"no Ray cluster answers at {scheme}127.*: Connection refused; give "
     ):
-        check_head(f"ray://127.0.0.1:{closed_port()}", nobody, RIGHT)
+        check_head(f"{scheme}127.0.0.1:{closed_port()}", nobody)
+    monkeypatch.setattr("launch.head._GCS_METHOD", "/other/Method")
+    monkeypatch.setattr("launch.head._CLIENT_METHOD", "/other/Method")
+    monkeypatch.setattr("launch.head._WAY_OUT", {"/other/Method": "give HOST:PORT"})
+    with pytest.raises(
+        PlacementFailed, match=f"what answers at {scheme}{service} is another service; give HOST:PORT"
+    ):
+        check_head(f"{scheme}{service}", nobody)
+
+
+def test_a_node_of_the_cluster_asks_nobody(token: Callable[[str], None]) -> None:
+    token("secret")
+    assert check_head("auto") == Token("secret", "RAY_AUTH_TOKEN")
 
 
 @pytest.mark.parametrize(

@@ -110,6 +110,7 @@ def test_a_start_that_fails_is_told_in_its_own_words_and_leaves_nothing(
     code, out, said = shardwise("up", str(tmp_path / "tiny.yaml"), "--model", "refused")
     assert (code, out) == (2, "")
     assert said.splitlines()[-1] == "shardwise up: no such model; give another"
+    assert said.count("no such model") == 1
     assert deployments.recorded() == {}
 
 
@@ -144,6 +145,7 @@ def test_mistakes_are_one_line(shardwise: Callable[..., Ran], tmp_path: Path) ->
             ("up", str(tmp_path / "tiny.yaml"), "--address", "127.0.0.1:1"),
             "no Ray cluster answers at 127.0.0.1:1",
         ),
+        (("up", str(tmp_path / "tiny.yaml"), "--address", "ray://127.0.0.1:1"), "up takes HOST:PORT of the head"),
         (("up", "dual-4090", "--model", "m"), "the recipe is for 2 × NVIDIA GeForce RTX 4090; free here: "),
     ):
         code, out, said = shardwise(*argv)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from cluster.nvml import Binding, read_gpus, read_vitals
 from launch.batch_client import BatchClient
 
 LOOK_S = 5.0  # a server with much to do answers later
@@ -68,6 +69,45 @@ def live_of(told: Mapping[str, Any]) -> Live:
         replica_restarts=int(total("shardwise:replica_restarts_total")),
         predicted={name.removeprefix(mark): v for name, _, v in samples if name.startswith(mark)},
     )
+
+
+@dataclass(frozen=True, slots=True)
+class GpuState:
+    index: int  # as the driver's tools count
+    name: str
+    used_gb: float
+    memory_gb: float
+    temperature_c: int | None
+    watts: float | None
+    sm_clock_mhz: int | None
+    throttled_by: Sequence[str]
+
+    def __str__(self) -> str:
+        told = [f"{self.used_gb:.1f} of {self.memory_gb:.1f} GB"]
+        told += [] if self.temperature_c is None else [f"{self.temperature_c} °C"]
+        told += [] if self.watts is None else [f"{self.watts:.0f} W"]
+        told += [] if self.sm_clock_mhz is None else [f"{self.sm_clock_mhz} MHz"]
+        told += [f"throttled by {reason}" for reason in self.throttled_by]
+        return f"GPU {self.index}, {self.name}: {', '.join(told)}"
+
+
+def gpu_states(indices: Sequence[int], binding: Binding = None) -> list[GpuState]:
+    """Of these GPUs of this machine, now."""
+    gpus = [gpu for gpu in read_gpus(binding).gpus if gpu.index in indices]
+    states = read_vitals([gpu.uuid for gpu in gpus], binding)
+    return [
+        GpuState(
+            index=gpu.index,
+            name=gpu.name,
+            used_gb=(gpu.memory_bytes - gpu.free_bytes) / 1e9,
+            memory_gb=gpu.memory_bytes / 1e9,
+            temperature_c=state.temperature_c,
+            watts=state.watts,
+            sm_clock_mhz=state.sm_clock_mhz,
+            throttled_by=state.throttled_by,
+        )
+        for gpu, state in zip(gpus, states, strict=False)
+    ]
 
 
 def _samples(text: str) -> list[tuple[str, dict[str, str], float]]:

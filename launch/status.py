@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from cluster.errors import ShardwiseError
 from launch.deployments import Deployment, opened, recorded
 from launch.keeper import READY, how
-from launch.live import Live
+from launch.live import GpuState, Live, gpu_states
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -40,6 +40,7 @@ class Reading:
     where: str
     live: Live | None
     at_s: float  # monotonic
+    gpus: Sequence[GpuState] = ()
 
     @property
     def name(self) -> str:
@@ -92,7 +93,8 @@ def reading(deployment: Deployment) -> Reading:
             "url": None,
         }
         live = None
-    return Reading(told, deployment.where, live, time.monotonic())
+    at_s, taken = time.monotonic(), told.get("order", {}).get("gpus")
+    return Reading(told, deployment.where, live, at_s, gpu_states(taken) if taken else ())
 
 
 def tokens_per_s(before: Reading, after: Reading) -> float | None:
@@ -109,7 +111,13 @@ def as_json(before: Reading, after: Reading) -> dict[str, Any]:
         key: told.get(key) for key in ("name", "state", "url", "restarts", "since_s", "version", "failures")
     }
     live = None if after.live is None else asdict(after.live)
-    return {**kept, "where": after.where, "tokens_per_s": tokens_per_s(before, after), "live": live}
+    return {
+        **kept,
+        "where": after.where,
+        "tokens_per_s": tokens_per_s(before, after),
+        "live": live,
+        "gpus": list(map(asdict, after.gpus)),
+    }
 
 
 def page(before: Sequence[Reading], after: Sequence[Reading]) -> RenderableType:
@@ -132,11 +140,9 @@ def described(before: Reading, after: Reading) -> list[str]:
         + (f", {told['url']}" if told["url"] else "")
     ]
     if live is not None:
-        gpus = told.get("order", {}).get("gpus")
-        where = f", GPUs {', '.join(map(str, gpus))}" if gpus else ""
         alive = sum(live.replicas_alive)
         lines.append(
-            f"  {live.model} as {live.layout} on {live.devices} device{'s' * (live.devices > 1)}{where}; "
+            f"  {live.model} as {live.layout} on {live.devices} device{'s' * (live.devices > 1)}; "
             f"{alive} of {len(live.replicas_alive)} replicas alive"
         )
         lines += [f"  plan: {reason}" for reason in live.reasons[:2]]
@@ -145,6 +151,7 @@ def described(before: Reading, after: Reading) -> list[str]:
             f"  {'–' if rate is None else f'{rate:.1f}'} tokens/s; {live.running} requests running, {live.waiting} "
             f"waiting; KV cache {live.kv_used:.0%}; {live.finished} finished, {live.generated_tokens} tokens in all"
         )
+    lines += [f"  {gpu}" for gpu in after.gpus]
     lines += [f"  ! {line}" for line in failures(told, live)]
     return lines
 

@@ -18,7 +18,9 @@ from cluster.errors import BadRecipe
 from launch import deployments, ray_serve
 from launch.__main__ import main
 from launch.keeper import PID, READY, started
+from launch.live import gpu_states
 from launch.state import up_directory
+from tests.fake_nvml import dual_h100
 
 PATIENCE_S = 20.0
 TINY = "model: {name: /models/tiny}\nserve: {device: cpu, port: 0}\n"
@@ -145,7 +147,10 @@ def test_mistakes_are_one_line(shardwise: Callable[..., Ran], tmp_path: Path) ->
             ("up", str(tmp_path / "tiny.yaml"), "--address", "127.0.0.1:1"),
             "no Ray cluster answers at 127.0.0.1:1",
         ),
-        (("up", str(tmp_path / "tiny.yaml"), "--address", "ray://127.0.0.1:1"), "up takes HOST:PORT of the head"),
+        (
+            ("up", str(tmp_path / "tiny.yaml"), "--address", "ray://127.0.0.1:1"),
+            "up takes HOST:PORT of the head",
+        ),
         (("up", "dual-4090", "--model", "m"), "the recipe is for 2 × NVIDIA GeForce RTX 4090; free here: "),
     ):
         code, out, said = shardwise(*argv)
@@ -207,3 +212,12 @@ def test_gpus_go_to_who_comes_first_and_the_rest_to_the_next(
     assert wanted[-1] == ("third", "0,1")
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+
+
+def test_gpus_of_a_deployment_are_told_as_the_driver_sees_them() -> None:
+    first, second = gpu_states([0, 1], dual_h100())
+    assert [first.index, second.index] == [0, 1]
+    assert str(second).startswith("GPU 1, NVIDIA H100 80GB HBM3: ")
+    assert " of 85.5 GB, " in str(second)
+    assert " W, " in str(second)
+    assert gpu_states([1], dual_h100()) == [second]

@@ -47,26 +47,40 @@ from cluster.gang import (
 )
 from cluster.life import Life, machine
 from cluster.placement import refusal
-from cluster.ray_server import PrivateRay, join
+from cluster.ray_server import NAMESPACE, PrivateRay, join
 
 _CALLS_AT_ONCE = 8  # of a worker; one more waits for the actor's death
 _RELEASE_S = 3.0  # devices of a gang just killed are free again after some 0.2 s
 _LOOK_S = 0.05  # between looks at what is free
 _CONNECT_S = 3.0
 _KILL_S = 5.0
+_ADOPT_S = 10.0
+_RENEWALS = 6  # of a lease
+_GANG = "shardwise-gang:"
 _RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
 _SPINS = "3000"
 """How long threads of a matrix product spin for each other before they sleep. Where another program wants a core,
 libgomp's default (for ever, nearly) let a decode step take 800 ms; this, 130; 60 and 64 on idle cores (2, Xeon)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """Gangs outlive their owner by a lease, so that its successor finds them again by name."""
+
+    name: str
+    lease_s: float = 90.0  # longer than a successor needs to ask for them
+
+
 class Cluster:
     """A Ray cluster, ours or somebody's. One at a time in a process; open it in the main thread."""
 
-    def __init__(self, own: PrivateRay | None) -> None:
+    def __init__(self, own: PrivateRay | None, keeping: Kept | None = None) -> None:
         """`own`: what was started for it; None where it is somebody's."""
-        self._own = own
+        self._own, self._keeping = own, keeping
         self._gangs: list[RayGang] = []
+        self._terms = ""  # on which a successor may have them
+        self._closed = threading.Event()
+        self._renewing: threading.Thread | None = None
 
     @classmethod
     def embedded(cls, num_cpu_devices: int, num_gpus: int | None = None) -> Cluster:
@@ -77,13 +91,13 @@ class Cluster:
         return cls(PrivateRay(num_cpu_devices, num_gpus))
 
     @classmethod
-    def connect(cls, address: str) -> Cluster:
+    def connect(cls, address: str, keeping: Kept | None = None) -> Cluster:
         """Join a cluster that runs: "HOST:PORT" of its head, or "auto" on one of its nodes.
 
         Raises PlacementFailed, in seconds, when there is none or it does not let us in.
         """
         join(address)
-        return cls(None)
+        return cls(None, keeping)
 
     def __enter__(self) -> Cluster:
         return self
@@ -108,19 +122,56 @@ class Cluster:
         resource = _RESOURCE[device]
         _check_free(sum(sizes), resource)
         with ExitStack() as undo:
-            groups = [_reserve(worker_class.__name__, size, resource, undo) for size in sizes]
+            kept = [None if self._keeping is None else _KeptName.new(self._keeping.name) for _ in sizes]
+            groups = [
+                _reserve(worker_class.__name__, size, resource, undo, name)
+                for size, name in zip(sizes, kept, strict=True)
+            ]
             if not all(group.wait(_left(deadline)) for group in groups):
                 raise _refusal(sum(sizes), resource)
             environment = _actor_environment(device, threads)
-            actors = [_spawn(g, size, resource, environment) for g, size in zip(groups, sizes, strict=True)]
+            actors = [_spawn(*of, resource, environment) for of in zip(groups, kept, sizes, strict=True)]
             facts = [_introduce(gang, deadline, timeout_s) for gang in actors]
             gangs = [RayGang(group, *known) for group, known in zip(groups, facts, strict=True)]
             for gang in gangs:
                 undo.callback(gang.kill)
             results([call for gang in gangs for call in gang.host(worker_class)], _left(deadline))
+            if self._keeping is not None:
+                for gang, name in zip(gangs, kept, strict=True):
+                    results(gang.lease(str(name), self._terms, self._keeping.lease_s), _left(deadline))
             undo.pop_all()
-        self._gangs = [gang for gang in self._gangs if not gang.has_ended] + gangs
+        self._own_now(gangs)
         return gangs
+
+    def left(self, terms: str) -> list[RayGang]:
+        """Whole gangs that the last owner of our name left, on the same terms; what else it left is ended.
+
+        Gangs acquired from now on are left on these terms.
+        """
+        self._terms = terms
+        if self._keeping is None:
+            return []
+        found = []
+        for name, actors in _kept_actors(self._keeping.name).items():
+            if (gang := _adopted(name, actors, terms)) is None:
+                with contextlib.suppress(ValueError):  # it has gone by itself
+                    ray.util.remove_placement_group(ray.util.get_placement_group(name))
+            else:
+                found.append(gang)
+        self._own_now(found)
+        return found
+
+    def _own_now(self, gangs: Sequence[RayGang]) -> None:
+        self._gangs = [gang for gang in self._gangs if not gang.has_ended] + list(gangs)
+        if self._keeping is not None and self._renewing is None:
+            self._renewing = threading.Thread(target=self._renew, args=(self._keeping.lease_s,), daemon=True)
+            self._renewing.start()
+
+    def _renew(self, lease_s: float) -> None:
+        while not self._closed.wait(lease_s / _RENEWALS):
+            for gang in self._gangs:
+                if not gang.has_ended:
+                    gang.renew()
 
     def count(self, device: str) -> int:
         """Devices of all nodes, free or not."""
@@ -132,6 +183,9 @@ class Cluster:
 
     def close(self) -> None:
         """Kill our gangs; end the cluster if it is ours. Returns when nothing is left; can be repeated."""
+        self._closed.set()
+        if self._renewing is not None:
+            self._renewing.join()  # no thread may be at Ray when it is left
         for gang in self._gangs:
             gang.kill()
         if self._own is None:
@@ -186,6 +240,16 @@ class RayGang:
         else:  # somebody is at it
             self._fate.wait(2 * _KILL_S)
 
+    def lease(self, name: str, terms: str, lease_s: float) -> list[Call]:
+        """From now on it outlives us, by so long."""
+        told = name, len(self._actors), terms, lease_s
+        return [self._ask(i, "lease", "lease", *told) for i in range(len(self._actors))]
+
+    def renew(self) -> None:
+        with contextlib.suppress(Exception):  # who is dead is told of by `wait`
+            for actor in self._actors:
+                actor.renew.remote()
+
     def _ask(self, index: int, name: str, what: str, *args: object) -> Call:
         call = Call(self._members[index], name)
         if self._fate.begin(call):
@@ -222,6 +286,10 @@ class RayGang:
 class Host:
     """What each actor runs: one object, its methods called by name."""
 
+    def __init__(self) -> None:
+        self._owner_left = threading.Event()
+        self._leased: _Lease | None = None
+
     def introduce(self) -> _Facts:
         context = ray.get_runtime_context()
         return _Facts(
@@ -242,8 +310,42 @@ class Host:
         return attempt(lambda: getattr(self._worker, method)(*args))
 
     def wait(self) -> None:
-        """Never returns: that the call fails tells the owner that this process is gone."""
-        threading.Event().wait()
+        """Returns when there is another owner: that the call fails tells it that this process is gone."""
+        self._owner_left.wait()
+
+    def lease(self, *told: Any) -> Answer:
+        self._leased = _Lease(*told)
+        self.renew()
+        threading.Thread(target=self._leave_in_time, args=(self._leased.seconds,), daemon=True).start()
+        return Answer(None)
+
+    def renew(self) -> None:
+        self._renewed_s = time.monotonic()
+
+    def adopt(self) -> _Lease | None:
+        """By another owner, whom the next `wait` is of."""
+        before, self._owner_left = self._owner_left, threading.Event()
+        before.set()
+        self.renew()
+        return self._leased
+
+    def _leave_in_time(self, lease_s: float) -> None:
+        """Nobody renews the lease: the gang goes, and gives its devices back."""
+        while (left_s := self._renewed_s + lease_s - time.monotonic()) > 0:
+            time.sleep(left_s)
+        with contextlib.suppress(Exception):  # another member was faster
+            ray.util.remove_placement_group(ray.util.get_current_placement_group())
+        os._exit(0)
+
+
+@dataclass(frozen=True, slots=True)
+class _Lease:
+    """What a member remembers of its gang, for who finds it."""
+
+    group: str  # the placement group's name
+    size: int
+    terms: str
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -278,10 +380,13 @@ def _check_free(count: int, resource: str) -> None:
         time.sleep(_LOOK_S)
 
 
-def _reserve(name: str, count: int, resource: str, undo: ExitStack) -> Any:
+def _reserve(name: str, count: int, resource: str, undo: ExitStack, kept: _KeptName | None) -> Any:
     """A placement group with one device in each of `count` bundles, as soon as it is placed."""
     title = f"{name}-{secrets.token_hex(2)} of process {os.getpid()} on {socket.gethostname()}"  # unique
-    group = ray.util.placement_group([{resource: 1}] * count, strategy="PACK", name=title)
+    lifetime = None if kept is None else "detached"
+    group = ray.util.placement_group(
+        [{resource: 1}] * count, strategy="PACK", name=str(kept or title), lifetime=lifetime
+    )
     undo.callback(ray.util.remove_placement_group, group)
     return group
 
@@ -318,7 +423,9 @@ def _holders(resource: str) -> Iterator[tuple[str, float]]:
                 yield name, (actor.required_resources or {}).get(resource, 0)
 
 
-def _spawn(group: Any, count: int, resource: str, environment: Mapping[str, str]) -> list[Any]:
+def _spawn(
+    group: Any, kept: _KeptName | None, count: int, resource: str, environment: Mapping[str, str]
+) -> list[Any]:
     options = {
         "num_cpus": 1 if resource == "CPU" else 0,
         "num_gpus": 1 if resource == "GPU" else 0,
@@ -330,10 +437,56 @@ def _spawn(group: Any, count: int, resource: str, environment: Mapping[str, str]
     remote = ray.remote(Host)
     return [
         remote.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle), **options
+            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
+            **options,
+            **({} if kept is None else kept.of_member(bundle)),
         ).remote()
         for bundle in range(count)
     ]
+
+
+# -- outliving the owner --
+
+
+@dataclass(frozen=True, slots=True)
+class _KeptName:
+    """Of a gang that outlives its owner: `shardwise-gang:NAME:NUMBER`; its members' end with their own number."""
+
+    owner: str
+    number: str
+
+    @staticmethod
+    def new(owner: str) -> _KeptName:
+        return _KeptName(owner, secrets.token_hex(4))
+
+    def __str__(self) -> str:
+        return f"{_GANG}{self.owner}:{self.number}"
+
+    def of_member(self, index: int) -> dict[str, Any]:
+        return {"name": f"{self}:{index}", "namespace": NAMESPACE, "lifetime": "detached"}
+
+
+def _kept_actors(owner: str) -> dict[str, list[Any]]:
+    """By gang, those that live."""
+    found: dict[str, list[Any]] = {}
+    for name in ray.util.list_named_actors():
+        gang, _, _ = name.rpartition(":")
+        if gang.rpartition(":")[0] == f"{_GANG}{owner}":
+            with contextlib.suppress(ValueError):  # it has gone meanwhile
+                found.setdefault(gang, []).append(ray.get_actor(name, namespace=NAMESPACE))
+    return found
+
+
+def _adopted(name: str, actors: Sequence[Any], terms: str) -> RayGang | None:
+    """None where a member is missing or does not answer, or the terms were others."""
+    try:
+        leases = ray.get([actor.adopt.remote() for actor in actors], timeout=_ADOPT_S)
+        if any(lease is None or (lease.size, lease.terms) != (len(actors), terms) for lease in leases):
+            return None
+        ordered, facts = _introduce(actors, time.monotonic() + _ADOPT_S, _ADOPT_S)
+        return RayGang(ray.util.get_placement_group(name), ordered, facts)
+    except (ray.exceptions.RayError, ray.exceptions.GetTimeoutError, PlacementFailed, GangDied, ValueError):
+        return None
 
 
 def _actor_environment(device: str, threads: int) -> dict[str, str]:

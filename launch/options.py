@@ -47,6 +47,9 @@ class EngineOptions:
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
+    kept_as: str | None = (
+        None  # the name by which the next coordinator finds the replicas of one that was killed
+    )
     step_timeout_s: float | None = None  # a replica that needs longer for one is stuck; None: by device
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import tempfile
 import threading
@@ -10,15 +11,16 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from cluster.channel import Via
-from cluster.errors import BadLayout, GangDied
+from cluster.errors import BadLayout, GangDied, ShardwiseError
 from cluster.gang import Call, Gang, Member, results
 from launch.head import adopt, check_head
 from launch.links import only_proved, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
+from launch.version import our_version
 from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
 from orchestrator.replica import GangReplica, Watchdog
@@ -35,6 +37,7 @@ ACQUIRE_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 CALL_TIMEOUT_S = 120.0
+REST_TIMEOUT_S = 60.0  # for the steps of a coordinator that was killed to end
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
@@ -100,6 +103,14 @@ class Devices(Protocol):
         """Gangs of these sizes, all or none, each process with a device of its own. Raises PlacementFailed."""
 
 
+@runtime_checkable
+class Keeping(Devices, Protocol):
+    """Devices whose gangs outlive a coordinator that is killed."""
+
+    def left(self, terms: str) -> Sequence[Gang]:
+        """Gangs that the last coordinator left, on these terms."""
+
+
 @contextmanager
 def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterator[Devices]:
     """The Ray cluster at the address given, or a private one that is gone at exit."""
@@ -107,11 +118,12 @@ def cluster(options: EngineOptions, devices: int, progress: Progress) -> Iterato
         "ray://"
     ):  # refused by who would join it
         adopt(check_head(options.address))
-    from cluster.actors import Cluster
+    from cluster.actors import Cluster, Kept
 
     if options.address is not None:
         progress.say(f"connecting to the Ray cluster at {options.address}")
-        with Cluster.connect(options.address) as found:
+        keeping = None if options.kept_as is None else Kept(options.kept_as)
+        with Cluster.connect(options.address, keeping) as found:
             yield found
         return
     with only_proved(options, devices, progress):
@@ -139,18 +151,19 @@ def deployment(
     # Where no plan knows better: as many at once as may be.
     most = Workload(concurrency=options.max_num_seqs)
     shards = shards or shard_replica(options.spec, dims, workload=most, kept=FORMATS[options.format])
-    progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
     with ExitStack() as owned:
-        sizes = [dims.replica_size] * dims.dp
-        gangs = list(found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S))
+        gangs: list[Gang] = []
         owned.callback(_kill_all, gangs)
+        if isinstance(found, Keeping):
+            gangs += found.left(_terms(options, dims, shards))
+        known = _rested(gangs, dims, progress)
+        if known is None:
+            gangs.clear()
+            progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
+            sizes = [dims.replica_size] * dims.dp
+            gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         placed = [Placed(gang, _ranks(gang)) for gang in gangs]
-        progress.say(f"{dims.name}: connecting its ranks")
-        _join(placed, shards, _engine_config(options, dims), dims, progress)
-        weight_bytes = _load(placed, dims, progress)
-        if options.device == "cuda":
-            _choose_attention(placed, dims, progress)
-        limits = _fit(placed, dims, options, progress)
+        limits, weight_bytes = known or _made_ready(placed, shards, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
         restarting = Restarting(found, dims, options, shards, limits, gangs)
         yield Deployment(
@@ -161,6 +174,47 @@ def deployment(
             scored,
             restarting.restart,
         )
+
+
+Ready = tuple[SchedulerConfig, list[int]]  # with the bytes of weights of each rank
+
+
+def _made_ready(
+    placed: Sequence[Placed],
+    shards: Sequence[Shard],
+    dims: ParallelDims,
+    options: EngineOptions,
+    progress: Progress,
+) -> Ready:
+    progress.say(f"{dims.name}: connecting its ranks")
+    _join(placed, shards, _engine_config(options, dims), dims, progress)
+    weight_bytes = _load(placed, dims, progress)
+    if options.device == "cuda":
+        _choose_attention(placed, dims, progress)
+    return _fit(placed, dims, options, progress), weight_bytes
+
+
+def _rested(gangs: Sequence[Gang], dims: ParallelDims, progress: Progress) -> Ready | None:
+    """What a killed coordinator has left, ready for this one. None, and nothing of it, where that is not all."""
+    try:
+        if len(gangs) == dims.dp:
+            placed = [Placed(gang, _ranks(gang)) for gang in gangs]
+            # The leaders first: their last steps want followers.
+            leaders: list[SchedulerConfig] = results([p.call(0, "rest") for p in placed], REST_TIMEOUT_S)
+            results([p.call(r, "rest") for p in placed for r in range(1, dims.replica_size)], REST_TIMEOUT_S)
+            weight_bytes = results(_everywhere(placed, "weight_bytes"), CALL_TIMEOUT_S)
+            progress.say(f"{dims.name}: the replicas of the server before are here, and loaded")
+            return min(leaders, key=lambda limits: limits.num_blocks), weight_bytes
+    except ShardwiseError as error:
+        progress.say(f"{dims.name}: what the server before left cannot be used: {error}")
+    _kill_all(gangs)
+    return None
+
+
+def _terms(options: EngineOptions, dims: ParallelDims, shards: Sequence[Shard]) -> str:
+    """Equal where another coordinator would start the very same workers."""
+    told = repr((our_version(), options, dims, tuple(shards)))
+    return hashlib.sha256(told.encode()).hexdigest()
 
 
 def _kill_all(gangs: Sequence[Gang]) -> None:

@@ -8,6 +8,7 @@ A gang hosts this class in processes of its own and calls its methods by name, i
 from __future__ import annotations
 
 import queue
+import threading
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,7 +23,7 @@ from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.protocols import ANY_WAY
 from cluster.collectives.torch_dist import TorchCollectives, join
-from cluster.errors import BadLayout, BadRequest
+from cluster.errors import BadLayout, BadRequest, GangDied
 from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
@@ -48,6 +49,7 @@ if TYPE_CHECKING:  # the module brings Triton, which not every machine has
     from orchestrator.engine.paged_attention import PromptAttention
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
+REST_S = 40.0  # to end a step, or to see that nobody reads its tokens
 _STOP = b""
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -90,6 +92,7 @@ def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Conc
 class Worker:
     def __init__(self) -> None:
         self._stopping = False
+        self._at_work = threading.Lock()  # held by `lead` and `follow`
         self._loaded = (0, 0)
         # Requests to add, ids to abort, and tokens of what ended by itself.
         self._inbox: queue.SimpleQueue[Request | str | Token] = queue.SimpleQueue()
@@ -158,6 +161,9 @@ class Worker:
         load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)
+        return self.weight_bytes()
+
+    def weight_bytes(self) -> int:
         return sum(p.nbytes for p in self.model.parameters())
 
     def _note_loaded(self, done: int, total: int) -> None:
@@ -280,9 +286,32 @@ class Worker:
         self._stopping = True
         self._inbox.put("")  # wakes an idle loop; there is no such request to abort
 
+    def rest(self) -> SchedulerConfig:
+        """End `lead` or `follow` of a coordinator that is gone, and be as before. The leader first. → its limits."""
+        self.stop()
+        if not self._at_work.acquire(timeout=REST_S):
+            raise GangDied(f"rank {self.shard.rank} did not end its step in {REST_S:g} s")
+        try:
+            for end in (self._steps, self._tokens, self._results_out, self._results_in):
+                if end is not None:
+                    end.close()
+            self._steps = self._tokens = self._results_out = self._results_in = None
+            self._inbox = queue.SimpleQueue()
+            self._constraints = Constraints(self._compiler, self._inbox.put)
+            if self.config.grammars and self.shard.rank == 0:
+                self._constraints.warm_up()
+            self._stopping = False
+        finally:
+            self._at_work.release()
+        return self.limits
+
     @_on_its_device
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""
+        with self._at_work:
+            self._lead(results)
+
+    def _lead(self, results: Address | None) -> None:
         self.scheduler = Scheduler(self.limits)
         self._results_in = Reader.open(results) if results else None
         in_flight: deque[Pending | None] = deque()  # None: the last stage will tell
@@ -350,17 +379,22 @@ class Worker:
 
     @_on_its_device
     def follow(self, steps: Address) -> None:
-        """Run the leader's steps until it stops."""
-        reader = Reader.open(steps)
+        """Run the leader's steps until it stops; told to stop itself, it still runs those that it was sent."""
+        with self._at_work:
+            self._follow(Reader.open(steps))
+
+    def _follow(self, reader: Reader) -> None:
         with ThreadPoolExecutor(
             1
         ) as telling:  # so that the next step starts before this one's tokens are here
             told: Future[None] | None = None
-            while not self._stopping:
+            while True:
                 if told is not None and told.done():
                     told.result()  # raises what telling raised
                 message = reader.recv(IDLE_WAIT_S)
                 if message is None:
+                    if self._stopping:
+                        return
                     continue
                 if message == _STOP:
                     return

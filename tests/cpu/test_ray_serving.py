@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -22,6 +23,7 @@ from launch.start import Deployment, Devices, cluster
 from orchestrator.request import Completion, SamplingParams
 from orchestrator.supervisor import RestartPolicy
 from tests.hosts import PATIENCE_S, ROOT, gone, head_address, second_node
+from tests.left_replicas import LEASE_S
 from tests.oracle import greedy
 from tests.serving import Hosting, answers, options, served, struck
 from tests.tiny import make_model
@@ -109,6 +111,40 @@ def test_a_killed_actor_is_replaced_where_all_devices_are_held(devices: Devices,
     assert hosts() == []
     assert len({tuple(one.token_ids) for one in done}) == 1
     assert done[0].token_ids[:OUTPUT_TOKENS] == tiny[1][0]
+
+
+def coordinator_that_is_killed(model: Path) -> dict[str, Any]:
+    """What it said of its replicas before it was killed, amid requests."""
+    argv = [sys.executable, "-m", "tests.left_replicas", head_address(), str(model), "test"]
+    with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        said = process.stdout.readline()
+        time.sleep(0.5)  # so that its steps are under way
+        process.kill()
+    assert said, "it ended by itself"
+    found: dict[str, Any] = json.loads(said)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("devices")
+def test_a_coordinator_finds_the_replicas_that_a_killed_one_left(tiny: Tiny) -> None:
+    first, second, third = (coordinator_that_is_killed(tiny[0]) for _ in range(3))
+    print([round(one["seconds"], 1) for one in (first, second, third)])
+    assert first["pids"] == second["pids"] == third["pids"]
+    assert len(first["pids"]) == SLOTS
+    assert [one["answers"] for one in (first, second, third)] == [[tiny[1][0]] * 2] * 3
+    assert second["seconds"] < first["seconds"]
+    begun_s = time.monotonic()
+    while any(os.path.exists(f"/proc/{pid}/exe") for pid in first["pids"]):
+        assert time.monotonic() - begun_s < PATIENCE_S
+        time.sleep(0.1)
+    left_s = time.monotonic() - begun_s
+    print(f"gone {left_s:.1f} s after the last coordinator")
+    assert left_s < LEASE_S + 10
+    while ray.available_resources().get("CPU", 0) < SLOTS:
+        assert time.monotonic() - begun_s < PATIENCE_S
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="class")

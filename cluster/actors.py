@@ -1,6 +1,6 @@
 """Ray: reserve devices, host one object on each, see who dies, leave nothing behind.
 
-With ray_server.py alone in importing ray.
+With hosts.py, detached.py and ray_server.py alone in importing ray.
 
     with Cluster.embedded(num_cpu_devices=2) as cluster:
         (gang,) = cluster.acquire(Worker, [2], "cpu", timeout_s=60)
@@ -34,17 +34,16 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.errors import GangDied, PlacementFailed
 from cluster.gang import (
-    Answer,
     Call,
     Fate,
     Member,
-    attempt,
     failed,
     last_words,
     obituary,
     read_last_words,
     results,
 )
+from cluster.hosts import GANG, Facts, Host, KeptName, actor_environment
 from cluster.life import Life, machine
 from cluster.placement import refusal
 from cluster.ray_server import NAMESPACE, PrivateRay, join
@@ -56,11 +55,7 @@ _CONNECT_S = 3.0
 _KILL_S = 5.0
 _ADOPT_S = 10.0
 _RENEWALS = 6  # of a lease
-_GANG = "shardwise-gang:"
 _RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
-_SPINS = "3000"
-"""How long threads of a matrix product spin for each other before they sleep. Where another program wants a core,
-libgomp's default (for ever, nearly) let a decode step take 800 ms; this, 130; 60 and 64 on idle cores (2, Xeon)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,14 +117,14 @@ class Cluster:
         resource = _RESOURCE[device]
         _check_free(sum(sizes), resource)
         with ExitStack() as undo:
-            kept = [None if self._keeping is None else _KeptName.new(self._keeping.name) for _ in sizes]
+            kept = [None if self._keeping is None else KeptName.new(self._keeping.name) for _ in sizes]
             groups = [
                 _reserve(worker_class.__name__, size, resource, undo, name)
                 for size, name in zip(sizes, kept, strict=True)
             ]
             if not all(group.wait(_left(deadline)) for group in groups):
                 raise _refusal(sum(sizes), resource)
-            environment = _actor_environment(device, threads)
+            environment = actor_environment(device, threads)
             actors = [_spawn(*of, resource, environment) for of in zip(groups, kept, sizes, strict=True)]
             facts = [_introduce(gang, deadline, timeout_s) for gang in actors]
             gangs = [RayGang(group, *known) for group, known in zip(groups, facts, strict=True)]
@@ -197,7 +192,7 @@ class Cluster:
 class RayGang:
     """Actors in one placement group: cluster.gang.Gang on Ray."""
 
-    def __init__(self, group: Any, actors: Sequence[Any], facts: Sequence[_Facts]) -> None:
+    def __init__(self, group: Any, actors: Sequence[Any], facts: Sequence[Facts]) -> None:
         self._group = group
         self._actors = actors
         self._members = tuple(
@@ -283,91 +278,6 @@ class RayGang:
         self._fate.end(death)
 
 
-class Host:
-    """What each actor runs: one object, its methods called by name."""
-
-    def __init__(self) -> None:
-        self._owner_left = threading.Event()
-        self._leased: _Lease | None = None
-
-    def introduce(self) -> _Facts:
-        context = ray.get_runtime_context()
-        return _Facts(
-            node=ray.util.get_node_ip_address(),
-            node_id=context.get_node_id(),
-            machine=machine(),
-            pid=os.getpid(),
-            device=_local_index(context.get_accelerator_ids().get("GPU", [])),
-            log=os.readlink("/proc/self/fd/2"),
-        )
-
-    def start(self, worker_class: type) -> Answer:
-        made = attempt(worker_class)
-        self._worker = made.value
-        return Answer(None, made.failure)
-
-    def call(self, method: str, args: Sequence[object]) -> Answer:
-        return attempt(lambda: getattr(self._worker, method)(*args))
-
-    def wait(self) -> None:
-        """Returns when there is another owner: that the call fails tells it that this process is gone."""
-        self._owner_left.wait()
-
-    def lease(self, *told: Any) -> Answer:
-        self._leased = _Lease(*told)
-        self.renew()
-        threading.Thread(target=self._leave_in_time, args=(self._leased.seconds,), daemon=True).start()
-        return Answer(None)
-
-    def renew(self) -> None:
-        self._renewed_s = time.monotonic()
-
-    def adopt(self) -> _Lease | None:
-        """By another owner, whom the next `wait` is of."""
-        before, self._owner_left = self._owner_left, threading.Event()
-        before.set()
-        self.renew()
-        return self._leased
-
-    def _leave_in_time(self, lease_s: float) -> None:
-        """Nobody renews the lease: the gang goes, and gives its devices back."""
-        while (left_s := self._renewed_s + lease_s - time.monotonic()) > 0:
-            time.sleep(left_s)
-        with contextlib.suppress(Exception):  # another member was faster
-            ray.util.remove_placement_group(ray.util.get_current_placement_group())
-        os._exit(0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Lease:
-    """What a member remembers of its gang, for who finds it."""
-
-    group: str  # the placement group's name
-    size: int
-    terms: str
-    seconds: float
-
-
-@dataclass(frozen=True, slots=True)
-class _Facts:
-    """What an actor says of where it is."""
-
-    node: str
-    node_id: str
-    machine: str
-    pid: int
-    device: int
-    log: str
-
-
-def _local_index(gpus: Sequence[str]) -> int:
-    """Ray names a GPU as its node does; the process counts among those that it was left to see."""
-    if not gpus:
-        return 0
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return visible.split(",").index(gpus[0]) if visible else int(gpus[0])
-
-
 # -- placing --
 
 
@@ -380,7 +290,7 @@ def _check_free(count: int, resource: str) -> None:
         time.sleep(_LOOK_S)
 
 
-def _reserve(name: str, count: int, resource: str, undo: ExitStack, kept: _KeptName | None) -> Any:
+def _reserve(name: str, count: int, resource: str, undo: ExitStack, kept: KeptName | None) -> Any:
     """A placement group with one device in each of `count` bundles, as soon as it is placed."""
     title = f"{name}-{secrets.token_hex(2)} of process {os.getpid()} on {socket.gethostname()}"  # unique
     lifetime = None if kept is None else "detached"
@@ -424,7 +334,7 @@ def _holders(resource: str) -> Iterator[tuple[str, float]]:
 
 
 def _spawn(
-    group: Any, kept: _KeptName | None, count: int, resource: str, environment: Mapping[str, str]
+    group: Any, kept: KeptName | None, count: int, resource: str, environment: Mapping[str, str]
 ) -> list[Any]:
     options = {
         "num_cpus": 1 if resource == "CPU" else 0,
@@ -448,30 +358,12 @@ def _spawn(
 # -- outliving the owner --
 
 
-@dataclass(frozen=True, slots=True)
-class _KeptName:
-    """Of a gang that outlives its owner: `shardwise-gang:NAME:NUMBER`; its members' end with their own number."""
-
-    owner: str
-    number: str
-
-    @staticmethod
-    def new(owner: str) -> _KeptName:
-        return _KeptName(owner, secrets.token_hex(4))
-
-    def __str__(self) -> str:
-        return f"{_GANG}{self.owner}:{self.number}"
-
-    def of_member(self, index: int) -> dict[str, Any]:
-        return {"name": f"{self}:{index}", "namespace": NAMESPACE, "lifetime": "detached"}
-
-
 def _kept_actors(owner: str) -> dict[str, list[Any]]:
     """By gang, those that live."""
     found: dict[str, list[Any]] = {}
     for name in ray.util.list_named_actors():
         gang, _, _ = name.rpartition(":")
-        if gang.rpartition(":")[0] == f"{_GANG}{owner}":
+        if gang.rpartition(":")[0] == f"{GANG}{owner}":
             with contextlib.suppress(ValueError):  # it has gone meanwhile
                 found.setdefault(gang, []).append(ray.get_actor(name, namespace=NAMESPACE))
     return found
@@ -489,15 +381,7 @@ def _adopted(name: str, actors: Sequence[Any], terms: str) -> RayGang | None:
         return None
 
 
-def _actor_environment(device: str, threads: int) -> dict[str, str]:
-    ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
-    environment = {"PYTHONPATH": f"{ours}:${{PYTHONPATH}}", "OMP_NUM_THREADS": str(threads)}
-    if device == "cpu":  # Ray leaves all GPUs visible to an actor that reserved none
-        return environment | {"CUDA_VISIBLE_DEVICES": "", "GOMP_SPINCOUNT": _SPINS}
-    return environment | {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}
-
-
-def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tuple[list[Any], list[_Facts]]:
+def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tuple[list[Any], list[Facts]]:
     """Wait until every actor runs; actors and what they say of themselves, node by node."""
     try:
         facts = ray.get([actor.introduce.remote() for actor in actors], timeout=_left(deadline))

@@ -44,6 +44,8 @@ class Gateway:
         argv, keys = list(order["argv"]), list(order["keys"])
         if "--batch-dir" not in argv:
             argv += ["--batch-dir", str(directory / "batches")]
+        if "--kept-as" not in argv:  # what its actors' death kills, the next finds again
+            argv += ["--kept-as", name]
         self._key: str | None = None
         if keys:
             self._key = secrets.token_hex(32)

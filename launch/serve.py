@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import hashlib
 import ipaddress
+import re
 import resource
 import socket
 import threading
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 
 MOST_FILES = 65_536
+_LAYOUT = "layout"  # a file of --batch-dir: what a server that was killed ran
 LEAST_KEY = 16  # characters: shorter ones can be guessed
 
 
@@ -64,6 +66,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--no-generation-config",
         action="store_true",
         help="OpenAI's sampling defaults, not those of the model's generation_config.json",
+    )
+    http.add_argument(
+        "--kept-as",
+        metavar="NAME",
+        help="with --address: if it is killed, the next server of this name finds its replicas, loaded",
     )
     http.add_argument("--access-log", action="store_true", help="a line a request")
     bounds = parser.add_argument_group("bounds")
@@ -109,7 +116,13 @@ def run(args: argparse.Namespace) -> int:
     form_of("", args.tool_call_parser)  # raises where there is none of that name
     listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
     with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
-        options = replace(engine_options(args), grammars=True)
+        note = store / _LAYOUT
+        if (
+            args.kept_as is not None and dims is None and note.is_file()
+        ):  # where its replicas hold what is free
+            args.layout = note.read_text(encoding="utf-8")
+            dims = layout(args)
+        options = replace(engine_options(args), grammars=True, kept_as=args.kept_as)
         check_blocks(options)
         generation = GenerationConfig() if args.no_generation_config else read_generation(options.source)
         options = replace(options, spec=generation.applied(options.spec))
@@ -117,7 +130,11 @@ def run(args: argparse.Namespace) -> int:
         threading.Thread(target=_warm_up, args=(text,), daemon=True).start()
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
-        return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
+        try:
+            note.write_text(chosen.candidate.layout.name, encoding="utf-8")
+            return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
+        finally:  # but not where it is killed
+            note.unlink(missing_ok=True)
 
 
 def _raise_open_files() -> None:
@@ -143,6 +160,14 @@ def _check_bounds(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not 0 < value < 10**9:
             raise UserError(f"--{flag.replace('_', '-')} is {value:g}; it must be over 0 and under 1e9")
+    if args.kept_as is not None and args.address is None:
+        raise UserError(
+            "--kept-as wants --address: a private Ray ends with its server, and all replicas with it"
+        )
+    if args.kept_as is not None and not re.fullmatch(r"[\w.-]{1,64}", args.kept_as):
+        raise UserError(
+            f"--kept-as is {args.kept_as[:80]!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
+        )
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
 

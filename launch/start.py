@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import tempfile
 import threading
@@ -14,13 +13,13 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from cluster.channel import Via
-from cluster.errors import BadLayout, GangDied, ShardwiseError
+from cluster.errors import BadLayout, GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.head import adopt, check_head
 from launch.links import only_proved, ways_beside_nccl
 from launch.options import EngineOptions
+from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, ranks_of, rested, terms_of
 from launch.progress import Progress
-from launch.version import our_version
 from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
 from orchestrator.replica import GangReplica, Watchdog
@@ -36,26 +35,10 @@ from strategies.spec import Workload
 ACQUIRE_TIMEOUT_S = 60.0
 JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
-CALL_TIMEOUT_S = 120.0
-REST_TIMEOUT_S = 60.0  # for the steps of a coordinator that was killed to end
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
 _NO_LIMITS = QueueLimits()
-
-
-@dataclass(frozen=True, slots=True)
-class Placed:
-    """A replica's gang and the member that took each rank."""
-
-    gang: Gang
-    ranks: tuple[int, ...]
-
-    def member(self, rank: int) -> Member:
-        return self.gang.members[self.ranks[rank]]
-
-    def call(self, rank: int, method: str, *args: object) -> Call:
-        return self.gang.call(self.ranks[rank], method, *args)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,16 +136,16 @@ def deployment(
     shards = shards or shard_replica(options.spec, dims, workload=most, kept=FORMATS[options.format])
     with ExitStack() as owned:
         gangs: list[Gang] = []
-        owned.callback(_kill_all, gangs)
+        owned.callback(kill_all, gangs)
         if isinstance(found, Keeping):
-            gangs += found.left(_terms(options, dims, shards))
-        known = _rested(gangs, dims, progress)
+            gangs += found.left(terms_of(options, dims, shards))
+        known = rested(gangs, dims, progress)
         if known is None:
             gangs.clear()
             progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
             gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
-        placed = [Placed(gang, _ranks(gang)) for gang in gangs]
+        placed = [Placed(gang, ranks_of(gang)) for gang in gangs]
         limits, weight_bytes = known or _made_ready(placed, shards, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
         restarting = Restarting(found, dims, options, shards, limits, gangs)
@@ -174,9 +157,6 @@ def deployment(
             scored,
             restarting.restart,
         )
-
-
-Ready = tuple[SchedulerConfig, list[int]]  # with the bytes of weights of each rank
 
 
 def _made_ready(
@@ -192,34 +172,6 @@ def _made_ready(
     if options.device == "cuda":
         _choose_attention(placed, dims, progress)
     return _fit(placed, dims, options, progress), weight_bytes
-
-
-def _rested(gangs: Sequence[Gang], dims: ParallelDims, progress: Progress) -> Ready | None:
-    """What a killed coordinator has left, ready for this one. None, and nothing of it, where that is not all."""
-    try:
-        if len(gangs) == dims.dp:
-            placed = [Placed(gang, _ranks(gang)) for gang in gangs]
-            # The leaders first: their last steps want followers.
-            leaders: list[SchedulerConfig] = results([p.call(0, "rest") for p in placed], REST_TIMEOUT_S)
-            results([p.call(r, "rest") for p in placed for r in range(1, dims.replica_size)], REST_TIMEOUT_S)
-            weight_bytes = results(_everywhere(placed, "weight_bytes"), CALL_TIMEOUT_S)
-            progress.say(f"{dims.name}: the replicas of the server before are here, and loaded")
-            return min(leaders, key=lambda limits: limits.num_blocks), weight_bytes
-    except ShardwiseError as error:
-        progress.say(f"{dims.name}: what the server before left cannot be used: {error}")
-    _kill_all(gangs)
-    return None
-
-
-def _terms(options: EngineOptions, dims: ParallelDims, shards: Sequence[Shard]) -> str:
-    """Equal where another coordinator would start the very same workers."""
-    told = repr((our_version(), options, dims, tuple(shards)))
-    return hashlib.sha256(told.encode()).hexdigest()
-
-
-def _kill_all(gangs: Sequence[Gang]) -> None:
-    for gang in gangs:
-        gang.kill()
 
 
 class Restarting:
@@ -266,7 +218,7 @@ class Restarting:
         self._gangs[number] = gang
         if unwanted.is_set():  # else whoever sets it kills the gang, which ends what follows
             gang.kill()
-        placed = [Placed(gang, _ranks(gang))]
+        placed = [Placed(gang, ranks_of(gang))]
         try:
             _join(placed, self._shards, _engine_config(options, dims), dims, quiet)
             _load(placed, dims, quiet)
@@ -277,11 +229,6 @@ class Restarting:
         except BaseException:
             gang.kill()
             raise
-
-
-def _ranks(gang: Gang) -> tuple[int, ...]:
-    """The member that takes each rank: by node and device, so that a tp group's neighbours are near each other."""
-    return tuple(m.index for m in sorted(gang.members, key=lambda m: (m.node_id, m.device)))
 
 
 def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
@@ -335,17 +282,17 @@ def _host(replica: Placed) -> str:
 
 def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
     """All ranks load at once; the bar shows the bytes of all."""
-    calls = _everywhere(placed, "load")
+    calls = everywhere(placed, "load")
     with progress.bar(f"{dims.name}: loading weights") as bar:
         while not all(call.wait(LOOK_S) for call in calls):
-            parts = results(_everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
+            parts = results(everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
             bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
     return results(calls, CALL_TIMEOUT_S)
 
 
 def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
     """Every rank times its own GPU; one line, unless they choose differently."""
-    chosen = results(_everywhere(placed, "choose_attention"), LOAD_TIMEOUT_S)
+    chosen = results(everywhere(placed, "choose_attention"), LOAD_TIMEOUT_S)
     for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
         progress.say(f"{dims.name}: attention by {path}: {reason}")
 
@@ -363,16 +310,16 @@ def _fit(
     `as_before`: what the other replicas have; there may be some blocks fewer now, but the context must fit.
     """
     progress.say(f"{dims.name}: sizing the KV cache")
-    blocks = min(results(_everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
+    blocks = min(results(everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
     if as_before is None:
         limits = limits_for(blocks, dims, options)
     else:
         least = replace(options, max_model_len=as_before.max_model_len)
         limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
-    results(_everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
+    results(everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
     if options.device == "cuda" and not options.enforce_eager:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
-        results(_everywhere(placed, "capture"), LOAD_TIMEOUT_S)
+        results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
 
 
@@ -401,7 +348,7 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
 
 
 def _score(replica: Placed, token_ids: Sequence[int]) -> bytes:
-    found = results(_everywhere([replica], "score", list(token_ids)), CALL_TIMEOUT_S)
+    found = results(everywhere([replica], "score", list(token_ids)), CALL_TIMEOUT_S)
     return b"".join(part for part in found if part is not None)
 
 
@@ -426,7 +373,3 @@ def _serve(replica: Placed, shards: Sequence[Shard], options: EngineOptions) -> 
 
 def _via(a: Member, b: Member) -> Via:
     return Via.MEMORY if a.node_id == b.node_id else Via.SOCKET
-
-
-def _everywhere(placed: Sequence[Placed], method: str, *args: object) -> list[Call]:
-    return [replica.call(rank, method, *args) for replica in placed for rank in range(len(replica.ranks))]

@@ -8,10 +8,12 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import psutil
 import pytest
@@ -145,6 +147,52 @@ def test_a_coordinator_finds_the_replicas_that_a_killed_one_left(tiny: Tiny) -> 
     while ray.available_resources().get("CPU", 0) < SLOTS:
         assert time.monotonic() - begun_s < PATIENCE_S
         time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("devices")
+def test_a_server_that_is_killed_is_back_with_its_replicas(tiny: Tiny, tmp_path: Path) -> None:
+    argv = [sys.executable, "-m", "launch", "serve", str(tiny[0]), "--device", "cpu", "--port", "0"]
+    argv += [
+        "--address",
+        head_address(),
+        "--kept-as",
+        "served",
+        "--batch-dir",
+        str(tmp_path),
+        "--max-model-len",
+        "64",
+    ]
+    workers, layouts = [], []
+    for end in (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM):
+        begun_s, said = time.monotonic(), []
+        with subprocess.Popen(argv, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+            assert process.stderr is not None
+            while not (said and "serving" in said[-1]):
+                said.append(process.stderr.readline())
+                assert said[-1], said
+            layouts.append((tmp_path / "layout").read_text())
+            print(f"{layouts[-1]} serves after {time.monotonic() - begun_s:.1f} s")
+            assert ("are here, and loaded" in "".join(said)) == bool(workers), said
+            url = said[-1].split()[-1]
+            body = json.dumps(
+                {
+                    "prompt": PROMPTS[0],
+                    "max_tokens": OUTPUT_TOKENS,
+                    "temperature": 0,
+                    "return_token_ids": True,
+                }
+            )
+            asked = Request(f"{url}/v1/completions", body.encode(), {"content-type": "application/json"})
+            with urlopen(asked, timeout=PATIENCE_S) as response:
+                assert json.load(response)["choices"][0]["token_ids"] == tiny[1][0]
+            workers.append({child.pid for child in psutil.process_iter() if child.name() == "ray::Host"})
+            process.send_signal(end)
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            assert process.wait(PATIENCE_S) in (0, -signal.SIGKILL)
+    assert workers[0] == workers[1] == workers[2] != set()
+    assert len(set(layouts)) == 1
+    assert not any(os.path.exists(f"/proc/{pid}/exe") for pid in workers[0]), "it ended in peace"
 
 
 @pytest.fixture(scope="class")

@@ -199,6 +199,8 @@ REFUSED = {
     "--api-key-file {short}": "key 1 is shorter than 16 characters",
     "--api-key-file {empty}": "holds no key; give an API key a line",
     "--tool-call-parser xml": "--tool-call-parser is 'xml'; it must be one of hermes, mistral, llama3_json",
+    "--kept-as x": "--kept-as wants --address: a private Ray ends with its server, and all replicas with it",
+    "--kept-as a:b --address auto": "--kept-as is 'a:b'; it must be up to 64 letters",
     "--max-queue 0": "--max-queue is 0; it must be over 0",
 }
 

@@ -132,13 +132,16 @@ def coordinator_that_is_killed(model: Path) -> dict[str, Any]:
 @pytest.mark.usefixtures("devices")
 def test_a_coordinator_finds_the_replicas_that_a_killed_one_left(tiny: Tiny) -> None:
     first, second, third = (coordinator_that_is_killed(tiny[0]) for _ in range(3))
-    print([round(one["seconds"], 1) for one in (first, second, third)])
+    os.kill(third["pids"][0], signal.SIGKILL)
+    fourth = coordinator_that_is_killed(tiny[0])
+    print([round(one["seconds"], 1) for one in (first, second, third, fourth)])
     assert first["pids"] == second["pids"] == third["pids"]
     assert len(first["pids"]) == SLOTS
-    assert [one["answers"] for one in (first, second, third)] == [[tiny[1][0]] * 2] * 3
+    assert not {*third["pids"]} & {*fourth["pids"]}, "half of what was left is of no use"
+    assert [one["answers"] for one in (first, second, third, fourth)] == [[tiny[1][0]] * 2] * 4
     assert second["seconds"] < first["seconds"]
     begun_s = time.monotonic()
-    while any(os.path.exists(f"/proc/{pid}/exe") for pid in first["pids"]):
+    while any(os.path.exists(f"/proc/{pid}/exe") for pid in third["pids"] + fourth["pids"]):
         assert time.monotonic() - begun_s < PATIENCE_S
         time.sleep(0.1)
     left_s = time.monotonic() - begun_s

@@ -189,7 +189,7 @@ def test_a_server_that_is_killed_is_back_with_its_replicas(tiny: Tiny, tmp_path:
             asked = Request(f"{url}/v1/completions", body.encode(), {"content-type": "application/json"})
             with urlopen(asked, timeout=PATIENCE_S) as response:
                 assert json.load(response)["choices"][0]["token_ids"] == tiny[1][0]
-            workers.append({child.pid for child in psutil.process_iter() if child.name() == "ray::Host"})
+            workers.append({child.pid for child in hosts()})
             process.send_signal(end)
             threading.Thread(target=process.stderr.read, daemon=True).start()
             assert process.wait(PATIENCE_S) in (0, -signal.SIGKILL)

@@ -13,6 +13,7 @@ from launch.compare_journal import Trials
 from launch.plan import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
+from strategies.intervals import FIRST_TOKEN
 from strategies.kept import Kept
 from strategies.plan import Candidate, Estimate, Plan
 from strategies.spec import Objective, Workload
@@ -144,6 +145,11 @@ def _result(made: Comparison, name: str, concurrency: int) -> dict[str, object]:
         "predicted": predicted,
         "error_percent": errors or None,
         "measured_share_of_limit": None if measured is None else measured.output_tokens_per_s / limit,
+        "interval_percent": {
+            "ttft_ms": round(100 * FIRST_TOKEN * estimate.spread, 1),
+            "tpot_ms": round(100 * estimate.spread, 1),
+            "output_tokens_per_s": round(100 * estimate.spread, 1),
+        },
         "step_ms": {cause: round(s * 1e3, 5) for cause, s in estimate.breakdown.items()},
         "memory_gb": {part: round(b / 1e9, 4) for part, b in estimate.memory_parts.items()},
         **_measured_part(trial),

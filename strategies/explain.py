@@ -8,6 +8,7 @@ from itertools import pairwise
 
 from cluster.topology import Provenance
 from strategies.cost import estimate, score
+from strategies.intervals import FIRST_TOKEN
 from strategies.place import count
 from strategies.plan import Candidate, Estimate, Placement
 from strategies.quantize import MADE_AT_LOAD
@@ -38,11 +39,9 @@ def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -
     rivals = _rivals([p for _, p in ranked])
     crossings = (_concurrency_crossing(placement, rivals, workload), _link_crossing(rivals, workload))
     told = [crossing for crossing in crossings if crossing]
-    return (*sentences, *told, _how_sure(placement))
+    return (*sentences, *told, _how_sure(placement, _made(best)))
 
 
-_SPREAD = {Provenance.MEASURED: 10, Provenance.TABLE: 15, Provenance.DATASHEET: 25}
-"""Percent that predictions may be off by where a machine's figures come from so (docs/accuracy.md)."""
 _SOURCES = {
     Provenance.MEASURED: "what was measured here",
     Provenance.TABLE: "tables of like ones",
@@ -50,16 +49,19 @@ _SOURCES = {
 }
 
 
-def _how_sure(placement: Placement) -> str:
+def _how_sure(placement: Placement, made: Estimate) -> str:
     """Where the figures of devices and links come from, and how far off predictions made of them may be."""
     devices = {placement.topology.devices[i].provenance for i in placement.devices}
     links = {placement.topology.link(a, b).provenance for a, b in pairwise(placement.devices)}
     said = f"Devices are taken by {_joined(devices)}"
     if links:
         said += f", links by {_joined(links)}"
-    spread = max(_SPREAD[source] for source in devices | links)
-    way = "" if spread == _SPREAD[Provenance.MEASURED] else "; `shardwise profile` on the machine narrows it"
-    return f"{said}: times may be {spread} % off{way}."
+    off = (
+        f"tokens may take {made.spread:.0%} more or less, the first {min(1.0, FIRST_TOKEN * made.spread):.0%}"
+    )
+    measured = devices | links == {Provenance.MEASURED}
+    way = "" if measured else "; `shardwise profile` on the machine narrows it"
+    return f"{said}: {off}{way}."
 
 
 def _joined(sources: set[Provenance]) -> str:

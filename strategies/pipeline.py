@@ -6,6 +6,7 @@ unlike speed (mixed cards) get unlike numbers of layers.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -48,6 +49,12 @@ def split_layers(
     return [range(a, b) for a, b in pairwise(bounds)]
 
 
+@functools.lru_cache(maxsize=1024)
+def _split(layers: int, head_layers: float, speeds: tuple[float, ...]) -> tuple[range, ...]:
+    """Remembered: it is the same for every format and tp."""
+    return tuple(split_layers(layers, head_layers, speeds=speeds))
+
+
 FLOPS_PER_BYTE = 230.0  # what an H100 computes in bfloat16 while it reads a byte: 712 TFLOP/s, 3.1 TB/s
 
 
@@ -78,7 +85,7 @@ def shard_replica(
     `workload` is one replica's: it decides what the head weighs. `kept`: the weights' format, whose groups stay whole.
     """
     head = head_cost_in_layers(spec, workload)
-    split = split_layers(spec.layers, head, speeds=speeds or [1.0] * dims.pp)
+    split = _split(spec.layers, head, tuple(speeds) or (1.0,) * dims.pp)
     unit = mlp_unit(spec, kept)
     stages = (shard_stage(spec, dims.tp, stage, dims.pp, layers, unit) for stage, layers in enumerate(split))
     shards = tuple(shard for stage in stages for shard in stage)

@@ -12,6 +12,7 @@ from strategies.cost import estimate, score
 from strategies.engines import Engine
 from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
+from strategies.intervals import spread
 from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
@@ -181,6 +182,7 @@ def _judge(
     if reason is not None:
         return replace(put, reason=reason), placement
     made = informed(estimate(placement, workload), layout.name, workload, kept)
+    made = replace(made, spread=spread(placement, made))
     return replace(put, estimate=made, marked=tuple(_notes(placement, made, workload))), placement
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from launch import plan as plan_command
@@ -70,6 +70,7 @@ def test_a_load_nearby_is_scaled_and_one_far_off_is_not() -> None:
     assert informed(by_model("dp2"), "dp2", LOAD, before).source == MODEL
 
 
+@settings(deadline=None, max_examples=20)
 @given(st.floats(0.01, 100.0))
 def test_no_measurement_passes_the_limit(slower: float) -> None:
     made = informed(by_model("tp2"), "tp2", LOAD, [kept("tp2", slower=slower)])

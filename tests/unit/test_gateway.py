@@ -147,6 +147,27 @@ def test_an_actor_made_again_serves_on_the_same_port_and_another_deployment_star
     assert not (directory / "log").exists()
 
 
+def test_keys_travel_to_a_file_for_the_server_alone_with_one_for_who_comes_by_ray(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    show = "import sys; print('shardwise serve:', *sys.argv[1:]); sys.exit(2)"
+    monkeypatch.setattr(gateways, "SHARDWISE", (sys.executable, "-c", show))
+    order = {"argv": ["serve"], "environment": {}, "keys": ["k" * 16], "run": "1", "told": {"digest": "d"}}
+    gateway = Gateway("keyed", order)
+    gateway._keeping.join(PATIENCE_S)
+    path = gateways.coordinator_directory("keyed") / gateways.KEYS
+    given, ours = path.read_text().splitlines()
+    assert given == "k" * 16
+    assert gateway._key == ours
+    assert len(ours) >= 32
+    assert path.stat().st_mode & 0o777 == 0o600
+    [failure] = gateway.describe()["failures"]
+    [told] = failure["words"]
+    assert f"--api-key-file {path}" in told
+    assert f"--batch-dir {path.with_name('batches')}" in told
+
+
 def test_where_a_server_that_listens_everywhere_is_asked() -> None:
     assert here("http://0.0.0.0:80") == "http://127.0.0.1:80"
     assert here("http://[::]:80") == "http://[::1]:80"

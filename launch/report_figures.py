@@ -207,15 +207,15 @@ def _believe(results: Results) -> str:
         outputs = f"the outputs of {_listed(different)} are NOT those of one process"
     else:
         outputs = "all outputs are equal" if "equal" in said else "outputs were not compared"
+    runs = [(c["layout"], r) for c in ran for r in c["results"]]
     throttled = [
-        f"{c['layout']} at {r['concurrency']}" for c in ran for r in c["results"] if r["throttled_by"]
+        (f"{name} at {r['concurrency']}", r["throttled_by"]) for name, r in runs if r["throttled_by"]
     ]
-    watched = any(r["devices"] for c in ran for r in c["results"])
+    watched = any(r["devices"] for _, r in runs)
     if throttled:
-        held = f"GPUs were throttled in {len(throttled)} of {sum(len(c['results']) for c in ran)} runs"
-        held += (
-            f" ({_listed(throttled[:3])}{' …' if len(throttled) > 3 else ''}): there the figures are too low"
-        )
+        reasons = _listed(sorted({reason for _, by in throttled for reason in by}))
+        where = _listed([name for name, _ in throttled[:3]]) + (", …" if len(throttled) > 3 else "")
+        held = f"GPUs were throttled in {len(throttled)} of {len(runs)} runs ({where}), by {reasons}"
     else:
         held = "no GPU was throttled" if watched else "nothing watched the processors' clocks"
     return f"{outputs[0].upper()}{outputs[1:]}, and {held}."

@@ -133,7 +133,7 @@ def test_the_verdict_names_winners_errors_and_doubts(results: Any) -> None:
     name = ran["layout"]
     believe = verdict(broken)[2]
     assert f"outputs of {name} are NOT" in believe
-    assert f"throttled in 1 of 4 runs ({name} at 2)" in believe
+    assert f"throttled in 1 of 4 runs ({name} at 2), by power cap" in believe
     assert verdict({**results, "verdicts": []}) == ()
 
 

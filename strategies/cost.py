@@ -112,7 +112,7 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
     later = workload.output_tokens - 1
     # While the others' prompts are read a request has its tokens too, one for each step that reads some.
     joined = min(later, (prefill_steps(place, live, workload.prompt_tokens) - 1) / 2)
-    token_s = (last_s - first_s + (later - joined) * step_s) / later if later else step_s
+    token_s = max(step_s, (last_s - first_s + (later - joined) * step_s) / later) if later else step_s
     total_s, waves = last_s + later * step_s, share / live
     if workload.ragged:
         # What waits takes the places of those that end; then the batch empties, the longest answers last.

@@ -151,6 +151,8 @@ def busy_s(place: Placement, replica: int, stage: int, parts: Seconds, work: Pas
         total = max(products, sums) + BESIDE * min(products, sums)
     if work.tokens <= engine.graph_tokens:
         return total
+    if place.dims.pp > 1:
+        total *= engine.pipelined
     device = place.device(replica, stage * place.dims.tp)
     return max(total, layers * (1 + in_halves) * eager_layer_s(place, device))
 

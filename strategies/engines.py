@@ -62,6 +62,9 @@ class Engine:
     max_sequences: int
     memory_share: float  # of a device's memory that it takes
     eight_bit_kv: bool  # keeps the cache in 8 bits where weights are quantized
+    pipelined: (
+        float  # times as long for a stage's prompts where other stages' transfers hold some of its processors
+    )
     pipelines: bool  # stages work at the same time, on groups of sequences
     eager_layer_s: (
         float  # host time to launch a layer of a step that is not replayed as a graph; 0: hidden always

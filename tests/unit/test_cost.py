@@ -94,6 +94,7 @@ BY_HAND = replace(
     eager_layer_s=0.0,
     eager_layers=0.0,
     overlap_tokens=0,
+    pipelined=1.0,
 )
 
 

@@ -7,6 +7,7 @@ what the ones before it in the layer have become.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from functools import partial
 
 import numpy as np
@@ -39,33 +40,34 @@ def calibrated(
 ) -> Iterator[Found]:
     """With error feedback. The model's weights are written over by what they become."""
     assert model.embed is not None, "the whole model is calibrated"
-    contexts = [_context(model, len(window)) for window in windows]
+    contexts = [prompt_context(model, len(window)) for window in windows]
     device = model.embed.weight.device
     states: list[State] = [(model.embed(torch.tensor(window, device=device)), None) for window in windows]
     for index, layer in enumerate(model.layers):
-        run = partial(_run, layer, index, states, contexts)
+        runs = [partial(_run, layer, index, state, c) for state, c in zip(states, contexts, strict=True)]
         for linear in LINEARS:
             product = layer.get_submodule(linear)
-            hessian_KK = _read(product, run)
+            hessian_KK = _read(product, runs)
             weight = product.get_parameter("weight")
             codes = with_feedback(weight.data, hessian_KK, group, dtype)
             weight.data.copy_(codes.dequantized())
             yield index, linear, codes
-        states = run()
+        states = [run() for run in runs]
         told(index + 1, len(model.layers))
 
 
-def _run(
-    layer: nn.Module, index: int, states: Sequence[State], contexts: Sequence[SdpaContext]
-) -> list[State]:
+def _run(layer: nn.Module, index: int, state: State, context: SdpaContext) -> State:
     """A layer may write over what it is given."""
-    return [
-        layer(x.clone(), None if residual is None else residual.clone(), index, context)
-        for (x, residual), context in zip(states, contexts, strict=True)
-    ]
+    x, residual = state
+    found: State = layer(x.clone(), None if residual is None else residual.clone(), index, context)
+    return found
 
 
-def _read(product: nn.Module, run: Callable[[], object]) -> Tensor:
+class _HasReadError(Exception):
+    """Nothing behind a product is of interest once it has read."""
+
+
+def _read(product: nn.Module, runs: Sequence[Callable[[], State]]) -> Tensor:
     """Σ x xᵀ of all that a product reads, float32."""
     k = product.get_parameter("weight").shape[1]
     hessian_KK = torch.zeros((k, k), device=product.get_parameter("weight").device)
@@ -73,16 +75,19 @@ def _read(product: nn.Module, run: Callable[[], object]) -> Tensor:
     def add(_module: nn.Module, args: tuple[Tensor]) -> None:
         x = args[0].float()
         hessian_KK.addmm_(x.T, x)
+        raise _HasReadError
 
     hook = product.register_forward_pre_hook(add)
     try:
-        run()
+        for run in runs:
+            with suppress(_HasReadError):
+                run()
     finally:
         hook.remove()
     return hessian_KK
 
 
-def _context(model: Transformer, tokens: int) -> SdpaContext:
+def prompt_context(model: Transformer, tokens: int) -> SdpaContext:
     """A prompt of so many tokens with a cache of its own, which every layer writes and reads in turn."""
     weight = model.get_parameter("embed.weight")
     blocks = -(-tokens // 16)

@@ -10,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from launch.__main__ import main
+from launch.models import resolve
+from orchestrator.engine.checkpoint import open_checkpoint
 from orchestrator.engine.quantized import Quantized
 from orchestrator.request import SamplingParams
 from strategies.formats import FORMATS
@@ -45,15 +48,24 @@ def widened(model: Any, spec: Any, kept: str) -> Any:
     return model
 
 
-@pytest.mark.parametrize("kept", ["int8", "int4"])
-def test_layouts_answer_as_one_process_does(kept: str, pool: Pool, tmp_path: Path) -> None:
+FEW = {"int8": ("tp2pp2",), "int4": ("tp3",)}
+MANY = {"int8": ("tp1", "tp2", "tp3", "pp2", "dp2"), "int4": ("tp1", "tp2", "pp2", "dp2", "tp2pp2")}
+
+
+@pytest.mark.parametrize(
+    ("kept", "layouts"),
+    [*FEW.items(), *(pytest.param(*case, marks=pytest.mark.slow) for case in MANY.items())],
+)
+def test_layouts_answer_as_one_process_does(
+    kept: str, layouts: tuple[str, ...], pool: Pool, tmp_path: Path
+) -> None:
     """9 heads in 3 KV groups of 96 columns, an MLP of 5 groups of 64: two and three ranks get unlike parts."""
     model = make_model(tmp_path, "llama", std=0.1, **SIZES)
     asked = options(tmp_path, num_blocks=18, format=kept)
     expected = widened(model, asked.spec, kept)
     rnd = random.Random(1)
     given = [[rnd.randrange(131) for _ in range(n)] for n in (7, 33, 1)]
-    for layout in ("tp3", "tp2pp2") if kept == "int8" else ("tp2", "tp3", "pp2", "dp2"):
+    for layout in layouts:
         with served(layout, asked, pool) as found:
             sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
             done = answers(found, asked, [(prompt, sampling) for prompt in given])
@@ -61,3 +73,23 @@ def test_layouts_answer_as_one_process_does(kept: str, pool: Pool, tmp_path: Pat
         assert [c.token_ids for c in done] == [greedy(expected, p, OUTPUT_TOKENS) for p in given], layout
         for prompt, completion in zip(given, done, strict=True):
             assert_logits_agree(expected, prompt, completion.token_ids, seen)
+
+
+def test_a_published_checkpoint_answers_as_its_weights_widened_do(pool: Pool, tmp_path: Path) -> None:
+    """Written by `quantize`, run as stored: three ranks with unlike parts."""
+    model = make_model(tmp_path / "model", "llama", std=0.1, **SIZES)
+    made = tmp_path / "made"
+    assert (
+        main(["quantize", str(tmp_path / "model"), "--to", "int4", "-o", str(made), "--device", "cpu"]) == 0
+    )
+    asked = options(made, num_blocks=18, format="int4")
+    checkpoint = open_checkpoint(resolve(str(made)), asked.spec)
+    for name, parameter in model.named_parameters():
+        parameter.data = checkpoint.read(name).float().clone()  # embedding and norms in half precision
+    given = [[3, 5, 7, 11, 13], [2]]
+    with served("tp3", asked, pool) as found:
+        done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
+        seen = pool.seen_logits()
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
+    for prompt, completion in zip(given, done, strict=True):
+        assert_logits_agree(model, prompt, completion.token_ids, seen)

@@ -74,7 +74,7 @@ async def answered(content: bytes) -> tuple[list[dict[str, Any]], list[dict[str,
         return found[0], found[1], examined.lines
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=20, deadline=None, suppress_health_check=list(HealthCheck))
 @given(LINES, st.sampled_from([b"\n", b"\r\n"]), st.booleans())
 def test_each_line_is_answered_or_refused_once(lines: list[bytes], end: bytes, is_whole: bool) -> None:
     content = end.join(lines) + (end if is_whole else b"")

@@ -98,8 +98,13 @@ def joined(address: str) -> Iterator[None]:
         leave()
 
 
-def start(name: str, hosted: type, args: tuple[object, ...], *, may_move: bool) -> Detached:
-    """On the head, where it stays unless it `may_move`. It is started again there when it dies."""
+def start(
+    name: str, hosted: type, args: tuple[object, ...], *, may_move: bool, told: Mapping[str, str]
+) -> Detached:
+    """On the head, where it stays unless it `may_move`. It is started again there when it dies.
+
+    `told` is in its environment, which the cluster's dashboard tells who may not have connected yet.
+    """
     head = next(node["NodeID"] for node in ray.nodes() if node["Alive"] and _HEAD in node["Resources"])
     ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
     options: Mapping[str, Any] = {
@@ -110,7 +115,7 @@ def start(name: str, hosted: type, args: tuple[object, ...], *, may_move: bool) 
         "max_restarts": -1,
         "max_task_retries": 0,
         "max_concurrency": _CALLS_AT_ONCE,
-        "runtime_env": {"env_vars": {"PYTHONPATH": f"{ours}:${{PYTHONPATH}}"}},
+        "runtime_env": {"env_vars": {"PYTHONPATH": f"{ours}:${{PYTHONPATH}}", **told}},
         "scheduling_strategy": NodeAffinitySchedulingStrategy(head, soft=may_move),
     }
     try:

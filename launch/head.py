@@ -8,18 +8,34 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
-from urllib.parse import urlsplit
+from urllib.parse import urlencode, urlsplit
 from urllib.request import Request, urlopen
 
 from cluster.errors import PlacementFailed, UserError
+from launch.batch_client import check_version
+from launch.version import our_version
 
 CLIENT = "ray://"
 CLIENT_PORT, DASHBOARD_PORT = 10_001, 8265  # Ray's defaults
 LOOK_S = 0.8  # each of two looks: a mistake is told within 2 s
+VERSION, PYTHON = "SHARDWISE_VERSION", "SHARDWISE_PYTHON"
+ACTOR = "shardwise:"  # what a deployment's name begins with: cluster/detached.py
+_ACTORS = [
+    ("detail", "1"),
+    ("limit", "1000"),
+    ("filter_keys", "state"),
+    ("filter_predicates", "="),
+    ("filter_values", "ALIVE"),
+    ("filter_keys", "ray_namespace"),
+    ("filter_predicates", "="),
+    ("filter_values", "shardwise"),
+]
 _GCS_METHOD, _CLIENT_METHOD = "/ray.rpc.NodeInfoGcsService/GetClusterId", "/ray.rpc.RayletDriver/ClusterInfo"
 _WAY_OUT = {
     _GCS_METHOD: "give HOST:PORT of its head, as ray start says, or ray://HOST:PORT of its client server",
@@ -60,11 +76,11 @@ def client_address(address: str) -> str:
     return f"{CLIENT}{_bracketed(host)}:{port}"
 
 
-def check_head(address: str, dashboard: str | None = None) -> Token | None:
+def check_head(address: str, dashboard: str | None = None, name: str | None = None) -> Token | None:
     """→ the token that the cluster takes. Raises UserError, PlacementFailed where connecting would be in vain.
 
     `address`: HOST:PORT of the head, auto, or as `client_address` gives it; `dashboard`: the URL of the cluster's HTTP
-    port, by default Ray's.
+    port, by default Ray's; `name` of the deployment that will be asked, None: any.
     """
     token = own_token()
     if address == "auto":
@@ -78,12 +94,8 @@ def check_head(address: str, dashboard: str | None = None) -> Token | None:
         raise UserError(
             f"--dashboard {dashboard} is no http:// or https:// address, such as http://head:8265"
         )
-    asked = Request(f"{url}/api/version")
-    if token is not None:
-        asked.add_header("Authorization", f"Bearer {token.value}")
     try:
-        with urlopen(asked, timeout=LOOK_S) as answer:
-            theirs = str(json.load(answer).get("ray_version", ""))
+        theirs = str(_get(f"{url}/api/version", token).get("ray_version", ""))
     except HTTPError as error:
         if error.code in (401, 403):
             raise UserError(_refused(address, token)) from None
@@ -92,9 +104,15 @@ def check_head(address: str, dashboard: str | None = None) -> Token | None:
         theirs = ""
     if theirs:
         _check_version(address, theirs)
+        _check_deployments(address, url, token, name)
     else:
         _call(address, parts.netloc, _CLIENT_METHOD, token)
     return token
+
+
+def versions() -> dict[str, str]:
+    """For the environment of a deployment's actor."""
+    return {VERSION: our_version(), PYTHON: platform.python_version()}
 
 
 def adopt(token: Token | None) -> None:
@@ -109,6 +127,35 @@ def _check_version(address: str, theirs: str) -> None:
         raise UserError(
             f"{address} runs Ray {theirs}, and here is {ours}; use the same: pip install ray=={theirs}"
         )
+
+
+def _check_deployments(address: str, url: str, token: Token | None, name: str | None) -> None:
+    """What the environments of the actors say, as far as the dashboard tells it. Raises UserError."""
+    try:
+        actors = _get(f"{url}/api/v0/actors?{urlencode(_ACTORS)}", token)["data"]["result"]["result"]
+        found = {actor["name"]: json.loads(actor["serialized_runtime_env"])["env_vars"] for actor in actors}
+    except (OSError, ValueError, LookupError, AttributeError, TypeError):  # seen once we are connected
+        return
+    ours = versions()
+    for actor, environment in found.items():
+        if not actor.startswith(ACTOR) or (name is not None and actor != f"{ACTOR}{name}"):
+            continue
+        what = f"{actor.removeprefix(ACTOR)} in {address}"
+        check_version(what, environment.get(VERSION, ours[VERSION]), ours[VERSION])
+        theirs = environment.get(PYTHON, ours[PYTHON])
+        if theirs.split(".")[:2] != ours[PYTHON].split(".")[:2]:
+            raise UserError(
+                f"{what} runs Python {theirs}, and this is {ours[PYTHON]}; Ray's client wants the same"
+            )
+
+
+def _get(url: str, token: Token | None) -> dict[str, Any]:
+    asked = Request(url)
+    if token is not None:
+        asked.add_header("Authorization", f"Bearer {token.value}")
+    with urlopen(asked, timeout=LOOK_S) as answer:
+        found: dict[str, Any] = json.load(answer)
+    return found
 
 
 def _refused(address: str, token: Token | None) -> str:

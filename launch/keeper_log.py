@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -52,15 +51,6 @@ def read_log(directory: Path, cursor: Cursor | None, *, last_lines: int = 0) -> 
         if text or at == len(files) - 1:
             return found, text
         at, offset = at + 1, 0
-
-
-def lines_of(directory: Path) -> Iterator[str]:
-    """The last megabyte."""
-    path = directory / LOG
-    if path.exists():
-        with path.open("rb") as file:
-            file.seek(max(0, file.seek(0, os.SEEK_END) - MOST_READ))
-            yield from file.read().decode(errors="replace").splitlines()
 
 
 def _inode(path: Path) -> int:

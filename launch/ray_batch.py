@@ -31,7 +31,7 @@ class RayBatchClient:
     def __init__(self, address: str, name: str | None, dashboard: str | None, progress: Progress) -> None:
         """`name` of the deployment; None: the only one. Raises UserError or PlacementFailed, in seconds."""
         self.address = client_address(address)
-        adopt(check_head(self.address, dashboard))
+        adopt(check_head(self.address, dashboard, name))
         progress.say(f"connecting to {self.address}")
         from cluster import detached
 

@@ -214,6 +214,7 @@ def bring_up(wanted: Wanted, progress: Progress, *, replace: bool) -> There:
     """In the cluster that this process has joined. `replace` what is up with another recipe. Raises UserError."""
     from cluster import detached
     from launch.gateway import Gateway
+    from launch.head import versions
     from launch.serve import read_keys
 
     keys, where = read_keys(wanted.key_file), str(wanted.address)
@@ -238,7 +239,8 @@ def bring_up(wanted: Wanted, progress: Progress, *, replace: bool) -> There:
         "run": secrets.token_hex(8),
         "told": {"digest": digest},
     }
-    actor = detached.start(wanted.name, Gateway, (wanted.name, order), may_move=wanted.batch_dir is not None)
+    may_move = wanted.batch_dir is not None
+    actor = detached.start(wanted.name, Gateway, (wanted.name, order), may_move=may_move, told=versions())
     progress.say(f"starting {wanted.name} on the cluster's head; its log: shardwise logs {wanted.name} -f")
     return There(wanted.name, where, actor)
 

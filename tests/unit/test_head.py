@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import json
 import socket
 import threading
 import time
@@ -10,26 +11,36 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import grpc
 import pytest
 
 from cluster.errors import PlacementFailed, UserError
 from launch.__main__ import main
-from launch.head import Token, check_head, client_address, own_token
+from launch.head import Token, check_head, client_address, own_token, versions
+
+
+def actors(environment: dict[str, str]) -> dict[str, Any]:
+    """As Ray 2.60 lists them."""
+    told = [
+        {"name": "shardwise:llama", "serialized_runtime_env": json.dumps({"env_vars": environment})},
+        {"name": "shardwise-gang:llama:1:0", "serialized_runtime_env": json.dumps({"env_vars": {}})},
+    ]
+    return {"result": True, "data": {"result": {"total": 2, "result": told}}}
 
 
 class Dashboard(http.server.BaseHTTPRequestHandler):
     tells = ""
+    environment: ClassVar[dict[str, str]] = {}
 
     def do_GET(self) -> None:
         given = self.headers["Authorization"]
-        self.send_response(
-            {"Bearer secret": 200, None: 401}.get(given, 403) if self.path == "/api/version" else 404
-        )
+        known = {"/api/version": {"ray_version": self.tells}, "/api/v0/actors": actors(self.environment)}
+        path = self.path.partition("?")[0]
+        self.send_response({"Bearer secret": 200, None: 401}.get(given, 403) if path in known else 404)
         self.end_headers()
-        self.wfile.write(f'{{"ray_version": "{self.tells}"}}'.encode())
+        self.wfile.write(json.dumps(known.get(path)).encode())
 
     def log_message(self, *args: object) -> None:
         pass
@@ -80,6 +91,24 @@ def test_what_is_wrong_is_told_with_the_fix(
         UserError, match=r"runs Ray 2\.9\.9, and here is .*; use the same: pip install ray==2\.9\.9"
     ):
         check_head("ray://127.0.0.1:1", dashboard)
+
+
+def test_another_shardwise_or_python_is_told_before_connecting(
+    dashboard: str, token: Callable[[str], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    token("secret")
+    address = "ray://127.0.0.1:1"
+    monkeypatch.setattr(Dashboard, "environment", versions())
+    assert check_head(address, dashboard) is not None
+    monkeypatch.setattr(Dashboard, "environment", versions() | {"SHARDWISE_VERSION": "9.8.7"})
+    with pytest.raises(UserError, match=rf"llama in {address} is shardwise 9\.8\.7, and this is "):
+        check_head(address, dashboard)
+    assert check_head(address, dashboard, "other") is not None
+    monkeypatch.setattr(Dashboard, "environment", versions() | {"SHARDWISE_PYTHON": "2.7.1"})
+    with pytest.raises(
+        UserError, match=rf"llama in {address} runs Python 2\.7\.1, and this is 3\..*wants the same"
+    ):
+        check_head(address, dashboard, "llama")
 
 
 @pytest.fixture

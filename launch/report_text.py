@@ -87,11 +87,13 @@ def sentences(found: Sequence[Mapping[str, object]]) -> Iterator[str]:
     for verdict in found:
         objective, chosen, winner = verdict["objective"], verdict["chosen"], verdict["winner"]
         where = f" at {verdict['concurrency']} at once" if several else ""
+        missing = verdict["not_measured"]
+        but = f" ({', '.join(missing)} not measured)" if isinstance(missing, list) and missing else ""
         if chosen == winner:
-            yield f"For {objective}{where} the plan chose {chosen}, and {chosen} was best."
+            yield f"For {objective}{where} the plan chose {chosen}, and {chosen} was best{but}."
         else:
             loss = f"by {verdict['regret_percent']:.1f}%"
-            yield f"For {objective}{where} the plan chose {chosen}; {winner} was best, {loss}."
+            yield f"For {objective}{where} the plan chose {chosen}; {winner} was best, {loss}{but}."
 
 
 def _health(made: Comparison) -> Iterator[str]:

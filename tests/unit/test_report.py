@@ -223,6 +223,7 @@ def test_people_are_told_what_was_best(capsys: pytest.CaptureFixture[str]) -> No
     out = capsys.readouterr().out
     assert "2 requests at once of 100 prompt + 11 output tokens" in " ".join(out.split())
     assert "For throughput the plan chose" in out
+    assert "(dp2 not measured)" in out
     assert "dp2 could not be run: dp2: one GPU is held by another" in out
 
 

@@ -10,7 +10,7 @@ again like it, so a second start proves nothing.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path as File
 from typing import TYPE_CHECKING
@@ -48,7 +48,7 @@ class Rung:
 
 
 def ladder(topology: Topology) -> tuple[Rung, ...]:
-    """For the devices of one host. More rungs, such as a model's own, may follow: see `prove`."""
+    """For the devices of one host. More rungs, such as a model's own, may follow: see `proved_further`."""
     from cluster import rungs
 
     if topology.devices[0].kind == "cpu":
@@ -76,7 +76,6 @@ def proved(
     progress: Progress,
     *,
     refresh: bool = False,
-    more: Sequence[Rung] = (),
 ) -> Proof:
     """The proof for this very machine, kept from an earlier day or made now in some ten seconds."""
     found = None if cache_dir is None or refresh else kept(cache_dir, topology)
@@ -90,10 +89,32 @@ def proved(
     def start(environment: Mapping[str, str]) -> Ranks:
         return Children(count, environment, progress, own)
 
-    proof = prove(topology, (*ladder(topology), *more), start, progress)
+    proof = prove(topology, ladder(topology), start, progress)
     if cache_dir is not None and not any(_passes(step) for step in proof.steps):
         keep(proof, cache_dir, topology)
     return proof
+
+
+def proved_further(
+    proof: Proof,
+    topology: Topology,
+    ranks: int,
+    rungs: Sequence[Rung],
+    cache_dir: File | None,
+    progress: Progress,
+) -> Proof:
+    """The proof with these rungs behind its own, climbed by the first devices alone over what it proved."""
+    few = replace(topology, devices=topology.devices[:ranks])
+    own: list[tuple[Target]] = [(target,) for target in targets(few, ranks, probe_s=0.0)]
+
+    def start(environment: Mapping[str, str]) -> Ranks:
+        return Children(ranks, {**proof.environment, **environment}, progress, own)
+
+    steps = prove(few, rungs, start, progress).steps
+    longer = replace(proof, steps=(*proof.steps, *steps))
+    if cache_dir is not None and not any(_passes(step) for step in steps):
+        keep(longer, cache_dir, topology)
+    return longer
 
 
 def prove(

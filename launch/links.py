@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 
+from cluster.errors import GangDied
 from cluster.paths import ONE_SHOT_PATHS, Path, gains_up_to
 from cluster.profile import kept as kept_profile
-from cluster.proof import kept
-from cluster.prove import proved
+from cluster.proof import Outcome, kept
+from cluster.prove import Rung, proved, proved_further
 from cluster.topology import Topology
 from launch.machine import cache_directory, found_here
 from launch.options import EngineOptions
 from launch.progress import Progress
+from orchestrator.first_layer import differs
+from orchestrator.worker import EngineConfig
 from strategies.plan import ParallelDims
+
+LAYER_LIMIT_S = 60.0  # of silence: kernels are compiled meanwhile
 
 
 def linked(options: EngineOptions, devices: int) -> Topology | None:
@@ -41,6 +48,32 @@ def only_proved(options: EngineOptions, devices: int, progress: Progress) -> Ite
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def prove_first_layer(
+    options: EngineOptions, dims: ParallelDims, config: EngineConfig, progress: Progress
+) -> None:
+    """Once for each model, dtype and tp on this machine: over the ways that `config` has, and where its first layer
+    comes out wrong over the fastest, over the next. What fails is trusted no more. Raises GangDied where all fail.
+    """
+    topology = linked(options, dims.world_size)
+    if topology is None or dims.tp == 1:
+        return
+    proof = proved(topology, cache_directory(), progress.say)
+    kind = f"{options.dtype}+{options.format}" if options.format else options.dtype
+    name = f"first layer of {options.spec.name}, {kind}, at tp{dims.tp}"
+    ways = [path for path in ONE_SHOT_PATHS if str(path) in config.ways]
+    rungs: list[Rung] = []
+    for number, path in enumerate([*ways, Path.NCCL]):
+        left = {str(way): config.ways[str(way)] for way in ways[number:]}
+        job = partial(differs, config=replace(config, ways=left), tp=dims.tp)
+        before = rungs[-1].name if rungs else None
+        rungs.append(Rung(f"{name}, {path}", path, job, instead_of=before, limit_s=LAYER_LIMIT_S))
+    if rungs[0].name not in {step.rung for step in proof.steps}:
+        proof = proved_further(proof, topology, dims.tp, rungs, cache_directory(), progress.say)
+    last = [step for step in proof.steps if step.rung.startswith(name)][-1]
+    if last.outcome is not Outcome.PASSED:
+        raise GangDied(f"{last.rung}: {last.evidence}; use a replica a GPU (--layout dp{dims.world_size})")
 
 
 def ways_beside_nccl(options: EngineOptions, dims: ParallelDims) -> dict[str, int | None]:

@@ -16,7 +16,7 @@ from cluster.channel import Via
 from cluster.errors import BadLayout, GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.head import adopt, check_head
-from launch.links import only_proved, ways_beside_nccl
+from launch.links import only_proved, prove_first_layer, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, ranks_of, rested, terms_of
 from launch.progress import Progress
@@ -142,6 +142,7 @@ def deployment(
         known = rested(gangs, dims, progress)
         if known is None:
             gangs.clear()
+            prove_first_layer(options, dims, _engine_config(options, dims), progress)
             progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
             gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)

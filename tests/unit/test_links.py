@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path as File
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from cluster.collectives.protocols import ANY_WAY
 from cluster.discover import discover
+from cluster.errors import GangDied
 from cluster.paths import Op, Path, curve_of
 from cluster.proof import Outcome, Proof, Step
-from cluster.prove import NO_PEERS
+from cluster.prove import NO_PEERS, Rung
+from cluster.topology import Topology
 from launch import links
-from launch.links import only_proved, ways_beside_nccl
+from launch.links import only_proved, prove_first_layer, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
+from orchestrator.worker import EngineConfig
 from strategies.plan import ParallelDims
 from tests.fake_nvml import dual_h100
 from tests.unit.test_start import OPTIONS
@@ -86,3 +92,68 @@ def test_sums_take_a_way_as_far_as_it_was_measured_to_be_faster(
     assert most is not None
     assert 1 << 20 < most < 4 << 20
     assert ways_beside_nccl(GPUS, ParallelDims(tp=4)) == {"peer memory": None}  # measured of two alone
+
+
+class Climbing:
+    """proved_further, with outcomes put in by path."""
+
+    def __init__(self, outcomes: dict[Path, Outcome]) -> None:
+        self.outcomes, self.climbed, self.ranks = outcomes, 0, 0
+
+    def __call__(
+        self, proof: Proof, topology: Topology, ranks: int, rungs: Sequence[Rung], cache: File, say: object
+    ) -> Proof:
+        self.climbed, self.ranks = self.climbed + 1, ranks
+        steps = []
+        for rung in rungs:
+            assert rung.path is not None
+            steps.append(Step(rung.name, rung.path, self.outcomes[rung.path], "0.7 off"))
+            if steps[-1].outcome is Outcome.PASSED:
+                break
+        return replace(proof, steps=(*proof.steps, *steps))
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "trusted"),
+    [
+        ({Path.PEER: Outcome.PASSED}, {"peer memory": None}),
+        ({Path.PEER: Outcome.WRONG, Path.NCCL: Outcome.PASSED}, {}),
+        ({Path.PEER: Outcome.WRONG, Path.NCCL: Outcome.HUNG}, None),
+    ],
+)
+def test_a_models_first_layer_is_proved_once_over_the_way_that_it_will_take(
+    outcomes: dict[Path, Outcome],
+    trusted: dict[str, int | None] | None,
+    found: dict[str, Proof],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found["now"] = proof(Outcome.PASSED, {})
+    climbing = Climbing(outcomes)
+
+    def further(*asked: Any) -> Proof:
+        found["now"] = climbing(*asked)
+        return found["now"]
+
+    monkeypatch.setattr(links, "proved_further", further)
+
+    def start() -> None:
+        config = EngineConfig(GPUS.source, GPUS.spec, "bfloat16", "cuda", ways=ways_beside_nccl(GPUS, TP2))
+        prove_first_layer(GPUS, TP2, config, QUIET)
+
+    for _ in range(2):
+        if trusted is None:
+            with pytest.raises(GangDied, match=r", nccl: 0\.7 off; use a replica a GPU \(--layout dp2\)"):
+                start()
+        else:
+            start()
+            assert ways_beside_nccl(GPUS, TP2) == trusted
+    assert (climbing.climbed, climbing.ranks) == (1, 2)
+
+
+def test_one_gpu_a_stage_has_no_sums_to_prove(
+    found: dict[str, Proof], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(links, "proved_further", None)  # not to be called
+    config = EngineConfig(GPUS.source, GPUS.spec, "bfloat16", "cuda")
+    prove_first_layer(GPUS, ParallelDims(pp=2), config, QUIET)
+    prove_first_layer(OPTIONS, TP2, config, QUIET)  # on a CPU

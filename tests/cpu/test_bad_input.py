@@ -130,7 +130,6 @@ COMMANDS = {
     # layouts
     "generate plain --prompts good.jsonl --layout xyz": "layout 'xyz' is not a name such as tp2",
     "generate plain --prompts good.jsonl --layout tp0": "layout 'tp0': every size must be at least 1",
-    "generate plain --prompts good.jsonl --layout tp2+int8": "can be planned, not run, by this version",
     "generate plain --prompts good.jsonl --layout tp2 -tp 2": "say the same thing twice; give one of them",
     "generate plain --prompts good.jsonl -tp -1": "-tp, -pp and -dp must be at least 1, not -1",
     "generate plain --prompts good.jsonl -tp 5": "tp5 does not fit: tp=5 exceeds the 4 attention heads of plain; use",

@@ -7,6 +7,8 @@ import statistics
 import time
 from pathlib import Path
 
+import pytest
+
 from orchestrator.request import Completion, SamplingParams
 from orchestrator.simulate import Arrival, percentile, poisson, simulate
 from strategies.cost_ops import Pass
@@ -18,6 +20,7 @@ WITHIN = 3.0
 """Times that a median may be off: machines that tests run on are shared, and steps of a tiny model mostly noise."""
 
 
+@pytest.mark.slow
 def test_waits_at_a_rate_are_of_the_size_simulated(tmp_path: Path) -> None:
     make_model(tmp_path, "llama", max_position_embeddings=256)
     asked = options(tmp_path, max_num_batched_tokens=64, prefix_caching=False)

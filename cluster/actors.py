@@ -1,6 +1,6 @@
 """Ray: reserve devices, host one object on each, see who dies, leave nothing behind.
 
-With hosts.py, detached.py and ray_server.py alone in importing ray.
+With reservation.py, hosts.py, detached.py and ray_server.py alone in importing ray.
 
     with Cluster.embedded(num_cpu_devices=2) as cluster:
         (gang,) = cluster.acquire(Worker, [2], "cpu", timeout_s=60)
@@ -15,12 +15,9 @@ connect to, our actors go and nothing else.
 from __future__ import annotations
 
 import contextlib
-import os
-import secrets
-import socket
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,8 +27,8 @@ import ray
 import ray._private.worker
 import ray.exceptions
 import ray.util
-from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from cluster import reservation
 from cluster.errors import GangDied, PlacementFailed
 from cluster.gang import (
     Call,
@@ -43,15 +40,10 @@ from cluster.gang import (
     read_last_words,
     results,
 )
-from cluster.hosts import GANG, Facts, Host, KeptName, actor_environment
+from cluster.hosts import GANG, Facts, KeptName, actor_environment
 from cluster.life import Life, machine
-from cluster.placement import refusal
 from cluster.ray_server import NAMESPACE, PrivateRay, join
 
-_CALLS_AT_ONCE = 8  # of a worker; one more waits for the actor's death
-_RELEASE_S = 3.0  # devices of a gang just killed are free again after some 0.2 s
-_LOOK_S = 0.05  # between looks at what is free
-_CONNECT_S = 3.0
 _KILL_S = 5.0
 _ADOPT_S = 10.0
 _RENEWALS = 6  # of a lease
@@ -115,25 +107,29 @@ class Cluster:
         """
         deadline = time.monotonic() + timeout_s
         resource = _RESOURCE[device]
-        _check_free(sum(sizes), resource)
+        reservation.check_free(sum(sizes), resource)
         with ExitStack() as undo:
             kept = [None if self._keeping is None else KeptName.new(self._keeping.name) for _ in sizes]
             groups = [
-                _reserve(worker_class.__name__, size, resource, undo, name)
+                reservation.reserve(worker_class.__name__, size, resource, undo, name)
                 for size, name in zip(sizes, kept, strict=True)
             ]
-            if not all(group.wait(_left(deadline)) for group in groups):
-                raise _refusal(sum(sizes), resource)
+            if not all(group.wait(reservation.left(deadline)) for group in groups):
+                raise reservation.refused(sum(sizes), resource)
             environment = actor_environment(device, threads)
-            actors = [_spawn(*of, resource, environment) for of in zip(groups, kept, sizes, strict=True)]
+            actors = [
+                reservation.spawn(*of, resource, environment) for of in zip(groups, kept, sizes, strict=True)
+            ]
             facts = [_introduce(gang, deadline, timeout_s) for gang in actors]
             gangs = [RayGang(group, *known) for group, known in zip(groups, facts, strict=True)]
             for gang in gangs:
                 undo.callback(gang.kill)
-            results([call for gang in gangs for call in gang.host(worker_class)], _left(deadline))
+            results([call for gang in gangs for call in gang.host(worker_class)], reservation.left(deadline))
             if self._keeping is not None:
                 for gang, name in zip(gangs, kept, strict=True):
-                    results(gang.lease(str(name), self._terms, self._keeping.lease_s), _left(deadline))
+                    results(
+                        gang.lease(str(name), self._terms, self._keeping.lease_s), reservation.left(deadline)
+                    )
             undo.pop_all()
         self._own_now(gangs)
         return gangs
@@ -278,83 +274,6 @@ class RayGang:
         self._fate.end(death)
 
 
-# -- placing --
-
-
-def _check_free(count: int, resource: str) -> None:
-    """Raises PlacementFailed unless so many devices are free, or get free in 3 s."""
-    deadline = time.monotonic() + _RELEASE_S
-    while ray.available_resources().get(resource, 0) < count:
-        if ray.cluster_resources().get(resource, 0) < count or time.monotonic() > deadline:
-            raise _refusal(count, resource)
-        time.sleep(_LOOK_S)
-
-
-def _reserve(name: str, count: int, resource: str, undo: ExitStack, kept: KeptName | None) -> Any:
-    """A placement group with one device in each of `count` bundles, as soon as it is placed."""
-    title = f"{name}-{secrets.token_hex(2)} of process {os.getpid()} on {socket.gethostname()}"  # unique
-    lifetime = None if kept is None else "detached"
-    group = ray.util.placement_group(
-        [{resource: 1}] * count, strategy="PACK", name=str(kept or title), lifetime=lifetime
-    )
-    undo.callback(ray.util.remove_placement_group, group)
-    return group
-
-
-def _left(deadline: float) -> float:
-    return max(0.0, deadline - time.monotonic())
-
-
-def _refusal(count: int, resource: str) -> PlacementFailed:
-    alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes: dict[str, float] = {}
-    for node in alive:
-        address = node["NodeManagerAddress"]
-        nodes[address] = nodes.get(address, 0) + node["Resources"].get(resource, 0)
-    return refusal(
-        count, resource, nodes, ray.available_resources().get(resource, 0), dict(_holders(resource))
-    )
-
-
-def _holders(resource: str) -> Iterator[tuple[str, float]]:
-    """Placement groups, then actors outside of them where a dashboard can list these."""
-    for group in ray.util.placement_group_table().values():
-        amount = sum(bundle.get(resource, 0) for bundle in group["bundles"].values())
-        if group["state"] == "CREATED":
-            yield group["name"] or f"placement group {group['placement_group_id']}", amount
-    if not ray._private.worker.get_dashboard_url():  # as where it is ours: the groups above still tell most
-        return
-    with contextlib.suppress(Exception):
-        from ray.util.state import list_actors  # takes half a second, and every worker imports this module
-
-        for actor in list_actors(filters=[("state", "=", "ALIVE")], detail=True, timeout=_CONNECT_S):
-            if not actor.placement_group_id:
-                name = f"actor {actor.name or actor.class_name} of process {actor.pid}"
-                yield name, (actor.required_resources or {}).get(resource, 0)
-
-
-def _spawn(
-    group: Any, kept: KeptName | None, count: int, resource: str, environment: Mapping[str, str]
-) -> list[Any]:
-    options = {
-        "num_cpus": 1 if resource == "CPU" else 0,
-        "num_gpus": 1 if resource == "GPU" else 0,
-        "max_restarts": 0,  # a gang lives and dies together
-        "max_task_retries": 0,  # a request that kills its worker would kill the next one too
-        "max_concurrency": _CALLS_AT_ONCE + 1,
-        "runtime_env": {"env_vars": dict(environment)},
-    }
-    remote = ray.remote(Host)
-    return [
-        remote.options(
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, bundle),
-            **options,
-            **({} if kept is None else kept.of_member(bundle)),
-        ).remote()
-        for bundle in range(count)
-    ]
-
-
 # -- outliving the owner --
 
 
@@ -384,7 +303,7 @@ def _adopted(name: str, actors: Sequence[Any], terms: str) -> RayGang | None:
 def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tuple[list[Any], list[Facts]]:
     """Wait until every actor runs; actors and what they say of themselves, node by node."""
     try:
-        facts = ray.get([actor.introduce.remote() for actor in actors], timeout=_left(deadline))
+        facts = ray.get([actor.introduce.remote() for actor in actors], timeout=reservation.left(deadline))
     except ray.exceptions.GetTimeoutError:
         raise PlacementFailed(
             f"{len(actors)} actors were placed but did not all start within {timeout_s:g} s. "

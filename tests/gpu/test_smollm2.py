@@ -10,7 +10,7 @@ import torch
 
 from launch.progress import Progress
 from launch.start import Devices, cluster, deployment
-from launch.trial import Truth, forced_tokens, measure_truth, run_trial
+from launch.trial import Trial, Truth, forced_tokens, measure_truth, run_trials
 from orchestrator.request import SamplingParams
 from strategies.plan import Candidate, ParallelDims
 from strategies.spec import Workload
@@ -57,7 +57,12 @@ def test_bfloat16_outputs_are_equal_within_one_process_own_error(devices: Device
     assert isinstance(truth, Truth)
     assert 0 < truth.own_error < 0.1
     for candidate in (Candidate(dims, reason=None, estimate=None) for dims in layouts):
-        trial = run_trial(devices, candidate, asked, Workload(32, 16, 4), topology, truth, Progress())
+        found: list[Trial] = []
+        load = Workload(32, 16, 4)
+        run_trials(
+            devices, candidate, asked, [load], topology, truth, Progress(), lambda _, t: found.append(t)
+        )
+        [trial] = found
         assert trial.forced_error is not None
         assert trial.allowed_error is not None
         assert trial.forced_error <= trial.allowed_error

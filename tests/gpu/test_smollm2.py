@@ -56,13 +56,21 @@ def test_bfloat16_outputs_are_equal_within_one_process_own_error(devices: Device
     truth = measure_truth(devices, asked, layouts, topology, Progress())
     assert isinstance(truth, Truth)
     assert 0 < truth.own_error < 0.1
+    found: list[Trial] = []
+    load = Workload(32, 16, 4)
     for candidate in (Candidate(dims, reason=None, estimate=None) for dims in layouts):
-        found: list[Trial] = []
-        load = Workload(32, 16, 4)
         run_trials(
-            devices, candidate, asked, [load], topology, truth, Progress(), lambda _, t: found.append(t)
+            devices,
+            candidate,
+            asked,
+            [load],
+            topology,
+            truth,
+            Progress(),
+            lambda _, trial: found.append(trial),
         )
-        [trial] = found
+    assert len(found) == len(LAYOUTS)
+    for trial in found:
         assert trial.forced_error is not None
         assert trial.allowed_error is not None
         assert trial.forced_error <= trial.allowed_error

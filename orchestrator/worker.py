@@ -224,7 +224,8 @@ class Worker:
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
             from orchestrator.engine.cuda_runner import CudaRunner
 
-            self.runner = CudaRunner(*parts, self._overlap, self._prompt_attention)
+            step_tokens = self.config.max_num_batched_tokens
+            self.runner = CudaRunner(*parts, self._overlap, step_tokens, self._prompt_attention)
         else:
             self.runner = Runner(*parts)
 

@@ -17,8 +17,15 @@ from torch import Tensor
 from orchestrator.engine import ops
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Layer, Transformer
-from orchestrator.engine.paged_attention import DeviceSlots, PagedBatch, PagedContext, Prompts
-from orchestrator.engine.told import FIELDS, prompt_numbers
+from orchestrator.engine.paged_attention import (
+    DeviceSlots,
+    PagedBatch,
+    PagedContext,
+    Prompts,
+    batch_in_graph,
+    to_device,
+)
+from orchestrator.engine.told import FIELDS, GRAPH_PROMPTS, Shape, numbers_of
 
 THREADS = 8  # at work at once; a kernel takes one of them 0.5 to 2 s
 ROWS = (1, 2, 64)  # the sizes of a step that choose different kernels
@@ -105,5 +112,7 @@ def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
 
     for rows in (*ROWS, len(slots.tables) - 1):
         yield PagedBatch(told(rows), rows, None)
-    one_row = torch.zeros(prompt_numbers(1), dtype=torch.int32, device=device)
-    yield PagedBatch(told(16), 0, Prompts.of(one_row, 1, 16))
+    empty = torch.zeros(2, dtype=torch.int32, device=device)
+    yield PagedBatch(told(16), 0, Prompts(empty[:1], empty[:1], empty, first=0, longest=16))
+    shape = Shape(16, 0, GRAPH_PROMPTS, 16)
+    yield batch_in_graph(told(16), to_device(numbers_of([], shape), device), shape)[0]

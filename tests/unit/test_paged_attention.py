@@ -19,12 +19,12 @@ from orchestrator.engine.paged_attention import (
     DeviceSlots,
     PagedBatch,
     PagedContext,
-    Prompts,
+    batch_in_graph,
     batch_of,
 )
 from orchestrator.engine.runner import Runner
-from orchestrator.engine.slots import Slots
-from orchestrator.engine.told import padded_prompts, told_of_decodes, told_of_rows
+from orchestrator.engine.slots import Slots, sampling_ends
+from orchestrator.engine.told import Shape, numbers_of, told_of_decodes, told_of_rows
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
@@ -38,6 +38,8 @@ CPU = torch.device("cpu")
 LIMITS = SchedulerConfig(
     num_blocks=24, block_size=8, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32
 )
+
+SHAPE = Shape(tokens=19, decodes=5, prompts=4, samples=6)
 
 
 def steps(prompts: list[list[int]], vocab: int) -> list[Step]:
@@ -89,12 +91,13 @@ def test_hidden_states_are_the_plain_ones(
         elif mixed % 2:
             mixed += 1
             batch = batch_of(step.rows, paged_slots, CPU)
-        else:  # as graphs hold it: all rows count as prompts, with some rows and tokens too many
+        else:  # as graphs hold it, with room for more
             mixed += 1
-            told = told_of_rows(step.rows, paged_slots, LIMITS.max_num_batched_tokens, on_device.scratch)
-            numbers = torch.from_numpy(padded_prompts(step.rows, 5, on_device.scratch))
-            prompts = Prompts.of(numbers, 5, LIMITS.max_num_batched_tokens)
-            batch = PagedBatch(torch.from_numpy(told), 0, prompts)
+            told = told_of_rows(step.rows, paged_slots, SHAPE.tokens, on_device.scratch)
+            numbers = torch.from_numpy(numbers_of(step.rows, SHAPE))
+            batch, ends_S = batch_in_graph(torch.from_numpy(told), numbers, SHAPE)
+            ends = sampling_ends(step.rows)
+            assert ends_S.tolist() == [*ends, *[0] * (SHAPE.samples - len(ends))]
         with monkeypatch.context() as patched:
             patched.setattr(ops, "has_kernels", lambda x: True)
             patched.setattr(kernels, "MAX_ROWS", 0)  # slow to interpret, and tested by themselves

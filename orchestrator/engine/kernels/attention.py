@@ -103,6 +103,7 @@ def decode_attention(
     """[B, H, D]: row i is one query, at position positions_B[i] of slot slots_B[i], over that slot's keys up to there.
 
     keys, values: one layer of KVCache, with the row's own K and V already in; tables: int32 [slots, blocks of a slot].
+    A row at position -1 is nobody's, and of its output nothing is known.
     splits: at most MAX_SPLITS; of several, a second kernel combines the results. Grids depend on shapes and splits
     alone: a CUDA graph may hold the call. pdl: see overlap.py.
     """
@@ -176,8 +177,7 @@ def prefill_attention(
     starts_R: Tensor,
     offsets_R1: Tensor,
     *,
-    rows: int,
-    longest: int,
+    longest: int | None,
     block_size: int,
     scale: float,
     window: int | None,
@@ -187,15 +187,20 @@ def prefill_attention(
     """[T, H, D]: row r's queries are tokens offsets_R1[r] … offsets_R1[r+1]-1, from position starts_R[r] of its slot.
 
     Each sees all of its slot's keys up to its own position: those of this step, and what the cache held before.
-    longest: tokens of the longest row. The rest as in decode_attention.
+    longest: tokens of the longest row; None: the tokens may be anybody's, as where a CUDA graph holds the call, and
+    there is a power of two of rows. The rest as in decode_attention.
     """
+    rows = len(slots_R)
     heads, head_dim = q_THD.shape[1:]
     kv_heads = keys.shape[1]
     group = heads // kv_heads
     tile = tile or prefill_tile(head_dim, q_THD.dtype, hopper=_hopper(q_THD.device))
     assert q_THD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out is None else out
-    attention_programs.prefill[(triton.cdiv(longest * group, tile.rows), kv_heads, rows)](
+    grid = triton.cdiv((len(q_THD) if longest is None else longest) * group, tile.rows), kv_heads, rows
+    if longest is None:  # each row's last block may be cut
+        grid = grid[0] + rows, kv_heads, 1
+    attention_programs.prefill[grid](
         q_THD,
         keys,
         values,
@@ -218,6 +223,7 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         ROWS=tile.rows,
         TILE=tile.keys,
+        FLAT=rows if longest is None else 0,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

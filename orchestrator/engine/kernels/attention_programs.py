@@ -129,6 +129,8 @@ def decode(
         tl.extra.cuda.gdc_wait()
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row)
+    if position < 0:  # nobody: a graph's rows beyond those of the step
+        return
     table = tables + tl.load(slots + row).to(tl.int64) * table_stride
     head_M = tl.arange(0, ROWS)
     dim_D = tl.arange(0, HEAD_PAD)
@@ -241,11 +243,23 @@ def prefill(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """ROWS query rows of one sequence and one KV head. A row's heads lie beside each other: query row m is head m % G
-    of token m // G."""
+    of token m // G.
+
+    FLAT: the first dimension of the grid counts the blocks of all sequences, of which there are so many, a power of
+    two; 0: those of one, and the third counts sequences.
+    """
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first, for an even end
     kv_head, row = tl.program_id(1), tl.program_id(2)
+    if FLAT:
+        row_R = tl.arange(0, FLAT)
+        blocks_R = tl.cdiv((tl.load(offsets + row_R + 1) - tl.load(offsets + row_R)) * GROUP, ROWS)
+        row = tl.minimum(tl.sum((tl.cumsum(blocks_R, 0) <= block).to(tl.int32), 0), FLAT - 1)
+        block -= tl.sum(
+            tl.where(row_R < row, blocks_R, 0), 0
+        )  # beyond the last sequence's where there are no more
     offset = tl.load(offsets + row)
     count = tl.load(offsets + row + 1) - offset
     if block * ROWS >= count * GROUP:

@@ -7,16 +7,25 @@ A call that fails raises RuntimeError with its name and the driver's words; a mi
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
+
+if TYPE_CHECKING:
+    Argument: TypeAlias = ctypes._CDataType  # of a kernel
 
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, cuda.h
 _HOST_REGISTER = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _BFLOAT16
+_SWIZZLE_128B, _PROMOTE_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
 
 
@@ -27,7 +36,13 @@ class _IpcHandle(ctypes.Structure):
 class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute of cuda.h: 8 bytes for the id, and a union of 64."""
 
-    _fields_ = [("id", c_int), ("_padding", c_int), ("value", c_int), ("_rest", c_char * 60)]
+    _fields_ = [("id", c_int), ("_padding", c_int), ("value", c_uint * 3), ("_rest", c_char * 52)]
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap of cuda.h: how a kernel copies boxes of a tensor to its shared memory."""
+
+    _fields_ = [("bytes", c_char * 128)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -57,6 +72,13 @@ _DRIVER_CALLS = {
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernelEx": (POINTER(_LaunchConfig), c_void_p, POINTER(c_void_p), c_void_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuOccupancyMaxActiveClusters": (POINTER(c_int), c_void_p, POINTER(_LaunchConfig)),
+    "cuTensorMapEncodeTiled": (
+        *(c_void_p, c_int, c_uint, c_uint64),
+        *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint), POINTER(c_uint)),
+        *(c_int, c_int, c_int, c_int),
+    ),
 }
 
 
@@ -125,9 +147,12 @@ def unregister_host(host_address: int) -> None:
 class Kernel:
     """A function of a loaded module. The module stays loaded as long as the process lives."""
 
-    def __init__(self, module: c_void_p, name: str) -> None:
-        self._function = c_void_p()
+    def __init__(self, module: c_void_p, name: str, shared_bytes: int = 0) -> None:
+        """`shared_bytes`: of dynamic shared memory that each block gets."""
+        self._function, self._shared_bytes = c_void_p(), shared_bytes
         _call("cuModuleGetFunction", byref(self._function), module, name.encode())
+        if shared_bytes:
+            _call("cuFuncSetAttribute", self._function, _MOST_DYNAMIC_SHARED, shared_bytes)
 
     def launch(
         self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, overlap: bool
@@ -138,11 +163,42 @@ class Kernel:
         Needs compute capability 9.0 (CUDA programming guide, programmatic dependent launch).
         """
         pointers = (c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
-        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _LaunchConfig(
-            (blocks, 1, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap)
-        )
+        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1, 0, 0))
+        config = self._config(blocks, threads, stream, attribute, int(overlap))
         _call("cuLaunchKernelEx", byref(config), self._function, pointers, None)
+
+    def clusters_at_once(self, blocks: int, threads: int, cluster: int) -> int:
+        """How many clusters of so many blocks the idle device runs at the same time, of a grid of `blocks`."""
+        most = c_int()
+        attribute = _LaunchAttribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1))
+        config = self._config(blocks, threads, 0, attribute, 1)
+        _call("cuOccupancyMaxActiveClusters", byref(most), self._function, byref(config))
+        return most.value
+
+    def _config(
+        self, blocks: int, threads: int, stream: int, attribute: _LaunchAttribute, attributes: int
+    ) -> _LaunchConfig:
+        shape = (blocks, 1, 1), (threads, 1, 1)
+        return _LaunchConfig(*shape, self._shared_bytes, stream, ctypes.pointer(attribute), attributes)
+
+
+def tensor_map(
+    base: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> TensorMap:
+    """Of 16-bit floats, the first dimension contiguous; what lies outside of it counts as zero.
+
+    Strides of the other dimensions in elements. A box's rows, of 128 bytes, are swizzled by 128 bytes.
+    """
+    rank = len(sizes)
+    room = ctypes.create_string_buffer(128 + 64)
+    address = (ctypes.addressof(room) + 63) & ~63  # the driver wants it so
+    _call(
+        "cuTensorMapEncodeTiled",
+        *(address, _MAP_TYPES[base.dtype], rank, base.data_ptr(), (c_uint64 * rank)(*sizes)),
+        (c_uint64 * (rank - 1))(*[stride * base.element_size() for stride in strides]),
+        *((c_uint * rank)(*box), (c_uint * rank)(*[1] * rank), 0, _SWIZZLE_128B, _PROMOTE_256B, 0),
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(address, 128))
 
 
 def load(binary: bytes) -> c_void_p:

@@ -7,18 +7,18 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from orchestrator.engine.kernels import cublaslt, hopper
 from orchestrator.engine.kernels.activation import silu_mul
+from orchestrator.engine.kernels.gated import gated_many
 from orchestrator.engine.kernels.gemv import MAX_ROWS as GEMV_ROWS
 from orchestrator.engine.kernels.overlap import supported
-from orchestrator.engine.model import GateUp, Linear, Transformer
+from orchestrator.engine.model import GateUp, Linear
 from orchestrator.engine.ops import Way
 
 Product = Callable[[Tensor, Tensor], Tensor]  # of x and a weight
@@ -34,10 +34,11 @@ APART = 0.01
 """Relative L2 distance from cuBLAS's product beyond which one is wrong: both round to bfloat16, which leaves 0.003."""
 
 COLD_BYTES = 150e6  # of weights that are gone through before one comes again: three times an H100's L2
-LEAST_CALLS, MOST_CALLS, ROUNDS, THREADS = 4, 8, 3, 8
+LEAST_CALLS, MOST_CALLS, ROUNDS = 4, 8, 3
 HOLD_UP_CYCLES = 1_000_000  # some 0.6 ms, in which the host starts a round
 
 CUBLAS = "cuBLAS's choice"
+FUSED = "Triton's gated"
 OTHERS = "cuBLAS's choice, or another where that is faster"
 
 
@@ -63,8 +64,13 @@ class Place:
     rows: range  # of x
     tried_rows: int
 
+    @property
+    def is_many(self) -> bool:
+        """Bound by arithmetic, not by reading the weights."""
+        return self.tried_rows > hopper.MOST_ROWS
 
-def alike(model: Transformer) -> dict[Kind, list[Linear | GateUp]]:
+
+def alike(model: nn.Module) -> dict[Kind, list[Linear | GateUp]]:
     """The layers for which there is a choice: none of it adds a bias."""
     found: dict[Kind, list[Linear | GateUp]] = {}
     for layer in model.modules():
@@ -84,14 +90,10 @@ def places(step_tokens: int) -> list[Place]:
 def tiles_for(
     kind: Kind, place: Place, processors: int, dtype: torch.dtype, *, alone: bool
 ) -> list[hopper.Tile]:
-    """Of hopper.cu, to be compiled.
-
-    `alone`: nothing runs beside a long step's products. hopper.MANY's blocks all stay until the end, so one that waits
-    for a processor, as beside sums of ranks, would come last and take as long as all others together.
-    """
+    """Of hopper.cu, to be compiled."""
     if not hopper.fits(kind.n, kind.k, dtype, gated=kind.gated):
         return []
-    if place.tried_rows > hopper.MOST_ROWS:
+    if place.is_many:
         return [hopper.MANY] if kind.gated and alone else []
     if 2 * kind.n * kind.k > MOST_WEIGHT_BYTES:
         return []
@@ -99,9 +101,13 @@ def tiles_for(
 
 
 def choose(
-    model: Transformer, step_tokens: int, dtype: torch.dtype, device: torch.device, *, alone: bool
+    model: nn.Module, step_tokens: int, dtype: torch.dtype, device: torch.device, *, alone: bool
 ) -> Choice:
-    """Times what there is for each kind of layer and sets its `ways`, on the stream of the caller."""
+    """Times what there is for each kind of layer and sets its `ways`, on the stream of the caller.
+
+    `alone`: nothing runs beside a long step's products. Blocks of persistent kernels stay until the end, so one that
+    waits for a processor, as beside sums of ranks, would come last and take as long as all others together.
+    """
     if torch.cuda.get_device_capability(device)[0] != 9:
         return Choice(CUBLAS, "others were only ever measured on GPUs of compute capability 9.0")
     kinds = alike(model) if dtype in (torch.float16, torch.bfloat16) else {}
@@ -114,10 +120,15 @@ def choose(
         for place in places(step_tokens)
     }
     try:
-        compiled = compile_tiles({tile for some in tiles.values() for tile in some}, dtype, device)
+        compiled = compile_tiles(list({tile for some in tiles.values() for tile in some}), dtype, device)
         library = cublaslt.Library(device)
         trials = [
-            Trial(kind, place, kinds[kind], _offers(kind, place, dtype, library) | _named(some, compiled))
+            Trial(
+                kind,
+                place,
+                kinds[kind],
+                _offers(kind, place, dtype, library, alone=alone) | _named(some, compiled),
+            )
             for (kind, place), some in tiles.items()
         ]
         return told([trial.decide() for trial in trials])
@@ -129,22 +140,27 @@ def choose(
 
 
 def compile_tiles(
-    tiles: set[hopper.Tile], dtype: torch.dtype, device: torch.device
+    tiles: Sequence[hopper.Tile], dtype: torch.dtype, device: torch.device
 ) -> dict[hopper.Tile, Product]:
-    with ThreadPoolExecutor(THREADS, "compile") as pool:
-        for _ in pool.map(lambda tile: hopper.binary(tile, dtype), tiles):
-            pass
-    return {tile: hopper.Product(tile, dtype, device) for tile in tiles}
+    found = hopper.binaries(tiles, dtype)
+    return {tile: hopper.Product(tile, binary, device) for tile, binary in found.items()}
 
 
 def _named(tiles: Sequence[hopper.Tile], compiled: Mapping[hopper.Tile, Product]) -> dict[str, Product]:
     return {f"hopper.cu {tile}": compiled[tile] for tile in tiles}
 
 
-def _offers(kind: Kind, place: Place, dtype: torch.dtype, library: cublaslt.Library) -> dict[str, Product]:
-    most = ALGORITHMS if place.tried_rows <= hopper.MOST_ROWS else ALGORITHMS_OF_MANY
+def _offers(
+    kind: Kind, place: Place, dtype: torch.dtype, library: cublaslt.Library, *, alone: bool
+) -> dict[str, Product]:
+    most = ALGORITHMS_OF_MANY if place.is_many else ALGORITHMS
     found = library.algorithms(place.tried_rows, kind.n, kind.k, dtype, most)
-    return {f"cuBLASLt's {i}": _joined(product) if kind.gated else product for i, product in enumerate(found)}
+    offers = {
+        f"cuBLASLt's {i}": _joined(product) if kind.gated else product for i, product in enumerate(found)
+    }
+    if kind.gated and place.is_many and alone and hopper.fits(kind.n, kind.k, dtype, gated=True):
+        offers[FUSED] = gated_many
+    return offers
 
 
 def _joined(product: Product) -> Product:
@@ -173,10 +189,10 @@ def told(decisions: Sequence[Decision]) -> Choice:
     others = [decision for decision in decisions if decision.name != CUBLAS]
     if not others:
         return Choice(CUBLAS, f"the fastest in all of {len(decisions)} cases")
-    ours = sum(decision.name.startswith("hopper.cu") for decision in others)
+    ours = sum(not decision.name.startswith("cuBLASLt") for decision in others)
     cublas_us = 1e6 * sum(decision.cublas_s for decision in others)
     chosen_us = 1e6 * sum(decision.chosen_s for decision in others)
-    which = f"hopper.cu in {ours} and another algorithm in {len(others) - ours} of {len(decisions)} cases"
+    which = f"our kernels in {ours} and another algorithm in {len(others) - ours} of {len(decisions)} cases"
     return Choice(OTHERS, f"{which}: one of each takes {chosen_us:.0f} µs, by {CUBLAS} {cublas_us:.0f}")
 
 
@@ -210,7 +226,7 @@ class Trial:
 
     def _cold_layers(self) -> list[Linear | GateUp]:
         """One after another, over and over: each weight has left the L2 cache when it comes again."""
-        if self.place.tried_rows > hopper.MOST_ROWS:  # bound by arithmetic
+        if self.place.is_many:
             return list(self.layers[:1])
         count = max(LEAST_CALLS, min(MOST_CALLS, int(COLD_BYTES / self.layers[0].weight.nbytes) + 1))
         return [self.layers[i % len(self.layers)] for i in range(count)]

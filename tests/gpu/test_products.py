@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from orchestrator.engine.kernels import cublaslt, hopper
+from orchestrator.engine.kernels.gated import gated_many
 from orchestrator.engine.kernels.hopper import MANY, Tile
 from orchestrator.engine.product_choice import CUBLAS, alike, choose, places
 from tests.engine import LocalWorker, greedy_requests, limits, relative_l2
@@ -31,6 +32,10 @@ def hopper_only() -> None:
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, device="cuda", dtype=dtype)
+
+
+def made_for(tile: Tile, dtype: torch.dtype) -> hopper.Product:
+    return hopper.Product(tile, hopper.binaries([tile], dtype)[tile], torch.device("cuda"))
 
 
 def truth(x: Tensor, weight: Tensor, gated: bool) -> Tensor:
@@ -57,7 +62,7 @@ def test_few_rows(dtype: torch.dtype, gated: bool, rows: int, columns: int, spli
     torch.manual_seed(0)
     tile = Tile(rows, columns, split, share, gated)
     assert tile.possible
-    product = hopper.Product(tile, dtype, torch.device("cuda"))
+    product = made_for(tile, dtype)
     for m, n, k in [(rows, 4096, 4096), (rows - 63, 1040, 1032), (rows - 1, 2 * columns * share, 14336)]:
         x, weight = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
         made = product(x, weight)
@@ -69,11 +74,11 @@ def test_few_rows(dtype: torch.dtype, gated: bool, rows: int, columns: int, spli
 @pytest.mark.parametrize(("m", "n", "k"), [(1024, 28672, 4096), (1111, 1040, 1032), (5000, 2048, 2048)])
 def test_many_rows(dtype: torch.dtype, m: int, n: int, k: int) -> None:
     torch.manual_seed(0)
-    product = hopper.Product(MANY, dtype, torch.device("cuda"))
     x, weight = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype) / k**0.5
-    made = product(x, weight)
-    assert_near(made, truth(x, weight, gated=True))
-    assert torch.equal(product(x, weight), made), "the same product twice"
+    for product in (made_for(MANY, dtype), gated_many):
+        made = product(x, weight)
+        assert_near(made, truth(x, weight, gated=True))
+        assert torch.equal(product(x, weight), made), "the same product twice"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -93,8 +98,8 @@ def test_a_chain_in_a_graph_waits_for_what_it_reads() -> None:
     """Kernels start before the ones before them have ended, and must wait for x themselves."""
     torch.manual_seed(0)
     dtype, wide = torch.bfloat16, 4096
-    products = [hopper.Product(Tile(128, 96, 2, 2), dtype, torch.device("cuda")),
-                hopper.Product(Tile(128, 128, 4, 2), dtype, torch.device("cuda"))]  # fmt: skip
+    products = [made_for(Tile(128, 96, 2, 2), dtype),
+                made_for(Tile(128, 128, 4, 2), dtype)]  # fmt: skip
     weights = [randn(wide, wide, dtype=dtype) / wide**0.5 for _ in range(6)]
     x = randn(128, wide, dtype=dtype)
 

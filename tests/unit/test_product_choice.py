@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,7 @@ from orchestrator.engine.product_choice import (
     Kind,
     Place,
     Trial,
+    choose,
     fastest,
     places,
     tiles_for,
@@ -101,7 +104,7 @@ def test_what_was_chosen_is_told_with_its_times() -> None:
         Decision(CUBLAS, 1e-6, 1e-6),
     ]
     choice = told(some)
-    assert "hopper.cu in 1 and another algorithm in 1 of 3 cases" in choice.reason
+    assert "our kernels in 1 and another algorithm in 1 of 3 cases" in choice.reason
     assert "takes 65 µs" in choice.reason
     assert "80" in choice.reason
     assert told(some[2:]).path == CUBLAS
@@ -164,15 +167,44 @@ def test_the_weights_of_a_trial_leave_the_cache_before_they_come_again() -> None
     assert cold[:4] == [*layers, *layers]
 
 
-@pytest.mark.parametrize("tile", [Tile(128, 96, 2, 2), Tile(128, 224, 1, 2, gated=True), MANY], ids=str)
-def test_tiles_compile_without_a_gpu(tile: Tile, monkeypatch: pytest.MonkeyPatch, tmp_path: object) -> None:
+def test_tiles_compile_without_a_gpu_and_are_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from triton import knobs
 
     monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    tiles = [Tile(128, 96, 2, 2), Tile(128, 224, 1, 2, gated=True), MANY]
     try:
-        made = hopper.binary(tile, torch.bfloat16)
+        made = hopper.binaries(tiles, torch.bfloat16)
     except OSError:
         pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
-    assert made.startswith(b"\x7fELF")
-    monkeypatch.setattr(hopper.cuda, "compile_source", lambda *_: pytest.fail("it was compiled before"))
-    assert hopper.binary(tile, torch.bfloat16) == made
+    assert all(binary.startswith(b"\x7fELF") for binary in made.values())
+    assert b"few_rows" in made[tiles[0]]
+    assert b"many_rows" in made[MANY]
+    monkeypatch.setattr(hopper.cuda, "compile_sources", lambda *_: pytest.fail("they were compiled before"))
+    assert hopper.binaries(tiles, torch.bfloat16) == made
+
+
+def test_a_kernel_that_does_not_compile_is_an_error_with_the_compilers_words() -> None:
+    try:
+        with pytest.raises(RuntimeError, match=r"(?s)sm_90a.*undeclared_thing"):
+            hopper.cuda.compile_sources(["int x = undeclared_thing;"], "sm_90a")
+    except OSError:
+        pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
+
+
+def test_where_nothing_compiles_cublas_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError("libnvrtc.so.13: cannot open shared object file")
+
+    spec = SimpleNamespace(multi_processor_count=PROCESSORS)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: spec)
+    monkeypatch.setattr(hopper, "binaries", refuse)
+    layer = Linear(2048, 2048, bias=False, dtype=torch.bfloat16)
+    choice = choose(layer, 8192, torch.bfloat16, torch.device("cpu"), alone=True)
+    assert choice.path == CUBLAS
+    assert "libnvrtc" in choice.reason
+    assert layer.ways == ()
+    older = pytest.MonkeyPatch()
+    older.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
+    assert "9.0" in choose(layer, 8192, torch.bfloat16, torch.device("cpu"), alone=True).reason
+    older.undo()

@@ -7,10 +7,12 @@ Dimensions: M rows of x, N rows and K columns of the weight.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +26,7 @@ REGISTERS = 65536  # of a processor
 BLOCK_K = 64  # columns of x and W at a time: 128 bytes, the widest swizzle
 MOST_ROWS = 256  # of x in one tile
 LARGEST_CLUSTER = 8  # that every device takes
+_FILE = "hopper.cubin"
 _KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -163,26 +166,30 @@ def _text() -> str:
     return Path(__file__).with_name("hopper.cu").read_text()
 
 
-def binary(tile: Tile, dtype: torch.dtype) -> bytes:
-    """Compiled here, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
-    text = source(tile, dtype)
+def binaries(tiles: Sequence[Tile], dtype: torch.dtype) -> dict[Tile, bytes]:
+    """Compiled here, several at once, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
+    kept = {tile: _kept(source(tile, dtype)) for tile in tiles}
+    missing = [tile for tile in tiles if kept[tile].get_file(_FILE) is None]
+    made = cuda.compile_sources([source(tile, dtype) for tile in missing], ARCHITECTURE) if missing else []
+    for tile, binary in zip(missing, made, strict=True):
+        kept[tile].put(binary, _FILE)
+    return {tile: Path(kept[tile].get_file(_FILE)).read_bytes() for tile in tiles}
+
+
+def _kept(text: str) -> Any:
+    """Where a source's binary is kept: a folder of Triton's cache."""
     key = hashlib.sha256(f"{torch.version.cuda} {ARCHITECTURE} {text}".encode()).hexdigest()
-    kept, name = get_cache_manager(key), "hopper.cubin"
-    found: str | None = kept.get_file(name)
-    if found is not None:
-        return Path(found).read_bytes()
-    made = cuda.compile_source(text, ARCHITECTURE, {})
-    kept.put(made, name)
-    return made
+    return get_cache_manager(key)
 
 
 class Product:
     """A tile's kernel on the current device. A weight's map is made once: where it lies and its shape say all."""
 
-    def __init__(self, tile: Tile, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, tile: Tile, binary: bytes, device: torch.device) -> None:
+        """`binary` is that of `binaries`."""
         self.tile = tile
         name = "many_rows" if tile.many else "few_rows"
-        self._kernel = cuda.Kernel(cuda.load(binary(tile, dtype)), name, tile.shared_bytes)
+        self._kernel = cuda.Kernel(cuda.load(binary), name, tile.shared_bytes)
         processors = torch.cuda.get_device_properties(device).multi_processor_count
         self._blocks = processors // tile.cluster * tile.cluster  # where each takes tile after tile
         self._maps: dict[tuple[int, torch.Size], cuda.TensorMap] = {}

@@ -126,6 +126,10 @@ class Cluster:
         """Devices of all nodes, free or not."""
         return int(ray.cluster_resources().get(_RESOURCE[device], 0))
 
+    def free(self, device: str) -> int:
+        """Those that nobody holds."""
+        return int(ray.available_resources().get(_RESOURCE[device], 0))
+
     def close(self) -> None:
         """Kill our gangs; end the cluster if it is ours. Returns when nothing is left; can be repeated."""
         for gang in self._gangs:

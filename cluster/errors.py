@@ -12,6 +12,7 @@ ShardwiseError                 exit 1: ours to mend
 ├── Draining                   exit 1: it finishes what it has and takes nothing new
 ├── DeadlineExceeded           exit 1: the request's own time was over before its answer was
 ├── AttemptsSpent              exit 1: the replicas that ran a request died, each time; it is not run again
+├── NotFinite                  exit 1: the model's numbers for a request overflowed; another try gives the same
 ├── WorkerFailed               exit 1: a worker raised what nobody expected; its traceback is a note
 └── GangDied                   exit 1: a worker died or stopped; the message ends with its last words
 """
@@ -69,9 +70,15 @@ class AttemptsSpent(ShardwiseError):
     pass
 
 
+class NotFinite(ShardwiseError):
+    pass
+
+
 class WorkerFailed(ShardwiseError):
     pass
 
 
 class GangDied(ShardwiseError):
-    was_killed = False  # by a signal that nothing it ran can have sent: a person, or a kernel short of memory
+    was_killed = (
+        False  # or stopped, by a signal that nothing it ran sent: a person did, or a kernel short of memory
+    )

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from cluster.children import say
 from cluster.collectives import one_shot
 from cluster.collectives.one_shot import Members, OneShot, Unusable
+from cluster.collectives.protocols import reach
 from cluster.collectives.torch_dist import RankGroup
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
 from cluster.paths import Curve, Op, Path, Point, curve_of
@@ -222,7 +223,7 @@ def _by_torch(group: _Group, path: Path) -> list[Curve]:
 def open_transport(members: Members, path: Path) -> OneShot:
     """Our one-shot all-reduce by this path and no other. Raises Unusable on all ranks."""
     kind: type[Transport] = PeerMemory if path is Path.PEER else MappedHostMemory
-    opened = one_shot._open(members, kind, one_shot._compiled(members))
+    opened = one_shot._open(members, kind, reach(kind, members.ranks), one_shot._compiled(members))
     opened.wait_at_most(PATIENCE_S)
     return opened
 

@@ -28,6 +28,17 @@ class Reporter:
         return NodeReport(discover(device=device, peer_access=peer_access), fastest_interface())
 
 
+def of_devices(report: NodeReport, taken: Sequence[int]) -> NodeReport:
+    """A node with nothing but these of its GPUs, by position, or so many of its CPU's ranks at most."""
+    found = report.topology
+    is_cpu = found.devices[0].kind == "cpu"
+    kept = list(range(min(len(taken), len(found.devices)))) if is_cpu else sorted(taken)
+    place = {index: position for position, index in enumerate(kept)}
+    devices = tuple(replace(found.devices[index], index=place[index]) for index in kept)
+    links = {(place[a], place[b]): link for (a, b), link in found.links.items() if a in place and b in place}
+    return replace(report, topology=replace(found, devices=devices, links=links))
+
+
 def joined(name: str, nodes: Sequence[tuple[str, NodeReport]]) -> Topology:
     """One machine of (node's name, its report), devices node by node. The network is not measured: it is priced by the
     slower of two nodes' interfaces, or by the catalogue where neither tells its rate.

@@ -10,6 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from itertools import pairwise
 
 Point = tuple[int, float]  # bytes, seconds
 
@@ -30,6 +31,9 @@ class Path(StrEnum):
     SYMMETRIC = "symmetric memory"  # torch's own one- and two-shot kernels: measured, not used by the engine
     GLOO = "gloo"
 
+
+ONE_SHOT_PATHS = (Path.PEER, Path.MAPPED)
+"""For small sums, the one to try first first."""
 
 ENGINE_PATHS = frozenset(Path) - {Path.SYMMETRIC}
 """Those that a replica's ranks can be told to use."""
@@ -119,6 +123,20 @@ def crossovers(
             found.append((first, best.path))
         before = size
     return found
+
+
+def gains_up_to(curves: Iterable[Curve], path: Path, ranks: int) -> int | None:
+    """Bytes up to which sums inside CUDA graphs are faster by `path` than by NCCL, as measured; 0: they never are.
+
+    None where that was not measured, or no end of it seen.
+    """
+    own = [c for c in _of(curves, Op.ALL_REDUCE, ranks, True) if c.path in (path, Path.NCCL)]
+    if len({curve.path for curve in own}) < 2:
+        return None
+    turns = crossovers(own, Op.ALL_REDUCE, ranks, True)
+    if turns[-1][1] is path:
+        return None
+    return max((after - 1 for (_, by), (after, _) in pairwise(turns) if by is path), default=0)
 
 
 def envelope(

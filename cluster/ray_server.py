@@ -77,8 +77,14 @@ def join(address: str) -> None:
         raise PlacementFailed(f"no Ray cluster to join at {address}: {reason}") from None
 
 
+def leave() -> None:
+    """Of a cluster that `join` joined."""
+    ray.shutdown()
+
+
+NAMESPACE = "shardwise"
 _QUIET: dict[str, Any] = {
-    "namespace": "shardwise",
+    "namespace": NAMESPACE,
     "log_to_driver": False,
     "configure_logging": False,
     "logging_level": logging.ERROR,

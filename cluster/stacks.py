@@ -23,10 +23,11 @@ from cluster.life import machine
 
 _SIGNAL = signal.SIGUSR1
 _SPY_S = 5.0
-_TELL_S = 1.0  # to write some kilobytes; a process that needs longer is not going to
+_TELL_S = 2.0  # to write some kilobytes; a process that needs longer is not going to
 _LOOK_S = 0.05
+_SAME_LOOKS = 6  # after which it has ended to write: there is no mark at the end
 _MOST_BYTES = 256 * 1024  # of one process
-_END = "Thread 0x"
+_BEGIN = "hread 0x"  # of a thread, or of the current one
 
 
 def arm() -> None:
@@ -56,6 +57,12 @@ def save(gang: Gang, directory: Path, name: str) -> Path:
     with path.open("x") as file:  # whoever shares the directory cannot have laid a link there
         file.write("\n".join(parts))
     return path
+
+
+def is_stopped(gang: Gang) -> bool:
+    """Whether a signal stopped a member on this host: nothing that it ran did."""
+    here = [m.pid for m in gang.members if m.machine == machine()]
+    return any((_state(pid) or "").startswith("T") for pid in here)
 
 
 def _answered(call: Call | None) -> str:
@@ -104,14 +111,13 @@ def _by_signal(member: Member) -> str:
         os.kill(member.pid, signal.SIGCONT)
     except OSError as error:
         return f"(cannot be asked: {error.strerror})"
-    told, deadline = "", time.monotonic() + _TELL_S
-    while time.monotonic() < deadline:
+    told, same, deadline = "", 0, time.monotonic() + _TELL_S
+    while time.monotonic() < deadline and same < _SAME_LOOKS:
         time.sleep(_LOOK_S)
         with contextlib.suppress(OSError):
             with log.open("rb") as file:
                 file.seek(before)
                 new = file.read(_MOST_BYTES).decode(errors="replace")
-            if new and new == told and _END in new:  # it has ended to write
-                break
+            same = same + 1 if new == told and _BEGIN in new and new.endswith("\n") else 0
             told = new
     return told or f"(it wrote nothing in {_TELL_S:g} s)"

@@ -22,7 +22,13 @@ COMMANDS = {
     "claims": "what deployment guides promise, and what physics gives",
     "advise": "which machine to buy or rent for so many requests a day",
     "serve": "serve a model over OpenAI's HTTP API, under any layout",
+    "up": "bring a deployment up from one file, to stay: on this machine or in a Ray cluster",
+    "down": "end what is up, once what is in flight has ended",
+    "status": "what is up and what it does: devices, plan, queue, tokens a second, failures",
+    "logs": "what a deployment's server says",
     "batch": "answer a file of requests, by a server or in this process",
+    "quality": "what fewer bits cost: perplexity, divergence and agreement on a text",
+    "bench": "put a load on any OpenAI endpoint, and tell its latencies and throughput",
     "profile": "prove the links of this machine and time all that plans are made of",
     "doctor": "what is here, what is wrong with it, and the fix",
 }

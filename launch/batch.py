@@ -6,29 +6,24 @@ import argparse
 import json
 import os
 import sys
-import tempfile
-import time
 from collections.abc import Mapping
-from importlib.metadata import PackageNotFoundError, version
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 
 if TYPE_CHECKING:
-    from launch.batch_client import BatchClient
+    from launch.batch_client import Server
     from launch.batch_input import Source
     from launch.progress import Progress
 
 ADDRESS = "http://127.0.0.1:8000"
-POLL_S = (0.2, 2.0)  # between two looks: at first, and later
-PATIENCE_S = 600.0  # with a server that does not answer: it may be starting again
-_OVER = ("completed", "failed", "expired", "cancelled")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
-    submit = verbs.add_parser("submit", help="send a file to a server; prints the batch's id")
+    submit = verbs.add_parser("submit", help="send a file to a server or a cluster; prints the batch's id")
     _add_source(submit)
     submit.add_argument("--wait", action="store_true", help="until it is done")
     submit.add_argument(
@@ -61,7 +56,16 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--address", default=ADDRESS, metavar="URL", help=f"of the server ({ADDRESS})")
+    parser.add_argument(
+        "--address",
+        default=ADDRESS,
+        metavar="URL",
+        help=f"of the server ({ADDRESS}), or ray://HEAD:10001 of the cluster that it is up in",
+    )
+    parser.add_argument("--name", help="ray://: of the deployment; default: the only one")
+    parser.add_argument(
+        "--dashboard", metavar="URL", help="ray://: the cluster's HTTP port (http://HEAD:8265)"
+    )
     parser.add_argument(
         "--api-key-file", type=Path, metavar="FILE", help="default: OPENAI_API_KEY, if it is set"
     )
@@ -83,7 +87,13 @@ def run(args: argparse.Namespace) -> int:
         from launch.batch_run import run_here
 
         return run_here(args, source_of(args))
-    client = _client(args)
+    if getattr(args, "output", None) is not None:
+        check_output(args.output)
+    with closing(_server(args)) as client:
+        return _ask(args, client)
+
+
+def _ask(args: argparse.Namespace, client: Server) -> int:
     if args.verb == "submit":
         return _submit(args, client)
     if args.verb == "list":
@@ -91,9 +101,9 @@ def run(args: argparse.Namespace) -> int:
     if args.verb == "cancel":
         _show(args, client.post(f"/v1/batches/{args.id}/cancel", {}))
         return 0
-    batch = client.get(f"/v1/batches/{args.id}")
     if args.verb == "wait":
-        return _wait(args, client, batch)
+        return _wait(args, client, args.id)
+    batch = client.get(f"/v1/batches/{args.id}")
     if args.verb == "results":
         return _results(args, client, batch)
     _show(args, batch)
@@ -108,98 +118,56 @@ def source_of(args: argparse.Namespace) -> Source:
     return Source(args.file, args.column, args.chat, given)
 
 
-def our_version() -> str:
-    try:
-        return version("shardwise")
-    except PackageNotFoundError:  # run from its source
-        return "0.0.0"
-
-
-def _client(args: argparse.Namespace) -> BatchClient:
+def _server(args: argparse.Namespace) -> Server:
     """Checked. Raises UserError."""
-    from launch.batch_client import BatchClient
+    from launch.batch_client import open_server
 
-    if not args.address.startswith(("http://", "https://")):
-        raise UserError(f"--address {args.address} is no http:// or https:// address, such as {ADDRESS}")
     key = os.environ.get("OPENAI_API_KEY")
     if args.api_key_file is not None:
         from launch.serve import read_keys
 
         key = read_keys(args.api_key_file)[0]
-    client = BatchClient(args.address.rstrip("/"), key)
-    client.check(our_version())
-    return client
+    return open_server(args.address, key, args.name, args.dashboard, _progress(args))
 
 
-def _submit(args: argparse.Namespace, client: BatchClient) -> int:
-    from launch.batch_input import endpoint_of, is_batch_file, write_lines
-    from launch.progress import Progress
+def _submit(args: argparse.Namespace, client: Server) -> int:
+    from launch.batch_follow import submit
 
-    if args.output is not None:
-        check_output(args.output)
-    source, progress = source_of(args), Progress(quiet=args.json)
-    endpoint = endpoint_of(source)
-    with tempfile.TemporaryDirectory(prefix="shardwise-batch-") as directory:
-        path = source.path
-        if not is_batch_file(source):
-            path = Path(directory, "input.jsonl")
-            write_lines(source, path)
-        progress.say(f"sending {path.stat().st_size / 1e6:.1f} MB to {client.address}")
-        file_id = client.upload(path)
-    asked = {"input_file_id": file_id, "endpoint": endpoint, "completion_window": "24h"}
-    batch = client.post("/v1/batches", asked)
+    progress = _progress(args)
+    batch = submit(client, source_of(args), progress)
     if not (args.wait or args.output):
         _show(args, batch, short=True)
         return 0
     progress.say(f"batch {batch['id']}")
-    return _wait(args, client, batch) if args.output is None else _wait_and_write(args, client, batch)
+    job = str(batch["id"])
+    return _wait(args, client, job) if args.output is None else _wait_and_write(args, client, job)
 
 
-def _wait_and_write(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
-    batch = follow(client, batch, _progress(args))
+def _wait_and_write(args: argparse.Namespace, client: Server, job: str) -> int:
+    from launch.batch_follow import follow
+
+    batch = follow(client, job, _progress(args))
     return _results(args, client, batch)
 
 
-def _wait(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
-    batch = follow(client, batch, _progress(args))
+def _wait(args: argparse.Namespace, client: Server, job: str) -> int:
+    from launch.batch_follow import follow
+
+    batch = follow(client, job, _progress(args))
     _show(args, batch)
     return 0 if batch["status"] == "completed" else 1
 
 
-def follow(client: BatchClient, batch: Mapping[str, Any], progress: Progress) -> Mapping[str, Any]:
-    """Until it is over. A server that does not answer is waited for: the batch goes on when it is back."""
-    from launch.batch_client import ServerGone
-
-    begun_s = seen_s = time.monotonic()
-    counts = batch["request_counts"]
-    before = counts["completed"] + counts["failed"]
-    with progress.bar(f"{batch['id']}", unit_is_bytes=False) as bar:
-        while batch["status"] not in _OVER:
-            time.sleep(POLL_S[time.monotonic() - begun_s > 10])
-            try:
-                batch, seen_s = client.get(f"/v1/batches/{batch['id']}"), time.monotonic()
-            except ServerGone:
-                if time.monotonic() - seen_s > PATIENCE_S:
-                    raise
-                continue
-            counts = batch["request_counts"]
-            bar.update(counts["completed"] + counts["failed"], counts["total"])
-    done, seconds = counts["completed"] + counts["failed"] - before, time.monotonic() - begun_s
-    progress.say(
-        f"{batch['status']}: {done} requests in {seconds:.1f} s, {done / max(seconds, 1e-9):.1f} a second"
-    )
-    return batch
-
-
-def _results(args: argparse.Namespace, client: BatchClient, batch: Mapping[str, Any]) -> int:
+def _results(args: argparse.Namespace, client: Server, batch: Mapping[str, Any]) -> int:
     """What there is of it. Exit code 1 where it is not complete."""
-    if batch["status"] not in _OVER:
+    from launch.batch_follow import OVER
+
+    if batch["status"] not in OVER:
         raise UserError(
             f"batch {batch['id']} is {batch['status']}; wait for it: shardwise batch wait {batch['id']}"
         )
     if batch["status"] == "failed":
         raise UserError(f"batch {batch['id']} failed: {batch['errors']['data'][0]['message']}")
-    check_output(args.output)
     for field, path in (("output_file_id", args.output), ("error_file_id", errors_path(args.output))):
         if batch[field] is not None:
             client.download(batch[field], path)
@@ -226,7 +194,7 @@ def told_of(counts: Mapping[str, int], output: Path) -> str:
     return f"{counts['completed']} answers in {output}{failed}"
 
 
-def _list(args: argparse.Namespace, client: BatchClient) -> int:
+def _list(args: argparse.Namespace, client: Server) -> int:
     after = ""
     while True:
         page = client.get(f"/v1/batches?limit=100&after={after}")

@@ -11,18 +11,76 @@ from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 from urllib.parse import urlsplit
 
 from cluster.errors import ShardwiseError, UserError
+from launch.version import our_version
+
+if TYPE_CHECKING:
+    from launch.progress import Progress
 
 CONNECT_S = 2.0  # a wrong address is told at once
 TIMEOUT_S = 60.0
+RANGE_IS_OVER = 416
 _BLOCK = 2**20
 
 
 class ServerGone(ShardwiseError):
     """It does not answer; it may come back."""
+
+
+class Server(Protocol):
+    """What answers batches, however it is reached: BatchClient by HTTP, launch.ray_batch.RayBatchClient by Ray."""
+
+    @property
+    def address(self) -> str: ...
+
+    def check(self, version: str) -> None: ...
+
+    def get(self, path: str) -> dict[str, Any]: ...
+
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]: ...
+
+    def upload(self, path: Path) -> str:
+        """→ the file's id."""
+
+    def download(self, file_id: str, to: Path) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_server(
+    address: str, key: str | None, name: str | None, dashboard: str | None, progress: Progress
+) -> Server:
+    """Checked: it is there, lets us in and is of our version. Raises UserError, within seconds."""
+    if address.startswith("ray://"):
+        from launch.ray_batch import RayBatchClient
+
+        by_ray = RayBatchClient(address, name, dashboard, progress)
+        try:
+            by_ray.check(our_version())
+        except BaseException:
+            by_ray.close()
+            raise
+        return by_ray
+    if not address.startswith(("http://", "https://")):
+        raise UserError(
+            f"--address {address} is no http:// or https:// address, such as http://127.0.0.1:8000, nor ray://HOST:PORT"
+        )
+    if name is not None or dashboard is not None:
+        raise UserError("--name and --dashboard are for ray:// addresses; an http:// one names its server")
+    client = BatchClient(address.rstrip("/"), key)
+    client.check(our_version())
+    return client
+
+
+def check_version(what: str, theirs: str, ours: str) -> None:
+    """Raises UserError."""
+    if theirs.split(".")[:2] != ours.split(".")[:2]:
+        raise UserError(
+            f"{what} is shardwise {theirs}, and this is {ours}; use the same: pip install shardwise=={theirs}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,13 +96,11 @@ class BatchClient:
             raise UserError(f"{error}; start `shardwise serve`, or give its --address") from None
         if told.get("name") != "shardwise":
             raise UserError(f"{self.address} is no shardwise server; give the address of one")
-        theirs = str(told.get("version"))
-        if theirs.split(".")[:2] != version.split(".")[:2]:
-            raise UserError(
-                f"{self.address} is shardwise {theirs}, and this is {version}; "
-                f"use the same: pip install shardwise=={theirs}"
-            )
+        check_version(self.address, str(told.get("version")), version)
         self.get("/v1/models", timeout_s=CONNECT_S)
+
+    def close(self) -> None:
+        """Each call has a connection of its own."""
 
     def get(self, path: str, *, timeout_s: float = TIMEOUT_S) -> dict[str, Any]:
         return self._json("GET", path, None, {}, timeout_s)
@@ -53,6 +109,11 @@ class BatchClient:
         return self._json(
             "POST", path, json.dumps(body).encode(), {"content-type": "application/json"}, TIMEOUT_S
         )
+
+    def text(self, path: str, *, timeout_s: float = TIMEOUT_S) -> str:
+        connection, response = self._ask("GET", path, None, {}, timeout_s)
+        with closing(connection):
+            return response.read().decode(errors="replace")
 
     def upload(self, path: Path) -> str:
         """→ the file's id. It is sent in pieces."""
@@ -81,6 +142,13 @@ class BatchClient:
         connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, {}, TIMEOUT_S)
         with closing(connection), to.open("wb") as file:
             shutil.copyfileobj(response, file, _BLOCK)
+
+    def piece(self, file_id: str, offset: int, most_bytes: int) -> bytes:
+        """Of a file, from `offset`; empty at its end."""
+        wanted = {"range": f"bytes={offset}-{offset + most_bytes - 1}"}
+        connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, wanted, TIMEOUT_S)
+        with closing(connection):
+            return b"" if response.status == RANGE_IS_OVER else response.read()
 
     def _json(
         self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float
@@ -118,7 +186,7 @@ class BatchClient:
         if response.status >= 500:
             connection.close()
             raise ServerGone(f"{self.address} answers {response.status} {response.reason}")
-        if response.status >= 400:
+        if response.status >= 400 and response.status != RANGE_IS_OVER:
             with closing(connection):
                 raise UserError(f"{self.address} refuses: {_reason(response.read())}")
         return connection, response

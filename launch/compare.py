@@ -14,9 +14,11 @@ from launch.plan import add_workload_arguments, check_lengths, layouts_of, workl
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from launch.compare_journal import Journal
     from launch.options import EngineOptions
     from launch.progress import Progress
     from launch.report import Comparison
+    from launch.trial import Trial
     from strategies.spec import Workload
 
 DEFAULT_SWEEP = (1, 8)
@@ -91,31 +93,52 @@ def _measure(
     progress: Progress,
 ) -> None:
     """Whatever ends it, what is done by then is shown and written."""
+    from launch import compare_against
     from launch.compare_journal import key_of, open_journal
     from launch.compare_run import Sweep, facts_of
+    from launch.predict import shelf_of
+    from launch.report import kept_of
 
+    compare_against.check(args.against)
     workload, topology = comparison.workload, comparison.topology
     facts = facts_of(options, topology, workload)
     folder = args.out or Path(f"compare-{options.spec.name}-{key_of(facts)}")
     journal = open_journal(folder, facts, fresh=args.fresh)
     sweep = Sweep(options, topology, loads, comparison.plans, journal, progress, not args.skip_outputs)
-    if journal.trials and not sweep.left():
+    beside = [url for url in args.against if not all(journal.has(url, load.concurrency) for load in loads)]
+    if journal.trials and not sweep.left() and not beside:
         progress.say(f"{folder} has all of this already; measuring it anew")
         journal = open_journal(folder, facts, fresh=True)
         sweep.journal = journal
     try:
         sweep.run()
+        for url in args.against:
+            _measure_beside(url, loads, options, journal, progress)
     except KeyboardInterrupt:
         left = sum(len(loads) for _, loads in sweep.left())
         progress.say(f"interrupted with {left} runs to go; the same command goes on from here")
         raise
     finally:
-        done = replace(comparison, trials=journal.trials)
+        done = replace(comparison, trials=journal.layouts, against=journal.endpoints)
         if journal.trials:
             _show(done, as_json=args.json)
             _write(done, folder, progress)
+            shelf_of(options, topology).add(list(kept_of(done)))
     if not journal.trials:
         _show(comparison, as_json=args.json)
+
+
+def _measure_beside(
+    url: str, loads: Sequence[Workload], options: EngineOptions, journal: Journal, progress: Progress
+) -> None:
+    from launch import compare_against
+
+    def on_trial(load: Workload, trial: Trial) -> None:
+        journal.add(url, load.concurrency, trial)
+
+    left = [load for load in loads if not journal.has(url, load.concurrency)]
+    if left:
+        compare_against.measure(url, left, options.spec.vocab, progress, on_trial)
 
 
 def _show(comparison: Comparison, *, as_json: bool) -> None:

@@ -23,7 +23,7 @@ Facts = Mapping[str, str]
 """What a run is of: model, machine, lengths, engine flags; words, to be told apart in an error."""
 
 Trials = dict[str, dict[int, Trial]]
-"""By layout's name, then concurrency."""
+"""By layout's name or endpoint's address, then concurrency."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,14 @@ class Journal:
     path: Path
     trials: Trials = field(default_factory=dict)
 
+    @property
+    def layouts(self) -> Trials:
+        return {name: trials for name, trials in self.trials.items() if not _is_endpoint(name)}
+
+    @property
+    def endpoints(self) -> Trials:
+        return {name: trials for name, trials in self.trials.items() if _is_endpoint(name)}
+
     def add(self, layout: str, concurrency: int, trial: Trial) -> None:
         """On disk before it returns."""
         self.trials.setdefault(layout, {})[concurrency] = trial
@@ -57,6 +65,10 @@ class Journal:
         """Measured; what failed is tried again."""
         trial = self.trials.get(layout, {}).get(concurrency)
         return trial is not None and trial.measured is not None
+
+
+def _is_endpoint(name: str) -> bool:
+    return "://" in name
 
 
 def open_journal(folder: Path, facts: Facts, *, fresh: bool) -> Journal:

@@ -19,9 +19,9 @@ machine:                      # the only section that `--on` reads
   links:                      # pairs of devices, by position, whose link is another
     - {between: [0, 1], kind: nvlink}
   network: {gb_per_s: 36}     # between nodes; latency_us too
-model: {name, dtype, max_model_len}
+model: {name, dtype, max_model_len, weights, seed}
 objective: {prompt_tokens, output_tokens, concurrency, objective}
-serve: {layout, host, port}
+serve: {layout, address, host, port, api_key_file, …}: launch/up_recipe.py has them all
 """
 
 from __future__ import annotations
@@ -46,9 +46,30 @@ MAX_DEVICES = 512  # 64 nodes of eight
 
 _SECTIONS: Mapping[str, Sequence[str]] = {
     "machine": ("name", "nodes", "devices", "link", "links", "network"),
-    "model": ("name", "dtype", "max_model_len"),
+    "model": ("name", "dtype", "max_model_len", "weights", "seed"),
     "objective": ("prompt_tokens", "output_tokens", "concurrency", "objective"),
-    "serve": ("layout", "host", "port"),
+    "serve": (
+        "name",
+        "layout",
+        "address",
+        "device",
+        "host",
+        "port",
+        "api_key_file",
+        "allow_without_key",
+        "served_model_name",
+        "batch_dir",
+        "max_queue",
+        "max_queue_tokens",
+        "max_num_seqs",
+        "max_num_batched_tokens",
+        "gpu_memory_utilization",
+        "request_timeout_s",
+        "step_timeout_s",
+        "drain_timeout_s",
+        "tool_call_parser",
+        "access_log",
+    ),
 }
 _DEVICE_KEYS = (
     "device",
@@ -108,6 +129,12 @@ class Fields:
             raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be a number {rule} 0")
         return float(value)
 
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default)
+        if not isinstance(value, bool):
+            raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be true or false")
+        return value
+
     def _get(self, key: str, default: object) -> Any:
         value = self.values.get(key)
         if value is None and default is _REQUIRED:
@@ -117,18 +144,23 @@ class Fields:
 
 def read_machine(recipe: str) -> Topology:
     """The machine of a recipe or a profile, given by path, or of a recipe that ships, by name. Raises BadRecipe."""
-    path = _find(recipe)
+    path = find_recipe(recipe)
     if path.suffix == ".json":
         return _measured(path)
-    sections = Fields.of(str(path), _load(path), tuple(_SECTIONS))
-    for name, keys in _SECTIONS.items():
-        if sections.values.get(name) is not None:
-            Fields.of(f"{path}: {name}", sections.values[name], keys)
-    if sections.values.get("machine") is None:
+    machine = read_sections(path)["machine"]
+    if machine is None:
         raise BadRecipe(f"{path} has no section machine, which says what devices there are")
-    return _machine(
-        Fields.of(f"{path}: machine", sections.values["machine"], _SECTIONS["machine"]), path.stem
-    )
+    return machine_of(machine, path.stem)
+
+
+def read_sections(path: Path) -> Mapping[str, Fields | None]:
+    """Every section, its keys checked; None for those that the recipe lacks. Raises BadRecipe."""
+    sections = Fields.of(str(path), _load(path), tuple(_SECTIONS))
+    given = {name: sections.values.get(name) for name in _SECTIONS}
+    return {
+        name: None if value is None else Fields.of(f"{path}: {name}", value, _SECTIONS[name])
+        for name, value in given.items()
+    }
 
 
 def _measured(path: Path) -> Topology:
@@ -144,7 +176,8 @@ def _measured(path: Path) -> Topology:
     return apply(found, found.topology, dtypes[0])
 
 
-def _find(recipe: str) -> Path:
+def find_recipe(recipe: str) -> Path:
+    """By path, or by the name of one that ships. Raises BadRecipe."""
     path = Path(recipe)
     if path.is_file():
         return path
@@ -169,7 +202,7 @@ def _load(path: Path) -> object:
     return document
 
 
-def _machine(machine: Fields, stem: str) -> Topology:
+def machine_of(machine: Fields, stem: str) -> Topology:
     rows = machine.values.get("devices")
     if not isinstance(rows, list) or not rows:
         rule = "a list such as [{device: rtx-4090, count: 2}]"

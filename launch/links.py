@@ -6,13 +6,15 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from cluster.paths import Path
+from cluster.paths import ONE_SHOT_PATHS, Path, gains_up_to
+from cluster.profile import kept as kept_profile
 from cluster.proof import kept
 from cluster.prove import proved
 from cluster.topology import Topology
 from launch.machine import cache_directory, found_here
 from launch.options import EngineOptions
 from launch.progress import Progress
+from strategies.plan import ParallelDims
 
 
 def linked(options: EngineOptions, devices: int) -> Topology | None:
@@ -41,8 +43,14 @@ def only_proved(options: EngineOptions, devices: int, progress: Progress) -> Ite
                 os.environ[name] = value
 
 
-def peers_trusted(options: EngineOptions, devices: int) -> bool:
-    """Whether small sums may go through the GPUs' own memory: not where the proof failed."""
-    topology = linked(options, devices)
-    proof = None if topology is None else kept(cache_directory(), topology)
-    return options.peer_access and (proof is None or Path.PEER in proof.paths)
+def small_sums(options: EngineOptions, dims: ParallelDims) -> dict[str, int | None]:
+    """Ways beside NCCL that sums over tp may go, by what was proved, and the bytes up to which they are faster, by what
+    was measured; None where that was not."""
+    ways = [path for path in ONE_SHOT_PATHS if options.peer_access or path is not Path.PEER]
+    topology = linked(options, dims.world_size)
+    if topology is None:
+        return dict.fromkeys(map(str, ways))
+    proof, profile = kept(cache_directory(), topology), kept_profile(cache_directory(), topology)
+    curves = () if profile is None else profile.curves
+    trusted = [path for path in ways if proof is None or path in proof.paths]
+    return {str(path): gains_up_to(curves, path, dims.tp) for path in trusted}

@@ -33,6 +33,14 @@ def found_here(
     )
 
 
+def visible_here() -> list[int]:
+    """Numbers of the GPUs that this process may use, as the driver's tools count them."""
+    from cluster.discover import report_here, visible_gpus
+
+    report, visible = report_here(os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return [gpu.index for gpu in visible_gpus(report.gpus, visible)]
+
+
 def as_measured(topology: Topology, dtype: str) -> Topology:
     """With this machine's profile in place of priors, where one was kept."""
     from cluster.profile import apply, kept

@@ -183,7 +183,11 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         from orchestrator.engine.checkpoint import open_checkpoint
 
         open_checkpoint(source, spec).verify()
-    device, named = _device(args.device), _named(args)
+    named = _named(args)
+    is_elsewhere = (
+        address is not None and args.device != "auto"
+    )  # who asks for it there has seen what is there
+    device = args.device if is_elsewhere else _device(args.device)
     return EngineOptions(
         source=source,
         spec=spec,

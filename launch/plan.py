@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 from cluster.errors import BadRequest, NoFeasiblePlan
 from cluster.topology import Topology
 from launch.config import read_machine
-from launch.machine import as_measured, found_here
+from launch.kept import shelf
+from launch.machine import as_measured, cache_directory, found_here
 from launch.models import spec_of
+from strategies.engines import CPU, OURS, engine
 from strategies.explain import ms
+from strategies.kept import MODEL, Kept
 from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
 from strategies.runnable import check_layout
@@ -101,12 +104,21 @@ def run(args: argparse.Namespace) -> int:
     dtype = choose_dtype(args.dtype, spec, topology)
     if not args.on:
         topology = as_measured(topology, dtype)
-    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=args.max_model_len, wide=True)
+    kept = () if args.on else kept_here(topology, spec, dtype)
+    longest = args.max_model_len
+    made = plan(spec, topology, workload, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
     if args.json:
         print(json.dumps(plan_to_json(made, workload), indent=2))
     else:
         show(made, workload, heading(made, topology, workload, dtype))
     return 0 if made.chosen is not None else NoFeasiblePlan.exit_code
+
+
+def kept_here(topology: Topology, spec: ModelSpec, dtype: str) -> list[Kept]:
+    """What `compare` measured of the model on this machine, with the engine's own limits."""
+    ours = engine(CPU if topology.devices[0].kind == "cpu" else OURS)
+    limits = {"chunk_tokens": ours.chunk_tokens, "max_sequences": ours.max_sequences}
+    return shelf(cache_directory(), topology, spec, dtype, **limits).read()
 
 
 # --- what is asked ------------------------------------------------------------------------------------------
@@ -185,13 +197,17 @@ def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
 
 
 def candidate_to_json(candidate: Candidate) -> dict[str, object]:
-    return {
+    """With a `source` where the figures are not the model's alone."""
+    made: dict[str, object] = {
         "layout": candidate.layout.name,
         "feasible": candidate.feasible,
         "reason": candidate.reason,
         "predicted": _predicted(candidate),
         "breakdown": _shares(candidate),
     }
+    if candidate.estimate is not None and candidate.estimate.source != MODEL:
+        made["source"] = candidate.estimate.source
+    return made
 
 
 def _predicted(candidate: Candidate) -> Mapping[str, float | None] | None:

@@ -9,12 +9,15 @@ from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
 from cluster.profile import apply
 from cluster.topology import Topology
+from launch.kept import Shelf, shelf
 from launch.machine import as_measured, cache_directory, found_here
+from launch.nodes import free_machine
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
 from strategies.engines import CPU, OURS, engine, with_limits
 from strategies.formats import FORMATS
+from strategies.kept import Kept
 from strategies.pipeline import shard_replica
 from strategies.plan import Candidate, Layout, ParallelDims, Plan
 from strategies.planner import plan
@@ -43,6 +46,7 @@ def predict(
     workload: Workload,
     layouts: Sequence[Layout] | None,
     cut_for: Workload | None = None,
+    kept: Sequence[Kept] = (),
 ) -> Plan:
     ours = with_limits(
         engine(CPU if options.device == "cpu" else OURS),
@@ -59,6 +63,19 @@ def predict(
         max_model_len=length,
         engine=ours,
         cut_for=cut_for,
+        kept=kept,
+    )
+
+
+def shelf_of(options: EngineOptions, topology: Topology) -> Shelf:
+    """Where what was measured of this model and machine is kept."""
+    return shelf(
+        cache_directory(),
+        topology,
+        options.spec,
+        options.dtype,
+        chunk_tokens=options.max_num_batched_tokens,
+        max_sequences=options.max_num_seqs,
     )
 
 
@@ -77,9 +94,12 @@ def planned(
     """The layout asked for, or the planner's choice. Raises NoFeasiblePlan, or BadLayout with the arithmetic."""
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
         return Planned(_unseen(options, dims), None, None)
-    topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
+    if options.address is not None:
+        topology = free_machine(options.address, options.device, progress)
+    else:
+        topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
     layouts = None if dims is None else [Layout(dims, FORMATS[options.format])]
-    made = predict(options, topology, workload, layouts)
+    made = predict(options, topology, workload, layouts, kept=shelf_of(options, topology).read())
     if made.chosen is None:
         why = " ".join(made.explanation)
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))

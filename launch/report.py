@@ -6,12 +6,14 @@ import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 
 from cluster.topology import Topology
 from launch.compare_journal import Trials
 from launch.plan import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
+from strategies.kept import Kept
 from strategies.plan import Candidate, Estimate, Plan
 from strategies.spec import Objective, Workload
 
@@ -52,7 +54,7 @@ def error_percent(predicted: float, measured: float) -> float | None:
 def outputs(made: Comparison, name: str) -> str | None:
     """equal or different, within one format; None where nothing could be compared.
 
-    In half precision by logits; else by tokens at each load, beside the first layout that was measured at it.
+    In half precision by logits, if they were looked at; else by tokens, beside the first layout measured at a load.
     """
     own = {n: trial for n, trial in made.trials.get(name, {}).items() if trial.measured is not None}
     if not own:
@@ -60,23 +62,21 @@ def outputs(made: Comparison, name: str) -> str | None:
     scored = next((t for t in own.values() if t.forced_error is not None), None)
     if scored is not None and scored.forced_error is not None and scored.allowed_error is not None:
         return "equal" if scored.forced_error <= scored.allowed_error else "different"
+    if made.dtype != "float32":
+        return None  # sums in another order may flip an argmax, and nothing else was looked at
     kept = name.partition("+")[2]
     same_format = [
         other
         for other, trials in made.trials.items()
         if other.partition("+")[2] == kept and any(t.measured is not None for t in trials.values())
     ]
-    if kept and (len(same_format) == 1 or _is_scored(made)):
-        return None  # nothing to compare with; or in half precision, where tokens may differ
+    if kept and len(same_format) == 1:
+        return None
     for n, trial in own.items():
         digests = [t.tokens_digest for o in same_format if (t := made.trial(o, n)) and t.measured]
         if trial.tokens_digest != digests[0]:
             return "different"
     return "equal"
-
-
-def _is_scored(made: Comparison) -> bool:
-    return any(t.forced_error is not None for trials in made.trials.values() for t in trials.values())
 
 
 # --- as one object ------------------------------------------------------------------------------------------
@@ -232,6 +232,30 @@ def as_estimate(found: Measured, predicted: Estimate) -> Estimate:
         output_tokens_per_s=rate,
         usd_per_million_tokens=usd,
     )
+
+
+def kept_of(made: Comparison) -> Iterator[Kept]:
+    """What later plans may go by: each layout's figures under each load, with what was predicted."""
+    today = datetime.now(UTC).date().isoformat()
+    for name, trials in made.trials.items():
+        for n, trial in trials.items():
+            candidate = made.candidate(name, n) if n in made.plans else None
+            if trial.measured is None or candidate is None or candidate.estimate is None:
+                continue
+            found, predicted = trial.measured, candidate.estimate
+            yield Kept(
+                layout=name,
+                prompt_tokens=made.workload.prompt_tokens,
+                output_tokens=made.workload.output_tokens,
+                concurrency=n,
+                ttft_s=found.ttft_s,
+                tpot_s=found.tpot_s,
+                output_tokens_per_s=found.output_tokens_per_s,
+                predicted_ttft_s=predicted.ttft_s,
+                predicted_tpot_s=predicted.tpot_s,
+                predicted_tokens_per_s=predicted.output_tokens_per_s,
+                measured_on=today,
+            )
 
 
 # --- as rows ------------------------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import argparse
 import fcntl
 import hashlib
 import ipaddress
-import os
 import resource
 import socket
 import threading
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import BadRequest, UserError
+from launch.state import state_directory
 
 if TYPE_CHECKING:
     from launch.api.metrics import Facts
@@ -206,9 +206,7 @@ def conditions_of(options: EngineOptions) -> dict[str, object]:
 @contextmanager
 def _store(asked: Path | None, port: int) -> Iterator[Path]:
     """The directory of files and batches, ours alone while we run. Raises UserError."""
-    state = os.environ.get("XDG_STATE_HOME")
-    base = Path(state) if state else Path.home() / ".local" / "state"
-    path = (asked or base / "shardwise" / f"port-{port}").expanduser().absolute()
+    path = (asked or state_directory() / f"port-{port}").expanduser().absolute()
     try:
         for part in ("files", "batches"):
             (path / part).mkdir(parents=True, exist_ok=True)

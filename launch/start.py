@@ -15,7 +15,7 @@ from typing import Protocol
 from cluster.channel import Via
 from cluster.errors import BadLayout, GangDied
 from cluster.gang import Call, Gang, Member, results
-from launch.links import only_proved, peers_trusted
+from launch.links import only_proved, small_sums
 from launch.options import EngineOptions
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
@@ -243,7 +243,7 @@ def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         seed=options.seed,
         grammars=options.grammars,
         join_timeout_s=JOIN_TIMEOUT_S,
-        peer_access=peers_trusted(options, dims.world_size),
+        small_sums=small_sums(options, dims),
     )
 
 

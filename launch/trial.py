@@ -175,7 +175,7 @@ async def _measure_all(
             rounds: list[Measured] = []
             digest, tokens = "", 0
             with watched(lambda: device_vitals(devices)) as watch:
-                while not rounds or not _enough(rounds, time.perf_counter() - begun_s):
+                while not rounds or not enough(rounds, time.perf_counter() - begun_s):
                     start_s = time.perf_counter()
                     done = await ask(load, f"{load.concurrency} {len(rounds)}", load.output_tokens)
                     rounds.append(means(done, time.perf_counter() - start_s))
@@ -194,7 +194,7 @@ async def _measure_all(
             on_trial(load, trial)
 
 
-def _enough(rounds: Sequence[Measured], seconds: float) -> bool:
+def enough(rounds: Sequence[Measured], seconds: float) -> bool:
     return seconds >= ENOUGH_S or len(rounds) >= MOST_ROUNDS
 
 

@@ -9,8 +9,9 @@ from functools import partial
 
 import msgspec
 
-from cluster.errors import ShardwiseError
-from orchestrator.request import Completion, FinishReason, Request, TokenLogprobs
+from cluster.errors import BadRequest, NotFinite, ShardwiseError
+from orchestrator.request import Completion, FinishReason, Request, Token, TokenLogprobs
+from orchestrator.step import NOT_FINITE
 from orchestrator.supervisor import Record
 from orchestrator.text import AnswerText
 
@@ -189,6 +190,15 @@ class Ongoing:
         if not self.token_ids:
             return self.request
         return msgspec.structs.replace(self.request, output_token_ids=list(self.token_ids))
+
+    def refusal(self, token: Token) -> ShardwiseError:
+        """Why its replica ends it with this instead of a token."""
+        if token.token_id != NOT_FINITE:
+            return BadRequest("the answer's grammar allows no token here, or cannot be compiled; change it")
+        return NotFinite(
+            f"the model's logits after {self.prompt_tokens} prompt tokens and {len(self.token_ids)} of the answer are "
+            "NaN: its numbers overflowed, or its weights hold such; change the prompt, or serve with a wider --dtype"
+        )
 
     def completion(self, reason: FinishReason, now_s: float) -> Completion:
         return Completion(

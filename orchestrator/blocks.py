@@ -63,9 +63,7 @@ class BlockPool:
         """A free block, held once, its old prefix forgotten."""
         block, _ = self._free.popitem(last=False)
         self._references[block] = 1
-        forgotten = self._hash_of.pop(block, None)
-        if forgotten is not None:
-            del self._block_of[forgotten]
+        self.forget([block])
         return block
 
     def name(self, block: int, key: bytes) -> None:
@@ -73,6 +71,12 @@ class BlockPool:
         if key not in self._block_of:
             self._block_of[key] = block
             self._hash_of[block] = key
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Nobody finds a prefix in these any more."""
+        for block in blocks:
+            if (key := self._hash_of.pop(block, None)) is not None:
+                del self._block_of[key]
 
     def release(self, blocks: Sequence[int]) -> None:
         """Give blocks back. The last of a sequence go first, so that the start of a prefix is kept longest."""

@@ -17,7 +17,6 @@ import msgspec
 
 from cluster.errors import (
     AttemptsSpent,
-    BadRequest,
     DeadlineExceeded,
     Draining,
     GangDied,
@@ -279,8 +278,7 @@ class Coordinator:
         if one is None or one.replica != lane.number:  # finished by a stop string, or dropped
             return
         if token.finish_reason is FinishReason.ABORT:
-            told = "the answer's grammar allows no token here, or cannot be compiled; change it"
-            self._fail(one.answers, BadRequest(told))
+            self._fail(one.answers, one.refusal(token))
             return
         if not one.is_begun:
             lane.begin(one.prefill_tokens)

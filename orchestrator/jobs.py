@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from cluster.errors import AttemptsSpent, BadRequest, Draining, ShardwiseError, UserError
+from cluster.errors import AttemptsSpent, BadRequest, Draining, NotFinite, ShardwiseError, UserError
 from orchestrator.journal import Bits, Journal, line_of
 
 LONGEST_LINE = 4 * 2**20  # bytes
@@ -173,7 +173,7 @@ class Job:
             except UserError as error:
                 return _refused(_name_of(line), str(error))
             except ShardwiseError as error:
-                if attempt == ATTEMPTS or isinstance(error, AttemptsSpent):
+                if attempt == ATTEMPTS or isinstance(error, AttemptsSpent | NotFinite):
                     return Answered(_name_of(line), 500, _error(str(error), "server_error"))
         raise AssertionError("unreachable")
 

@@ -114,6 +114,7 @@ class GangReplica:
                 self._at_work.discard(token.request_id)
 
     def _put_down(self, watchdog: Watchdog) -> GangDied:
+        was_stopped = stacks.is_stopped(self._gang)  # saving stacks sets it going again
         told = f"it made no step for {watchdog.silence_s:g} s with {len(self._at_work)} requests at work"
         try:
             path = stacks.save(self._gang, watchdog.directory, f"stacks-{self._gang.members[0].pid}")
@@ -121,7 +122,9 @@ class GangReplica:
         except OSError as error:
             told += f"; the stacks of its ranks could not be saved: {error}"
         self._gang.kill()
-        return GangDied(f"the gang of {len(self._gang.members)} was stuck: {told}")
+        death = GangDied(f"the gang of {len(self._gang.members)} was stuck: {told}")
+        death.was_killed = was_stopped
+        return death
 
     async def _end(self) -> ShardwiseError:
         """Why the gang ended: a member died, or a rank's loop failed, which the others cannot outlive."""

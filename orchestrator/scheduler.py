@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from cluster.errors import BadRequest
 from orchestrator.blocks import BlockPool, block_hashes
 from orchestrator.request import FinishReason, Request, Token, check_context
-from orchestrator.step import Admit, Row, Step, StepResult
+from orchestrator.step import NOT_FINITE, Admit, Row, Step, StepResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,8 +164,12 @@ class Scheduler:
             sequence.awaited -= 1
             if self._sequences.get(sequence.request.id) is not sequence:
                 continue
-            sequence.tokens.append(token_id)
-            reason = self._finish_reason(sequence, token_id)
+            if token_id == NOT_FINITE:
+                self.pool.forget(sequence.blocks)  # their numbers may be as bad, whoever asks for that prefix
+                reason: FinishReason | None = FinishReason.ABORT
+            else:
+                sequence.tokens.append(token_id)
+                reason = self._finish_reason(sequence, token_id)
             out.append(Token(sequence.request.id, token_id, reason, logprob))
             if reason is not None:
                 self._forget(sequence)

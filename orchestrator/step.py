@@ -38,6 +38,9 @@ class Step(msgspec.Struct, frozen=True, array_like=True):
     rows: list[Row]
 
 
+NOT_FINITE = -2  # instead of a token, where there are no numbers to sample it from
+
+
 class StepResult(msgspec.Struct, frozen=True, array_like=True):
     """Sampled tokens, one for each row that samples, in the rows' order."""
 

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -20,6 +20,7 @@ import torch
 
 from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
+from cluster.collectives.protocols import ANY_WAY
 from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import BadLayout, BadRequest
 from cluster.loopback import free_port
@@ -71,7 +72,7 @@ class EngineConfig:
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
     grammars: bool = False  # make ready for them before the first comes
-    peer_access: bool = True  # between GPUs, where there is any; False: small sums go through host memory
+    small_sums: Mapping[str, int | None] = field(default_factory=lambda: dict(ANY_WAY))  # see join
 
 
 def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Concatenate[Worker, P], R]:
@@ -134,7 +135,7 @@ class Worker:
             backend,
             self.device,
             config.join_timeout_s,
-            peer_access=config.peer_access,
+            small_sums=config.small_sums,
         )
         return self.collectives.stage.path
 

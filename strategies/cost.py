@@ -13,8 +13,16 @@ from collections.abc import Sequence
 
 from strategies.cost_links import ByIdentity, slowest_link
 from strategies.cost_memory import Memory, memories
-from strategies.cost_ops import compute_dtype, mean_window
-from strategies.cost_steps import Served, decode_step_s, offload_s, prefill_s, signature, stage_links
+from strategies.cost_ops import compute_dtype, full_rates, mean_window
+from strategies.cost_steps import (
+    Served,
+    decode_step_s,
+    offload_s,
+    prefill_s,
+    prefill_steps,
+    signature,
+    stage_links,
+)
 from strategies.plan import Estimate, ParallelDims, Placement
 from strategies.spec import BYTES_PER_ELEMENT, Objective, Workload
 from strategies.steady import steady
@@ -102,7 +110,9 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
     step_s = sum(step.values())
     last_s, first_s = prefill_s(place, replica, live, workload.prompt_tokens, busy, offload)
     later = workload.output_tokens - 1
-    token_s = step_s + (last_s - first_s) / later if later else step_s
+    # While the others' prompts are read a request has its tokens too, one for each step that reads some.
+    joined = min(later, (prefill_steps(place, live, workload.prompt_tokens) - 1) / 2)
+    token_s = (last_s - first_s + (later - joined) * step_s) / later if later else step_s
     total_s, waves = last_s + later * step_s, share / live
     if workload.ragged:
         # What waits takes the places of those that end; then the batch empties, the longest answers last.
@@ -141,14 +151,17 @@ def _drain_s(
 def limit_tokens_per_s(place: Placement, workload: Workload) -> float:
     """Output tokens a second that the devices allow: bytes and FLOPs at full rate, links and host free.
 
-    A replica at work reads its weights once a step, of experts those that its tokens hit. A CPU has no data sheet: its
-    rates are those assumed.
+    A replica at work reads its weights once a step, of experts those that its tokens hit. A rate that was measured is
+    taken for the share of the data sheet's that probes reach.
     """
     spec, devices = place.spec, [place.topology.devices[i] for i in place.devices]
     own = {device.pool or device.index: device for device in devices}.values()  # a pool counts once
-    bandwidth = sum(device.bandwidth_bytes_per_s for device in own)
+    at_full = {device.index: full_rates(device) for device in own}
+    bandwidth = sum(device.bandwidth_bytes_per_s * at_full[device.index][0] for device in own)
     dtypes = {device.index: compute_dtype(place.format, place.dtype, device) for device in own}
-    flops_per_s = sum(max(d.flops_per_s[dtypes[d.index]], d.flops_per_s[place.dtype]) for d in own)
+    flops_per_s = sum(
+        at_full[d.index][1] * max(d.flops_per_s[dtypes[d.index]], d.flops_per_s[place.dtype]) for d in own
+    )
     n, copies = workload.concurrency, min(workload.concurrency, place.dims.dp)
 
     seen = mean_window(spec, range(spec.layers), workload.prompt_tokens / 2)

@@ -19,8 +19,9 @@ from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 # 0.80 of its FLOP/s (3.10 of 3.35 TB/s, 787 of 989 TFLOP/s), so shares of measured rates are larger by as much.
 PROBED_BANDWIDTH = 0.925
 PROBED_COMPUTE = 0.80
-MOST = 0.98  # of any rate that a kernel is taken to reach
+MOST = 0.98  # of the data sheet's rate, that a kernel is taken to reach
 ROUNDING = 3.0  # exponent of the mean that joins bytes' and FLOPs' times
+FEW_ROWS = 2  # that our own GEMV takes (docs/performance.md); at four cuBLAS is level with it
 LEAST_ROWS = 8  # of a tensor core's tile
 WIDENED = 0.85  # of plain products' FLOP/s that kernels reach which widen small weights first (Marlin at large batches)
 WEIGHT_ONLY_TILE = 16  # rows that kernels of small weights pad an expert's tokens to, at least (Marlin)
@@ -70,22 +71,28 @@ class Rates:
     reads: float  # times the share of bandwidth that products reach on others
 
     def reading(self, share: float) -> float:
-        return self.bandwidth * min(MOST, share * self.of_bandwidth)
+        return self.bandwidth * min(MOST, share) * self.of_bandwidth
 
     def computing(self, dtype: str, share: float) -> float:
-        return self.flops[dtype] * min(MOST, share * self.of_compute)
+        return self.flops[dtype] * min(MOST, share) * self.of_compute
+
+
+def full_rates(device: Device) -> tuple[float, float]:
+    """(bandwidth, FLOP/s) of the data sheet over what the device is told to have: measured rates are probes'."""
+    measured = device.provenance is Provenance.MEASURED
+    return (1 / PROBED_BANDWIDTH, 1 / PROBED_COMPUTE) if measured else (1.0, 1.0)
 
 
 def rates(place: Placement, device: Device, at_work: float) -> Rates:
     """Threads of a pool are given out at the start, one share a rank; bandwidth goes to whoever works."""
     sharers = place.pool_ranks(device)
-    measured = device.provenance is Provenance.MEASURED
     return Rates(
         device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
         {dtype: rate / sharers for dtype, rate in device.flops_per_s.items()},
-        1 / PROBED_BANDWIDTH if measured else 1.0,
-        1 / PROBED_COMPUTE if measured else 1.0,
-        1.0 if measured else place.engine.kernels.reads_on.get(device.name, 1.0),
+        *full_rates(device),
+        1.0
+        if device.provenance is Provenance.MEASURED
+        else place.engine.kernels.reads_on.get(device.name, 1.0),
     )
 
 
@@ -133,7 +140,8 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
     """(bytes' time, what FLOPs add to it) of one product. `prompt_share`: of the rows, that are prompts'."""
     k = engine.kernels
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
-    read = n_bytes / r.reading(k.weights[p.width] * engine.reads * r.reads)
+    few = k.few_rows.get(p.width, 1.0) if rows <= FEW_ROWS else 1.0
+    read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads * r.reads)
     slower = 1 + (engine.prompts - 1) * prompt_share
     share = k.compute[p.width]
     if p.width is not Width.FULL and p.compute in BYTES_PER_ELEMENT:  # small weights, widened in the kernel

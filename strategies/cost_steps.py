@@ -5,6 +5,7 @@ Decode is a pass of one token a sequence; prefill is passes of up to the engine'
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -132,6 +133,42 @@ def offload_s(place: Placement, replica: int, needs: Sequence[Memory]) -> float:
     return max(alone, max(nodes.values()) / HOST_MEMORY_BYTES_PER_S)
 
 
+BESIDE = 0.25
+"""Of the shorter of products and sums, that running beside each other costs: kernels that carry sums hold processors.
+Two H100s, 8192 tokens (docs/performance.md): 105 ms of 94 + 20 by NVLink, 166 of 100 + 154 through the host."""
+
+
+def busy_s(place: Placement, replica: int, stage: int, parts: Seconds, work: Pass) -> float:
+    """Of a stage's part of a pass with prompts: sums go beside products where the engine runs it in halves, and the
+    host must launch what is not replayed as a graph.
+    """
+    engine, total = place.engine, sum(parts.values())
+    layers = len(place.shards[stage * place.dims.tp].layers)
+    in_halves = place.dims.tp > 1 and 0 < engine.overlap_tokens <= work.tokens
+    if in_halves:
+        sums = parts.get("all_reduce", 0.0)
+        products = total - sums
+        total = max(products, sums) + BESIDE * min(products, sums)
+    if work.tokens <= engine.graph_tokens:
+        return total
+    device = place.device(replica, stage * place.dims.tp)
+    return max(total, layers * (1 + in_halves) * eager_layer_s(place, device))
+
+
+def eager_layer_s(place: Placement, device: Device) -> float:
+    """Host time to launch a layer: by this host's own, measured on all its GPUs, for one alone scatters."""
+    engine = place.engine
+    timed = _timed_layer_s(ByIdentity(place.topology), device.node) if device.kind != "cpu" else 0.0
+    return timed * engine.eager_layers or engine.eager_layer_s
+
+
+@functools.lru_cache(maxsize=4096)
+def _timed_layer_s(key: ByIdentity, node: str) -> float:
+    """0 where none was timed."""
+    timed = [d.layer_overhead_s for d in key.topology.devices if d.node == node and d.layer_overhead_s]
+    return sum(timed) / len(timed) if timed else 0.0
+
+
 # --- decode and prefill -------------------------------------------------------------------------------------
 
 
@@ -169,18 +206,22 @@ def prefill_s(
 
     Chunks of the token budget follow one another through the stages; the first fills the pipeline.
     """
-    total = prompts * length
-    tokens = min(total, place.engine.chunk_tokens)
-    chunks = total / tokens
+    chunks = prefill_steps(place, prompts, length)
+    tokens = prompts * length / chunks
     # A causal token sees half of its prompt on average; only a prompt's last token needs logits.
     work = Pass(0, 0, prompt_tokens=tokens, seen=length / 2, prompt_rows=tokens / length)
     pp = place.dims.pp
     host = step_host_s(place, replica, work, chunks=1.0)
-    stages = [stage_s(place, replica, s, work, busy * min(1.0, chunks / pp)) for s in range(pp)]
-    times = [max(sum(s.values()) + host, offload / pp) for s in stages]
+    parts = [stage_s(place, replica, s, work, busy * min(1.0, chunks / pp)) for s in range(pp)]
+    stages = [busy_s(place, replica, s, part, work) for s, part in enumerate(parts)]
+    times = [max(s + host, offload / pp) for s in stages]
     fill = sum(times) + hops_s(place, replica, work)
     last = fill + (chunks - 1) * max(times)
     return last, (fill + last) / 2
+
+
+def prefill_steps(place: Placement, prompts: int, length: int) -> float:
+    return max(1.0, prompts * length / place.engine.chunk_tokens)
 
 
 def _sum(parts: Sequence[Seconds]) -> dict[str, float]:

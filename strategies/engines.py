@@ -24,6 +24,7 @@ class Kernels:
     """Shares of the data sheet's rates, by bits of a weight where that matters, and times that sizes do not change."""
 
     weights: Mapping[int, float]  # of bandwidth, reading a product's weights
+    few_rows: Mapping[int, float]  # times as large a share where rows are so few that own kernels read them
     reads_on: Mapping[str, float]  # device's name -> times as large a share there
     compute: Mapping[int, float]  # of FLOP/s, in a product
     expert_weights: Mapping[int, float]
@@ -62,6 +63,12 @@ class Engine:
     memory_share: float  # of a device's memory that it takes
     eight_bit_kv: bool  # keeps the cache in 8 bits where weights are quantized
     pipelines: bool  # stages work at the same time, on groups of sequences
+    eager_layer_s: (
+        float  # host time to launch a layer of a step that is not replayed as a graph; 0: hidden always
+    )
+    eager_layers: float  # the same in layers that a profile timed, which counts where there is one
+    graph_tokens: int  # steps of so many tokens are replayed
+    overlap_tokens: int  # longer ones run in two halves, one's sums beside the other's products; 0: never
     mapped_sums: bool  # small sums through mapped host memory, where cards have no peer access
 
 

@@ -173,6 +173,7 @@ class Estimate:
     breakdown: Mapping[
         str, float
     ]  # decode step, seconds by cause: weights, kv, compute, all_reduce, send_recv, host
+    source: str = "model"  # or that it was measured here, or scaled by what was
     memory_parts: Mapping[str, int] = field(
         default_factory=dict
     )  # of the fullest device: weights, kv, activations, runtime

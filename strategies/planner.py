@@ -12,6 +12,7 @@ from strategies.cost import estimate, score
 from strategies.engines import Engine
 from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
+from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
 from strategies.runnable import why_not
@@ -39,6 +40,7 @@ def plan(
     wide: bool = False,
     engine: Engine | None = None,
     cut_for: Workload | None = None,
+    kept: Sequence[Kept] = (),
 ) -> Plan:
     """The best layout for the workload's objective among `layouts`, or among all that the machine could hold.
 
@@ -46,6 +48,7 @@ def plan(
     then the others with their reasons. The chosen one can be run. `max_model_len` is the longest sequence to make room
     for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well. `engine`:
     ours as it comes by default. `cut_for`: stages are cut as for this workload, by default the one that is planned for.
+    `kept`: what was measured of this model on this machine.
     """
     if layouts is not None:
         tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
@@ -55,7 +58,7 @@ def plan(
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
         named = layouts is not None or layout.is_plain
         cut = cut_for or workload
-        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, named=named)
+        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
 
     judged = [judge(layout) for layout in tried]
     if wide and layouts is None:
@@ -155,6 +158,7 @@ def _judge(
     max_model_len: int | None,
     engine: Engine | None,
     cut_for: Workload,
+    kept: Sequence[Kept],
     *,
     named: bool,
 ) -> tuple[Candidate, Placement | None]:
@@ -175,7 +179,7 @@ def _judge(
     reason = rejection(placement, workload, max_model_len)
     if reason is not None:
         return replace(put, reason=reason), placement
-    made = estimate(placement, workload)
+    made = informed(estimate(placement, workload), layout.name, workload, kept)
     return replace(put, estimate=made, marked=tuple(_notes(placement, made, workload))), placement
 
 
@@ -216,4 +220,6 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
     at_once = min(made.kv_tokens // length, placement.engine.max_sequences) * dims.dp
     if at_once < workload.concurrency:
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
+    if made.source != MODEL:
+        yield made.source
     yield from over_limits(made, workload)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from strategies.cost_memory import Memory
 from strategies.cost_ops import Pass
-from strategies.cost_steps import Seconds, Served, decode_step_s, offload_s, stage_s
+from strategies.cost_steps import Seconds, Served, busy_s, decode_step_s, offload_s, stage_s
 from strategies.plan import Placement
 from strategies.spec import Workload
 
@@ -87,7 +87,9 @@ def _joining_s(
 
     def slowest(work: Pass) -> float:
         parts = [stage_s(place, replica, stage, work, busy * groups / pp) for stage in range(pp)]
-        times = [sum(part.values()) for part in parts]
+        times = [busy_s(place, replica, stage, part, work) for stage, part in enumerate(parts)]
+        if not work.prompt_tokens:
+            times = [sum(part.values()) for part in parts]
         return max(times) if place.engine.pipelines else sum(times)
 
     return slowest(joined) - slowest(alone)

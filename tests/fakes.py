@@ -165,7 +165,8 @@ class ProcessGang:
             ready = wait([*self._pipes, *sentinels])
             dead = next((sentinels[item] for item in ready if isinstance(item, int)), None)
             if dead is not None:
-                return self._bury(dead)
+                self._bury(dead)
+                return self._close()
             for pipe in ready:
                 assert isinstance(pipe, Connection)
                 self._take_answer(pipe)
@@ -188,6 +189,16 @@ class ProcessGang:
         words = read_last_words(member.log) or ""
         self._reap()
         self._fate.end(obituary(member, _how(process.exitcode or 0), words))
+
+    def _close(self) -> None:
+        """Give the descriptors of ended processes back, however long somebody remembers the gang."""
+        self._reap()
+        with self._reaping, self._lock:
+            for process in self._processes:
+                process.close()
+            for pipe in self._pipes:
+                pipe.close()
+            self._processes = []
 
 
 def _how(code: int) -> str:

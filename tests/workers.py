@@ -58,9 +58,9 @@ class FrailWorker(Worker):
 
 
 class PoisonedWorker(Worker):
-    """Dies, each in its way, of prompts that hold one of these; NaN as an engine that checks for it would tell it."""
+    """Dies, each in its way, of prompts that hold one of these."""
 
-    EXIT, MEMORY, NAN = 127, 128, 129
+    EXIT, MEMORY = 127, 128
 
     def allocate(self, limits: SchedulerConfig) -> None:
         super().allocate(limits)
@@ -72,8 +72,18 @@ class PoisonedWorker(Worker):
                 os._exit(9)
             if self.MEMORY in seen:
                 raise torch.OutOfMemoryError("tried to allocate 80 GiB")
-            if self.NAN in seen:
-                raise FloatingPointError("logits are NaN")
             return run(step)
 
         self.runner.run = fragile  # type: ignore[method-assign]
+
+
+class OverflowingWorker(Worker):
+    """Its numbers are NaN from one token on."""
+
+    NAN = 126
+
+    def load(self) -> int:
+        loaded = super().load()
+        if self.shard.is_first and self.NAN in self.shard.vocab:
+            self.model.embed.weight.data[self.NAN - self.shard.vocab.start] = torch.nan
+        return loaded

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import ctypes
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from itertools import cycle, islice
 from pathlib import Path
@@ -234,14 +234,14 @@ class Members:
 
 
 def open_one_shot(
-    members: Members, patience_s: float, peer_access: bool, pipelined: bool
+    members: Members, patience_s: float, ways: Mapping[str, int | None], pipelined: bool
 ) -> tuple[OneShot | None, str]:
     """The fastest way that works, and its name; or None and "NCCL: why not". The same on all ranks.
 
-    Every rank of the group calls it at once. `peer_access` is whether GPUs may use each other's memory at all,
-    `pipelined` whether they also send and receive on other streams.
+    Every rank of the group calls it at once. `ways` are the transports that may be used, by name, with the bytes up to
+    which they beat NCCL on this machine; None: as on the machines of protocols.py. `pipelined` is whether the GPUs also
+    send and receive on other streams.
     """
-    transports: list[type[Transport]] = [PeerMemory, MappedHostMemory] if peer_access else [MappedHostMemory]
     if members.ranks > MAX_RANKS:
         return None, f"NCCL: {members.ranks} ranks, and one-shot all-reduce is for {MAX_RANKS} at most"
     reasons = []
@@ -251,9 +251,16 @@ def open_one_shot(
         binary = _compiled(members)
     except Unusable as error:
         return None, f"NCCL: {error}"
-    for transport in transports:
+    for transport in (PeerMemory, MappedHostMemory):
+        if transport.name not in ways:
+            reasons.append(f"{transport.name}: not trusted here")
+            continue
+        reached = reach(transport, members.ranks).up_to(ways[transport.name])
+        if not reached.most_bytes:
+            reasons.append(f"{transport.name}: slower at every size that was measured")
+            continue
         try:
-            one_shot = _open(members, transport, binary)
+            one_shot = _open(members, transport, reached, binary)
         except Unusable as error:
             reasons.append(f"{transport.name}: {error}")
         else:
@@ -284,9 +291,8 @@ def _compiled(members: Members) -> bytes:
     return binary
 
 
-def _open(members: Members, kind: type[Transport], binary: bytes) -> OneShot:
+def _open(members: Members, kind: type[Transport], reached: Reach, binary: bytes) -> OneShot:
     """Tried and trusted, or Unusable."""
-    reached = reach(kind, members.ranks)
     memory = layout(reached)
     transport = kind(members.rank, members.ranks, memory.pair_bytes, memory.shared_bytes)
     ends: list[OneShot] = []

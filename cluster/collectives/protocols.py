@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
 
+ANY_WAY: Mapping[str, int | None] = {kind.name: None for kind in (PeerMemory, MappedHostMemory)}
 MAX_RANKS = 8
 SLOTS = 2
 PACKET_BYTES = 16
@@ -29,6 +31,13 @@ class Reach:
 
     def protocol(self, n_bytes: int) -> Protocol:
         return Protocol.LAMPORT if n_bytes <= self.lamport_bytes else Protocol.SIMPLE
+
+    def up_to(self, n_bytes: int | None) -> Reach:
+        """No further than that; None: as it is."""
+        if n_bytes is None:
+            return self
+        most = n_bytes // PACKET_BYTES * PACKET_BYTES
+        return Reach(min(self.lamport_bytes, most), min(self.most_bytes, most))
 
 
 OF_TWO: dict[type[Transport], Reach] = {

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.collectives.one_shot import Members, OneShot, open_one_shot
+from cluster.collectives.protocols import ANY_WAY
 from cluster.errors import GangDied
 from cluster.loopback import loopback_interface
 
@@ -65,14 +66,14 @@ class RankGroup:
         """How small sums go, and why not faster: "peer memory", "mapped host memory" or "NCCL: why"."""
 
     def open_one_shot(
-        self, device: torch.device, patience_s: float, peer_access: bool, pipelined: bool
+        self, device: torch.device, patience_s: float, ways: Mapping[str, int | None], pipelined: bool
     ) -> None:
         """Find the fastest way for small sums of tensors on GPUs. All ranks of the stage call it at once."""
         if self._group is None or device.type != "cuda":
             return
         try:
             members = Members(self._group, device)
-            self._one_shot, self.path = open_one_shot(members, patience_s, peer_access, pipelined)
+            self._one_shot, self.path = open_one_shot(members, patience_s, ways, pipelined)
         except RuntimeError as error:
             raise _gang_died("setting up small all-reduces", self._rank, error) from error
 
@@ -251,14 +252,14 @@ def join(
     backend: str,
     device: torch.device,
     timeout_s: float,
-    peer_access: bool = True,
+    small_sums: Mapping[str, int | None] = ANY_WAY,
 ) -> TorchCollectives:
     """Meet the replica's other ranks at `init_method` (tcp://host:port, on rank 0's host) and try every wire.
 
-    `backend` is "nccl" or "gloo". `peer_access`: whether GPUs may use each other's memory for small sums; whether
-    they can is found out, and NCCL has its own NCCL_P2P_DISABLE. Every rank calls it with the same arguments but
-    `rank`, `device`. A world of one meets nobody. Raises GangDied where the others do not come within
-    `timeout_s`, or a wire lies.
+    `backend` is "nccl" or "gloo". `small_sums`: the ways beside NCCL that sums on GPUs may go, see `open_one_shot`;
+    whether they can is found out, and NCCL has its own NCCL_P2P_DISABLE. Every rank calls it with the same arguments
+    but `rank`, `device`. A world of one meets nobody. Raises GangDied where the others do not come within `timeout_s`,
+    or a wire lies.
     """
     if world_size != tp * pp:
         raise ValueError(f"a replica of tp={tp}, pp={pp} has {tp * pp} ranks, not world_size={world_size}")
@@ -277,7 +278,7 @@ def join(
     collectives = TorchCollectives(rank, tp, pp, stage, device, ends)
     try:
         _try_wires(collectives, tp, device)
-        stage.open_one_shot(device, timeout_s, peer_access, pipelined=pp > 1)
+        stage.open_one_shot(device, timeout_s, small_sums, pipelined=pp > 1)
     except GangDied:
         collectives.leave()
         raise

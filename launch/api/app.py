@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import msgspec
@@ -25,6 +24,7 @@ from launch.api.metrics import Snapshot
 from launch.api.page import add_page
 from launch.api.schemas import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from launch.api.service import Service
+from launch.version import our_version
 from orchestrator.request import SamplingParams, check_tokens
 
 LOAD_TIMEOUT_S = 2.0  # for replicas to say what they do, when metrics are read
@@ -44,7 +44,7 @@ def create_app(
 ) -> ASGIApp:
     """`loopback_only`: without keys, requests must name the loopback interface as their host."""
     app = FastAPI(
-        title="shardwise", version=_version(), docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY
+        title="shardwise", version=our_version(), docs_url=None, redoc_url=None, telemetry=_NO_TELEMETRY
     )
     errors.install(app)
     _add_models(app, service)
@@ -56,13 +56,6 @@ def create_app(
         add_batches(app, batches)
     check_open = service.coordinator.check_open
     return Guard(app, check_open, keys=Keys(keys), limits=limits, loopback_only=loopback_only and not keys)
-
-
-def _version() -> str:
-    try:
-        return version("shardwise")
-    except PackageNotFoundError:  # run from its source
-        return "0.0.0"
 
 
 def _json(value: object, status: int = 200) -> Response:
@@ -159,4 +152,4 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/version")
     async def versions() -> Response:
-        return _json({"version": _version(), "name": "shardwise"})
+        return _json({"version": our_version(), "name": "shardwise"})

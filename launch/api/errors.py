@@ -18,6 +18,7 @@ from cluster.errors import (
     DeadlineExceeded,
     Draining,
     GangDied,
+    NotFinite,
     Overloaded,
     ShardwiseError,
     UserError,
@@ -70,6 +71,9 @@ def api_error(error: Exception) -> ApiError:
     if isinstance(error, AttemptsSpent):
         final = {"x-should-retry": "false"}
         return ApiError(500, str(error), kind="server_error", code="attempts_spent", headers=final)
+    if isinstance(error, NotFinite):
+        final = {"x-should-retry": "false"}
+        return ApiError(500, str(error), kind="server_error", code="not_finite", headers=final)
     if isinstance(error, UserError):
         return ApiError(400, str(error))
     if isinstance(error, GangDied):

@@ -44,6 +44,8 @@ async def serve_http(
     takes_signals: bool = True,
 ) -> None:
     """Returns once everything in flight has ended, `drain_s` after the first SIGTERM or SIGINT at the latest."""
+    # Else a connection's second answer has its first token 40 ms late: Nagle waits for the client's delayed ACK.
+    listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     host, port = listener.getsockname()[:2]
     is_loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
     config = uvicorn.Config(

@@ -28,7 +28,7 @@ class Batch:
     positions_T: Ints
     starts: Ints
     counts: Ints
-    tables: Ints  # [rows, blocks]: each row's KV blocks, padded with any valid block
+    tables: Ints  # [rows, blocks]: each row's KV blocks, what is beyond its tokens is not looked at
 
     def cache_rows(self, block_size: int) -> Ints:
         """Where each token's K and V go: [T]."""
@@ -73,7 +73,10 @@ class SdpaContext:
         self._decodes = None
         if len(decodes):
             longest = int(lengths[decodes].max())
-            seen = np.stack([self._seen(batch, int(i), longest) for i in decodes])
+            # Beyond a row's end its last position: what others have there may be NaN, and so would be 0 × that.
+            places = np.minimum(np.arange(longest), lengths[decodes][:, None] - 1)
+            size = cache.block_size
+            seen = batch.tables[decodes[:, None], places // size] * size + places % size
             self._decodes = self._to_device(offsets[decodes], device)
             self._decode_rows_BL = self._to_device(seen, device)
             first = int(seen[0, 0])

@@ -19,7 +19,7 @@ class KVCache:
     ) -> None:
         self.scratch_block, self.block_size = num_blocks, block_size
         shape = (spec.layers, 2, (num_blocks + 1) * block_size, spec.kv_heads, spec.head_dim)
-        # Zeros, not garbage: a padded batch reads rows that nobody wrote, and 0 × nan would be nan.
+        # Zeros, not garbage: steps that rehearse read rows that nobody wrote, and 0 × nan would be nan.
         storage = torch.zeros(shape, dtype=dtype, device=device)
         self.keys = [storage[layer, 0] for layer in range(spec.layers)]
         self.values = [storage[layer, 1] for layer in range(spec.layers)]

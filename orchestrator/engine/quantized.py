@@ -46,7 +46,8 @@ class Quantized(nn.Module):
         else:
             kept = torch.int8 if how.format == "int8" else torch.float8_e4m3fn
             self.codes = made(n, k, dtype=kept)
-            self.scales = made(n, dtype=dtype)
+            # cuBLAS and CUTLASS want float8's in float32.
+            self.scales = made(n, dtype=torch.float32 if how.format == "fp8" else dtype)
         self.bias = made(n, dtype=dtype) if bias else None
         self.packed = False  # for torch's kernel of int4 on CPUs
 
@@ -92,7 +93,8 @@ class Quantized(nn.Module):
         elif self.how.group:
             product_MN = in_blocks(x_MK, self.out_features, self.dequantized)
         else:  # scaled once they are summed: one pass over the weights less
-            product_MN = in_blocks(x_MK, self.out_features, lambda rows: self.codes[rows]) * self.scales
+            wide_MN = in_blocks(x_MK, self.out_features, lambda rows: self.codes[rows])
+            product_MN = (wide_MN * self.scales).to(x_MK.dtype)
         return product_MN if self.bias is None else product_MN + self.bias
 
 

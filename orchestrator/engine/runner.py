@@ -17,7 +17,7 @@ from cluster.collectives import Collectives
 from orchestrator.engine.attention import Batch, SdpaContext
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.sampler import Draw, Logprobs, logprobs, sample, to_host
+from orchestrator.engine.sampler import Draw, Logprobs, checked, logprobs, sample, to_host
 from orchestrator.engine.slots import Ints, Slots, positions, sampling_ends
 from orchestrator.step import Row, Step, StepResult, whole_prompts
 from strategies.plan import Shard
@@ -35,9 +35,9 @@ class Pending:
 
     @staticmethod
     def on_its_way(step: Step, tokens_R: Tensor, logits_RV: Tensor, draws: Sequence[Draw]) -> Pending:
-        """Sets the copies off. The logits are read only where log-probabilities are asked for."""
+        """Sets the copies off. Of the logits one column is read, and more where log-probabilities are asked for."""
         told = logprobs(logits_RV, tokens_R, draws)
-        token_ids_R = to_host(tokens_R)
+        token_ids_R = to_host(checked(tokens_R, logits_RV))
         landed = torch.cuda.Event() if tokens_R.is_cuda else None  # type: ignore[no-untyped-call]
         if landed is not None:
             landed.record()

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from orchestrator.engine import ops
 from orchestrator.request import SamplingParams, TokenLogprobs
+from orchestrator.step import NOT_FINITE
 
 _MASK = (1 << 64) - 1
 
@@ -78,6 +79,15 @@ def sample(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:
         keys = [_mix(_mix(p.seed or 0) ^ draws[i].length) for p, i in zip(params, drawn, strict=True)]
         tokens_R[rows] = (scaled + _gumbel(keys, scaled)).argmax(dim=-1)
     return tokens_R
+
+
+def checked(tokens_R: Tensor, logits_RV: Tensor) -> Tensor:
+    """NOT_FINITE where a row's logits are NaN. `logits_RV` may be one rank's columns.
+
+    The first column tells: of whatever overflowed on the way the last norm makes a NaN, and the product spreads that to
+    all columns. On the device a token stays one of the vocabulary, which the next step may read already.
+    """
+    return tokens_R.masked_fill(logits_RV[:, 0].isnan(), NOT_FINITE)
 
 
 def _masked(logits_RV: Tensor, draws: Sequence[Draw]) -> Tensor:

@@ -40,6 +40,7 @@ from orchestrator.text import Text
 STEPS = 100_000
 LIMITS = SchedulerConfig(num_blocks=10**6, max_num_seqs=4096, max_model_len=4096)
 FEW = replace(LIMITS, max_num_seqs=32)  # for a replica that can be overloaded
+FEW_STEP_S = 0.05
 QUEUE = QueueLimits(requests=64)
 TOKENS = 16  # of an answer
 
@@ -284,7 +285,7 @@ async def _requests(
     }
 
 
-async def _overload(port: int, pid: int, seconds: float, step_s: float) -> dict[str, float]:
+async def overload(port: int, pid: int, seconds: float, step_s: float) -> dict[str, float]:
     """Ten times what the replica can do, beside a queue that is full and refuses nobody."""
     loop = asyncio.get_running_loop()
     body = json.dumps({"prompt": "x" * 64, "max_tokens": TOKENS}).encode()
@@ -399,8 +400,8 @@ def main() -> None:
             "64 at once", 0.001, args.profile, lambda p, *_: _requests(p, None, 5, 16, 16 * 0.001)
         )
     if args.only in (None, "overload"):
-        overload = lambda p, _, pid: _overload(p, pid, args.seconds, 0.05)  # noqa: E731
-        found |= over_http("10 × capacity", 0.05, args.profile, overload, FEW)
+        ask = lambda p, _, pid: overload(p, pid, args.seconds, FEW_STEP_S)  # noqa: E731
+        found |= over_http("10 × capacity", FEW_STEP_S, args.profile, ask, FEW)
     for name, value in found.items():
         print(f"{name:60} {value:10.2f}")
 

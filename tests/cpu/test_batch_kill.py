@@ -19,8 +19,10 @@ LINES = 1000
 
 
 @contextmanager
-def server(root: Path) -> Iterator[tuple[subprocess.Popen[str], BatchClient]]:
-    argv = [sys.executable, "-m", "tests.fake_server", str(root), "0.001"]
+def server(
+    root: Path, *, step_s: float = 0.001, answer: str = "Hello"
+) -> Iterator[tuple[subprocess.Popen[str], BatchClient]]:
+    argv = [sys.executable, "-m", "tests.fake_server", str(root), str(step_s), answer]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         client = BatchClient(process.stdout.readline().strip(), None)
@@ -41,13 +43,17 @@ def done(client: BatchClient, batch_id: str) -> tuple[str, int]:
     return told["status"], told["request_counts"]["completed"]
 
 
-def test_a_server_killed_amid_a_batch(tmp_path: Path) -> None:
-    path = tmp_path / "in.jsonl"
+def write_batch(path: Path, lines: int) -> Path:
     with path.open("w") as file:
-        for i in range(LINES):
+        for i in range(lines):
             body = {"prompt": f"{i}", "max_tokens": 2}
             line = {"custom_id": f"r{i}", "method": "POST", "url": "/v1/completions", "body": body}
             file.write(json.dumps(line) + "\n")
+    return path
+
+
+def test_a_server_killed_amid_a_batch(tmp_path: Path) -> None:
+    path = write_batch(tmp_path / "in.jsonl", LINES)
     with server(tmp_path) as (process, client):
         asked = {
             "input_file_id": client.upload(path),
@@ -62,24 +68,22 @@ def test_a_server_killed_amid_a_batch(tmp_path: Path) -> None:
     output = tmp_path / "batches" / batch_id / OUTPUT
     before = output.read_bytes().count(b"\n")
     assert LINES // 2 <= before < LINES, "it was done before it was killed"
+    with output.open("ab") as file:
+        file.write(b'{"id":"batch_req_999","custom_id":"r9')  # a write that the kill cut off
     with server(tmp_path) as (_, client):
         while done(client, batch_id)[0] != "completed":
             time.sleep(0.005)
-        computed = finished(client)
+        computed = counted(client)
     ids = Counter(json.loads(line)["custom_id"] for line in output.read_text().splitlines())
     assert ids == Counter(f"r{i}" for i in range(LINES))
     assert not output.with_name(ERRORS).read_bytes()
     assert computed == LINES - before  # what was in the file was not computed again
 
 
-def finished(client: BatchClient) -> int:
-    """Requests that this server has finished."""
-    import http.client
-    from urllib.parse import urlsplit
-
-    connection = http.client.HTTPConnection(urlsplit(client.address).netloc)
-    connection.request("GET", "/metrics")
-    lines = connection.getresponse().read().decode().splitlines()
-    connection.close()
-    counts = [line for line in lines if line.startswith("vllm:request_success_total")]
+def counted(client: BatchClient, reason: str = "") -> int:
+    """Requests that this server has finished, for this reason or for any."""
+    lines = client.text("/metrics").splitlines()
+    counts = [
+        line for line in lines if line.startswith("vllm:request_success_total") and f'"{reason}' in line
+    ]
     return int(sum(float(line.rpartition(" ")[2]) for line in counts))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -24,8 +25,11 @@ def test_every_member_is_told_of(spy: bool, tmp_path: Path, monkeypatch: pytest.
         pytest.skip("py-spy is not installed")
     with ProcessGang(Stuck, 2) as gang:
         waiting = gang.call_all("wait")
-        assert gang.call(0, "echo", 1).result(PATIENCE_S) == 1
+        assert [call.result(PATIENCE_S) for call in gang.call_all("echo", [[1], [2]])] == [1, 2]
         os.kill(gang.members[1].pid, signal.SIGSTOP)
+        end_s = time.monotonic() + PATIENCE_S
+        while not stacks.is_stopped(gang):  # it stops a moment after the call
+            assert time.monotonic() < end_s
         path = stacks.save(gang, tmp_path / "made", "stacks")
         told = path.read_text().split("=== worker ")
         assert path.name.startswith("stacks-")

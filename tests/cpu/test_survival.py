@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from cluster.errors import AttemptsSpent
+from cluster.errors import AttemptsSpent, NotFinite
 from cluster.gang import Gang
 from launch.options import EngineOptions
 from launch.start import Deployment
@@ -27,7 +27,7 @@ from tests.hosts import PATIENCE_S, gone
 from tests.oracle import greedy
 from tests.serving import Hosting, Processes, options, served
 from tests.tiny import make_model
-from tests.workers import PoisonedWorker
+from tests.workers import OverflowingWorker, PoisonedWorker
 
 POLICY = RestartPolicy(first_s=0.1)
 DETECTION_S = 2.0
@@ -40,8 +40,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
 
 
 @contextmanager
-def mortal(layout: str, asked: EngineOptions) -> Iterator[tuple[Deployment, Hosting]]:
-    where = Hosting(Processes(), PoisonedWorker)
+def mortal(
+    layout: str, asked: EngineOptions, worker: type = PoisonedWorker
+) -> Iterator[tuple[Deployment, Hosting]]:
+    where = Hosting(Processes(), worker)
     with served(layout, asked, where) as found:
         yield found, where
     assert all(gone(gang) for gang in where.gangs)
@@ -150,10 +152,9 @@ def test_a_rank_is_killed_and_then_one_is_stopped(
     [
         (PoisonedWorker.EXIT, "exit code 9"),
         pytest.param(PoisonedWorker.MEMORY, "80 GiB", marks=pytest.mark.slow),
-        pytest.param(PoisonedWorker.NAN, "NaN", marks=pytest.mark.slow),
     ],
 )
-def test_a_poisonous_request_fails_alone(poison: int, words: str, tiny: tuple[Path, Any]) -> None:
+def test_a_request_that_kills_fails_alone(poison: int, words: str, tiny: tuple[Path, Any]) -> None:
     directory, model = tiny
     asked = options(directory, max_model_len=256, max_num_seqs=16, max_num_batched_tokens=64)
     tokens = 60
@@ -177,3 +178,30 @@ def test_a_poisonous_request_fails_alone(poison: int, words: str, tiny: tuple[Pa
     assert [done.token_ids for done in good] == [greedy(model, ids, tokens) for ids in prompts]
     assert restarts == {0: 2}
     assert len(where.gangs) == 3
+
+
+@pytest.mark.parametrize("layout", ["tp1", pytest.param("tp2pp2", marks=pytest.mark.slow)])
+def test_a_request_whose_numbers_overflow_fails_alone(layout: str, tiny: tuple[Path, Any]) -> None:
+    """Without a death; others run beside it, and in the blocks that it leaves."""
+    directory, model = tiny
+    asked = options(directory, max_model_len=64, max_num_seqs=16, max_num_batched_tokens=64, num_blocks=40)
+    tokens = 40
+    sampling = SamplingParams(max_tokens=tokens, ignore_eos=True)
+    good = [[3, 1, 4, i] for i in range(12)]
+    bad = [[3, 1, 4, 1, 5, 9, 2, 6, OverflowingWorker.NAN, i] for i in range(8)]
+
+    async def ask(found: Deployment) -> tuple[list[Any], dict[int, int]]:
+        async with found.coordinator(asked, None, restarts=POLICY) as coordinator:
+            mixed = [ids for pair in zip(good, bad, strict=False) for ids in pair] + good[len(bad) :]
+            asks = [coordinator.complete(ids, sampling) for ids in mixed + good]
+            return await asyncio.gather(*asks, return_exceptions=True), coordinator.restarts
+
+    with mortal(layout, asked, OverflowingWorker) as (found, _):
+        answers, restarts = asyncio.run(ask(found))
+    failed = [one for one in answers if isinstance(one, BaseException)]
+    assert len(failed) == len(bad)
+    assert all(isinstance(one, NotFinite) and "after 10 prompt tokens" in str(one) for one in failed)
+    expected = [greedy(model, ids, tokens) for ids in good] * 2
+    assert not any(OverflowingWorker.NAN in ids for ids in expected)
+    assert [one[0].token_ids for one in answers if isinstance(one, list)] == expected
+    assert restarts == {}

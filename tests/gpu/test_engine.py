@@ -19,6 +19,7 @@ import torch
 from launch.options import EngineOptions
 from orchestrator.engine.cuda_runner import OVERLAP_TOKENS
 from orchestrator.request import Request, SamplingParams
+from orchestrator.step import NOT_FINITE
 from tests.engine import (
     Answer,
     LocalWorker,
@@ -31,7 +32,7 @@ from tests.engine import (
     row_errors,
     sampled_requests,
 )
-from tests.oracle import next_logits
+from tests.oracle import greedy, next_logits
 from tests.serving import answers, options, served
 from tests.tiny import make_model
 
@@ -292,3 +293,28 @@ async def filled(
         done = await asyncio.gather(*(coordinator.complete(prompt, sampling) for prompt in lots))
         free, total = torch.cuda.mem_get_info(0)
     return [(prompt, answer[0].token_ids) for prompt, answer in zip(lots, done, strict=True)], total - free
+
+
+@pytest.mark.parametrize("run_ahead", [True, False], ids=["ahead", "in_turn"])
+def test_numbers_that_overflow_end_their_request_alone(llama: Model, run_ahead: bool) -> None:
+    """Among decodes of all sizes, in chunks of prompts, and in the blocks that it leaves to others."""
+    asked, judge = llama.options("float32"), llama.float32()
+    worker = LocalWorker(asked)
+    asks = greedy_requests(asked.spec.vocab)
+    expected = {
+        request.id: greedy(judge, request.prompt_token_ids, request.sampling.max_tokens) for request in asks
+    }
+    used = {token for request in asks for token in request.prompt_token_ids}
+    used |= {token for token_ids in expected.values() for token in token_ids}
+    poison = min(set(range(asked.spec.vocab)) - used)
+    assert worker.model.embed is not None
+    worker.model.embed.weight.data[poison] = torch.nan
+    bad = [
+        Request(id=f"bad {i}", prompt_token_ids=[*range(i), poison, 5], sampling=SamplingParams(max_tokens=9))
+        for i in (1, 50, 200)
+    ]
+    worker.allocate(limits(asked, run_ahead=run_ahead))
+    worker.capture()
+    done = worker.answers([*asks[:20], *bad, *asks[20:]])
+    assert [one.token_ids for one in done[20:23]] == [[NOT_FINITE]] * 3
+    assert [one.token_ids for one in done[:20] + done[23:]] == [expected[request.id] for request in asks]

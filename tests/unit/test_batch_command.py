@@ -135,7 +135,7 @@ def test_what_is_wrong_is_told_in_one_line_at_once(
     assert (code, said.count("\n"), "does not answer (timed out)" in said) == (2, 1, True)
     wrong: list[tuple[tuple[str, ...], str, str]] = [
         (("list",), nobody, "Connection refused"),
-        (("list",), "ray://head:10001", "is no http:// or https:// address"),
+        (("list",), "ray://head.invalid:10001", "no Ray cluster answers at ray://head.invalid:10001"),
         (("submit", "nowhere.jsonl"), address, "nowhere.jsonl does not exist"),
         (("submit", "in.doc"), address, "convert it to JSONL"),
         (("submit", "empty.jsonl"), address, "holds no requests"),

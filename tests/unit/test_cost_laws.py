@@ -1,14 +1,18 @@
 """The cost model's laws, of formats, mixtures of experts, offload and a load that never ends."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.topology import LinkKind, Provenance
 from strategies import cost_links
 from strategies.cost import estimate
 from strategies.cost_memory import memories
+from strategies.cost_ops import Pass
+from strategies.cost_steps import busy_s, eager_layer_s, stage_s
 from strategies.engines import engine
 from strategies.place import place
 from strategies.plan import Layout
@@ -117,3 +121,80 @@ def test_small_sums_take_one_kernel_where_there_is_a_path():
     # aiconfigurator's tables, H100, 16 MB over 2, 4 and 8 ranks by NCCL: 82, 99 and 122 µs.
     for ranks, microseconds in ((2, 82), (4, 99), (8, 122)):
         assert cost_links.all_reduce_s(nvlink, ranks, 2**24) * 1e6 == pytest.approx(microseconds, rel=0.25)
+
+
+# --- steps that the host launches, sums beside products -----------------------------------------------------
+
+
+def pass_of(
+    layout: str, tokens: int, kind: LinkKind | None = None, **changes: Any
+) -> tuple[float, dict[str, float]]:
+    """Seconds of the first stage of our engine on two H100s, and what they would be one after another."""
+    placement = place(LLAMA_8B, Layout.parse(layout), "bfloat16", box("h100", 2, kind))
+    placement = replace(placement, engine=replace(placement.engine, **changes))
+    work = Pass(0, 0, prompt_tokens=tokens, seen=tokens / 2, prompt_rows=1)
+    parts = dict(stage_s(placement, 0, 0, work, 1.0))
+    return busy_s(placement, 0, 0, parts, work), parts
+
+
+def test_a_replayed_step_waits_for_no_launch() -> None:
+    seconds, parts = pass_of("tp1", 512)
+    assert seconds == sum(parts.values())
+
+
+def test_a_launched_step_takes_what_the_host_takes_where_that_is_more() -> None:
+    short, parts = pass_of("tp2", 513, eager_layer_s=1e-3)
+    assert short == pytest.approx(LLAMA_8B.layers * 1e-3) and short > sum(parts.values())
+    long, parts = pass_of("tp1", 8192, eager_layer_s=1e-3)
+    assert long == sum(parts.values()) > LLAMA_8B.layers * 1e-3
+
+
+def test_a_host_that_was_timed_counts_by_the_mean_of_its_gpus() -> None:
+    machine = box("h100", 2)
+    timed = [replace(d, layer_overhead_s=s) for d, s in zip(machine.devices, (4e-4, 6e-4), strict=True)]
+    placement = place(LLAMA_8B, Layout.parse("tp1"), "bfloat16", replace(machine, devices=tuple(timed)))
+    by = placement.engine
+    assert eager_layer_s(placement, timed[0]) == pytest.approx(5e-4 * by.eager_layers)
+    untimed = place(LLAMA_8B, Layout.parse("tp1"), "bfloat16", machine)
+    assert eager_layer_s(untimed, machine.devices[0]) == by.eager_layer_s
+
+
+@given(tokens=st.integers(8192, 32768), kind=st.sampled_from([None, LinkKind.HOST]))
+def test_sums_beside_products_save_most_of_the_shorter(tokens: int, kind: LinkKind | None) -> None:
+    apart, parts = pass_of("tp2", tokens, kind, overlap_tokens=0, eager_layer_s=0.0)
+    beside, _ = pass_of("tp2", tokens, kind, overlap_tokens=8192, eager_layer_s=0.0)
+    sums = parts["all_reduce"]
+    shorter = min(sums, apart - sums)
+    assert apart == pytest.approx(sum(parts.values()))
+    assert beside == pytest.approx(apart - 0.75 * shorter)
+    assert beside >= max(sums, apart - sums)
+
+
+def test_two_halves_are_launched_twice() -> None:
+    once, _ = pass_of("tp2", 8192, overlap_tokens=0, eager_layer_s=0.1)
+    twice, _ = pass_of("tp2", 8192, overlap_tokens=8192, eager_layer_s=0.1)
+    assert twice == pytest.approx(2 * once)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    concurrency=st.integers(1, 512),
+    prompt=st.integers(1, 4096),
+    output=st.integers(1, 512),
+    layout=st.sampled_from(["tp1", "tp2", "pp2", "dp2"]),
+)
+def test_measured_rates_pass_no_limit_either(concurrency: int, prompt: int, output: int, layout: str) -> None:
+    machine = with_devices(box("h100", 2), provenance=Provenance.MEASURED, bandwidth_bytes_per_s=3.05e12)
+    load = Workload(prompt, output, concurrency)
+    assert 0 < estimate(place(LLAMA_8B, Layout.parse(layout), "bfloat16", machine), load).share_of_limit <= 1
+
+
+def test_tokens_that_come_while_others_prompts_are_read_count() -> None:
+    """Of n steps of prompts a request has seen half on average, a token in each: so many steps less are to come."""
+    placement = place(LLAMA_8B, Layout.parse("tp1"), "bfloat16", box("h100", 1))
+    load = Workload(prompt_tokens=2048, output_tokens=101, concurrency=21)  # a prompt a step
+    made = estimate(placement, load)
+    step_s = sum(made.breakdown.values())
+    last_s = 2 * (made.ttft_s - placement.engine.first_s) - (made.ttft_s - placement.engine.first_s) * 2 / 22
+    waits_s = last_s - (made.ttft_s - placement.engine.first_s)
+    assert made.tpot_s == pytest.approx((waits_s + (100 - 10) * step_s) / 100, rel=0.02)

@@ -236,6 +236,8 @@ def test_a_profile_can_be_written_as_a_recipe(
     assert main(["profile", "--out", str(tmp_path / "box.yaml")]) == 0
     assert "sums through peer memory  passed" in capsys.readouterr().out
     machine = read_machine(str(tmp_path / "box.yaml"))
-    assert machine.devices[1].bandwidth_bytes_per_s == 3e12
+    assert (
+        machine.devices[1].bandwidth_bytes_per_s == 3.1e12
+    )  # a plain read is faster than the library's product
     assert machine.link(0, 1).latency_s == pytest.approx(12e-6, rel=0.01)
     assert (tmp_path / "box.yaml").read_text().startswith("# Measured by shardwise profile, ")

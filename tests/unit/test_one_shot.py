@@ -26,6 +26,7 @@ from cluster.collectives.one_shot import (
     trial_sizes,
 )
 from cluster.collectives.protocols import (
+    ANY_WAY,
     CHUNK_PACKETS,
     FLAG_PACKETS,
     MAX_RANKS,
@@ -168,21 +169,21 @@ def test_long_reasons_are_cut_to_what_is_sent() -> None:
 
 
 def test_ranks_of_several_hosts_stay_with_nccl() -> None:
-    assert open_one_shot(Two(b"+another boot"), 1.0, True, False) == (
+    assert open_one_shot(Two(b"+another boot"), 1.0, ANY_WAY, False) == (
         None,
         "NCCL: the stage's ranks are on several hosts",
     )
 
 
 def test_too_many_ranks_stay_with_nccl() -> None:
-    found, path = open_one_shot(Two(ranks=MAX_RANKS + 1), 1.0, True, False)
+    found, path = open_one_shot(Two(ranks=MAX_RANKS + 1), 1.0, ANY_WAY, False)
     assert found is None
     assert path == "NCCL: 9 ranks, and one-shot all-reduce is for 8 at most"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_without_a_gpu_the_reason_says_what_is_missing() -> None:
-    found, path = open_one_shot(Two(), 1.0, True, False)
+    found, path = open_one_shot(Two(), 1.0, ANY_WAY, False)
     assert found is None
     assert path.startswith("NCCL: rank 0: ")
     assert "CUDA" in path or "NVIDIA" in path
@@ -191,13 +192,24 @@ def test_without_a_gpu_the_reason_says_what_is_missing() -> None:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="has a GPU")
 def test_each_transport_that_fails_is_named_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(one_shot, "_compiled", lambda members: b"")
-    for peer_access, names in (
-        (True, ["peer memory", "mapped host memory"]),
-        (False, ["mapped host memory"]),
+    tried = "rank 0"
+    for ways, words in (
+        (ANY_WAY, [tried, tried]),
+        ({"mapped host memory": 4096}, ["not trusted here", tried]),
+        ({"peer memory": 15, "mapped host memory": None}, ["slower at every size that was measured", tried]),
     ):
-        found, path = open_one_shot(Two(), 1.0, peer_access, False)
+        found, path = open_one_shot(Two(), 1.0, ways, False)
         assert found is None
-        assert [reason.split(": rank 0: ")[0] for reason in path.removeprefix("NCCL: ").split("; ")] == names
+        reasons = [reason.split(": ")[:2] for reason in path.removeprefix("NCCL: ").split("; ")]
+        assert reasons == [["peer memory", words[0]], ["mapped host memory", words[1]]]
+
+
+@pytest.mark.parametrize(
+    ("limit", "lamport_bytes", "most_bytes"),
+    [(None, 64 << 10, 1 << 20), (100_000, 64 << 10, 100_000), (1023, 1008, 1008), (0, 0, 0)],
+)
+def test_a_measured_limit_shortens_the_reach(limit: int | None, lamport_bytes: int, most_bytes: int) -> None:
+    assert BOTH.up_to(limit) == Reach(lamport_bytes, most_bytes)
 
 
 def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.MonkeyPatch) -> None:

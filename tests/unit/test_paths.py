@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.paths import Choice, Curve, Op, Path, best_path, crossovers, curve_of, envelope
+from cluster.paths import Choice, Curve, Op, Path, best_path, crossovers, curve_of, envelope, gains_up_to
 
 CSV = File(__file__).parents[1] / "topologies" / "links_2xh100.csv"
 NAMES = {
@@ -112,3 +112,27 @@ def test_the_crossovers_say_what_best_path_says(
     best = best_path(curves, Op.ALL_REDUCE, 2, n_bytes, True)
     assert best is not None
     assert best.path is Path.NCCL or n_bytes <= most
+
+
+@pytest.mark.parametrize(
+    ("microseconds", "most"),
+    [
+        ((2, 5, 30), None),
+        ((2, 5, 50), (64 << 10, 1 << 20)),
+        ((20, 20, 60), (0, 0)),
+        ((20, 5, 60), (64 << 10, 1 << 20)),
+    ],
+)
+def test_where_a_way_ceases_to_gain(microseconds: tuple[int, ...], most: tuple[int, int] | None) -> None:
+    sizes = (4 << 10, 64 << 10, 1 << 20)
+    timed = {Path.PEER: microseconds, Path.NCCL: (10, 10, 40), Path.SYMMETRIC: (1, 1, 1)}
+    curves = [
+        curve_of(Op.ALL_REDUCE, path, 2, True, [(n, s * 1e-6) for n, s in zip(sizes, seconds, strict=True)])
+        for path, seconds in timed.items()
+    ]
+    found = gains_up_to(curves, Path.PEER, 2)
+    assert (found is None) == (most is None)
+    if found is not None and most is not None:
+        assert most[0] <= found <= most[1]
+    assert gains_up_to(curves, Path.MAPPED, 2) is None
+    assert gains_up_to(curves, Path.PEER, 4) is None

@@ -141,7 +141,7 @@ def test_what_was_measured_of_this_machine_takes_the_place_of_priors(capsys, tmp
         rates=(Rates({"float32": assumed / 10}, {"float32": 1e12}, layer_overhead_s=0.0),),
     )
     save(profile, profile_path(tmp_path / "shardwise", topology))
-    assert tpot_ms() > 5 * before
+    assert tpot_ms() > 4 * before
 
 
 def test_max_model_len_makes_room_for_a_longer_sequence(capsys):

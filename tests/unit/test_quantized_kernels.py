@@ -45,7 +45,7 @@ def assert_near(actual: Tensor, wanted: Tensor, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("how", SCHEMES, ids=str)
-@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("rows", [1, MAX_ROWS])
 def test_streaming(dtype: torch.dtype, how: Scheme, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Odd numbers of channels; rows of several tiles, the last one cut."""
     monkeypatch.setattr(kernels, "choose_tile8", lambda k: Tile(2, 128, 1))
@@ -98,3 +98,19 @@ def test_so_many_rows_go_where(monkeypatch: pytest.MonkeyPatch) -> None:
     for rows in (1, MAX_ROWS, MAX_ROWS + 1, kernels.MIDDLE_ROWS, kernels.MIDDLE_ROWS + 1):
         kernels.quantized(torch.empty(rows, 64), of.codes, of.scales, None, 64)
     assert seen == ["stream", "stream", "dot", "dot", "widened"]
+
+
+def test_rows_in_float8_use_its_range() -> None:
+    """Odd columns, a row of zeros, a row of one huge number."""
+    x = randn(4, 300, dtype=torch.float32)
+    x[1] = 0
+    x[2, 7] = 1e6
+    small, scales = kernels.to_float8(x)
+    assert scales.shape == (4, 1)
+    torch.testing.assert_close(scales[0, 0], x[0].abs().max() / 448)
+    assert small.float().abs().amax(dim=1).tolist() == [448, 0, 448, 448]
+    wanted, actual = (x / scales).to(torch.float8_e4m3fn).float(), small.float()
+    # Triton 3.6's interpreter loses the carry where a number rounds up to a power of two, and what is under the least.
+    rounded_up = (2 * actual == wanted) | ((wanted.abs() == 2**-9) & (actual == 0))
+    assert ((actual == wanted) | rounded_up).all()
+    assert (actual == wanted).double().mean() > 0.95

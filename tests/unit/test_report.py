@@ -41,7 +41,7 @@ TRIALS = {
 
 def comparison(made: Plan = PLAN, trials: Mapping[str, Trial] = TRIALS) -> Comparison:
     at_two = {name: {2: one} for name, one in trials.items()}
-    return Comparison({2: made}, at_two, WORKLOAD, PAIR, "bfloat16")
+    return Comparison({2: made}, at_two, WORKLOAD, PAIR, "float32")
 
 
 def compared(made: Plan = PLAN, trials: Mapping[str, Trial] = TRIALS) -> dict[str, Any]:
@@ -93,7 +93,9 @@ def test_outputs_in_half_precision_are_logits_within_the_slack() -> None:
     near = trial(1, 1, 1, "others", forced_error=0.010, allowed_error=0.015)
     far = trial(1, 1, 1, forced_error=0.016, allowed_error=0.015)
     made = comparison(trials={"tp1": trial(1, 1, 1), "tp2": near, "pp2": far})
+    made = replace(made, dtype="bfloat16")
     assert (outputs(made, "tp2"), outputs(made, "pp2")) == ("equal", "different")
+    assert outputs(made, "tp1") is None  # nobody looked at its logits
 
 
 def test_outputs_are_compared_within_a_format_and_a_load() -> None:
@@ -157,7 +159,7 @@ def swept() -> Comparison:
     }
     plans = {2: PLAN, 32: plan(SMOL, PAIR, HEAVY, "bfloat16")}
     beside = {"http://127.0.0.1:8000/v1": {32: trial(70, 7, 2500)}}
-    return Comparison(plans, trials, WORKLOAD, PAIR, "bfloat16", beside)
+    return Comparison(plans, trials, WORKLOAD, PAIR, "float32", beside)
 
 
 def test_each_load_has_its_own_prediction_and_verdicts() -> None:

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from orchestrator.engine.sampler import Draw, History, logprobs, sample
+from orchestrator.engine.sampler import Draw, History, checked, logprobs, sample
 from orchestrator.request import SamplingParams
+from orchestrator.step import NOT_FINITE
 
 
 def history(tokens: list[int], prompt: int = 1, stop_ids: tuple[int, ...] = (), **params: object) -> History:
@@ -165,3 +166,10 @@ def test_biases_bans_and_allowed_tokens() -> None:
         1,
         0,
     ]
+
+
+def test_what_is_not_a_number_gives_no_token_and_its_neighbours_theirs() -> None:
+    logits = torch.stack([LOGITS, torch.full_like(LOGITS, torch.nan), LOGITS])
+    tokens = torch.tensor([0, 3, 2])
+    assert checked(tokens, logits).tolist() == [0, NOT_FINITE, 2]
+    assert tokens.tolist() == [0, 3, 2], "the device reads them again"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from cluster.errors import BadRequest
 from orchestrator.request import FinishReason, Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
-from orchestrator.step import Step, StepResult
+from orchestrator.step import NOT_FINITE, Step, StepResult
 
 
 def next_token(tokens: list[int]) -> int:
@@ -320,3 +320,17 @@ def test_an_answer_that_another_replica_began_goes_on() -> None:
             told += scheduler.update(ranks.run(step))
         assert [token.token_id for token in told] == answer(prompt, 6)[begun:]
         assert told[-1].finish_reason is FinishReason.STOP
+
+
+def test_what_has_no_numbers_ends_and_its_prefix_is_not_found_again() -> None:
+    scheduler = Scheduler(SchedulerConfig(num_blocks=8, block_size=4, max_model_len=32))
+    prompt = list(range(9))
+    for name in ("bad", "same"):
+        scheduler.add(Request(id=name, prompt_token_ids=prompt, sampling=SamplingParams(max_tokens=3)))
+        step = scheduler.schedule()
+        assert step is not None
+        assert [row.start for row in step.rows] == [0], "the whole prompt is computed"
+        (token,) = scheduler.update(StepResult(step.id, [NOT_FINITE]))
+        assert (token.request_id, token.finish_reason) == (name, FinishReason.ABORT)
+        assert not scheduler.has_work
+    assert scheduler.pool.free_blocks == 8

@@ -1,24 +1,47 @@
 """Tens of rows times weights in 8 and 4 bits, widened on their way into tensor cores; and widening into memory.
 
+The weights are the left operand of a product: a Hopper's tensor cores take that from registers, where it was widened,
+and only x lies in shared memory. What a program sums goes over a part of the columns where channels alone would not
+keep a GPU busy; the parts are added in a fixed order.
+
 Dimensions as in quantized.py, which has the trick for 4 bits.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-CHANNELS = 32  # of a program: 128 programs of 4096 channels, an H100 has 132 places
+PROGRAMS = 264
+"""To be under way: two on each of an H100's multiprocessors. Not the GPU's own number: sums are alike on all GPUs."""
+MOST_SPLITS = 8
 
 
-def choose_depth(rows: int) -> tuple[int, int, int]:
-    """(words of eight codes, 8-bit codes, stages) that a program reads of each channel at a time, and ahead.
+@dataclass(frozen=True, slots=True)
+class DotTile:
+    """Of a program: channels, rows of x, columns at a time, warps, and loads ahead."""
 
-    What is under way must fit the 99 KB of shared memory that a program may have on a 4090.
-    """
-    return (64, 256, 3) if rows <= 16 else (32, 128, 2)
+    channels: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def choose_dot_tile(rows: int) -> DotTile:
+    """What is under way fits the 99 KB of shared memory that a program may have on a 4090."""
+    block = min(128, max(16, triton.next_power_of_2(rows)))
+    return DotTile(64, block, 128, 4, {16: 4, 32: 4, 64: 3, 128: 2}[block])
+
+
+def splits_of(n: int, k: int, tile: DotTile, rows: int) -> int:
+    """Parts of the columns that are summed apart."""
+    programs = triton.cdiv(n, tile.channels) * triton.cdiv(rows, tile.rows)
+    return max(1, min(PROGRAMS // int(programs), MOST_SPLITS, k // (4 * tile.columns)))
 
 
 @triton.jit
@@ -36,104 +59,166 @@ def _dot4(
     x,
     words,
     scales,
-    bias,
     out,
     M,
     N,
+    STRIDE,
+    PER_SPLIT,
     K: tl.constexpr,
     GROUP: tl.constexpr,
     M_BLOCK: tl.constexpr,
     CHANNELS: tl.constexpr,
     WORDS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    """Program (i, j, s): channels i, rows j, words s × PER_SPLIT on; to out[s].
+
+    Where groups are as long as WORDS, a row of words is a multiple of it; else its end is masked.
+    """
     EIGHTH: tl.constexpr = GROUP // 8
+    ALL: tl.constexpr = K // 8
     place = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
     n = tl.minimum(place, N - 1).to(tl.int64)[:, None]
     row = tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)
-    sums = tl.zeros((M_BLOCK, CHANNELS), tl.float32)
-    for first in tl.range(0, K // 8, WORDS, num_stages=STAGES):
-        word = first + tl.arange(0, WORDS)
-        inside = word[None, :] < K // 8
-        group = word // EIGHTH
-        column = group * GROUP + word % EIGHTH
-        tile = tl.load(words + n * (K // 8) + word[None, :], mask=inside, other=0)
-        pair = scales + (n * (K // GROUP) + group[None, :]) * 2
-        scale = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
-        offset = tl.load(pair + 1, mask=inside, other=0.0).to(tl.float32) - 24.0 * scale
-        for plane in tl.static_range(8):
-            weights = _weights4(tile, plane, 16.0 * scale, offset)
-            xs = x + row[:, None].to(tl.int64) * K + (column + plane * EIGHTH)[None, :]
-            some = tl.load(xs, mask=(row[:, None] < M) & inside, other=0.0)
-            sums = tl.dot(some, tl.trans(weights.to(some.dtype)), sums, input_precision="ieee")
-    if HAS_BIAS:
-        sums += tl.load(bias + tl.minimum(place, N - 1)).to(tl.float32)[None, :]
-    mask = (row[:, None] < M) & (place[None, :] < N)
-    where = out + row[:, None].to(tl.int64) * N + place[None, :]
-    tl.store(where, sums.to(out.dtype.element_ty), mask=mask)
+    rows = x + tl.minimum(row, M - 1).to(tl.int64)[None, :] * K
+    sums = tl.zeros((CHANNELS, M_BLOCK), tl.float32)
+    begin = tl.program_id(2) * PER_SPLIT
+    end = tl.minimum(begin + PER_SPLIT, ALL)
+    word = tl.arange(0, WORDS)
+    for first in tl.range(begin, end, WORDS, num_stages=STAGES):
+        if EIGHTH == WORDS:
+            group = first // EIGHTH
+            tile = tl.load(words + n * ALL + (first + word)[None, :])
+            pair = scales + (n * (K // GROUP) + group) * 2
+            scale = tl.load(pair).to(tl.float32)
+            offset = tl.load(pair + 1).to(tl.float32) - 24.0 * scale
+            column = group * GROUP + word
+            for plane in tl.static_range(8):
+                xs = tl.load(rows + (column + plane * EIGHTH)[:, None])
+                weights = _weights4(tile, plane, 16.0 * scale, offset).to(xs.dtype)
+                sums = tl.dot(weights, xs, sums, input_precision="ieee")
+        else:
+            at = first + word
+            inside = at < end
+            group = at // EIGHTH
+            tile = tl.load(words + n * ALL + at[None, :], mask=inside[None, :], other=0)
+            pair = scales + (n * (K // GROUP) + group[None, :]) * 2
+            scale = tl.load(pair, mask=inside[None, :], other=0.0).to(tl.float32)
+            offset = tl.load(pair + 1, mask=inside[None, :], other=0.0).to(tl.float32) - 24.0 * scale
+            column = group * GROUP + at % EIGHTH
+            for plane in tl.static_range(8):
+                xs = tl.load(rows + (column + plane * EIGHTH)[:, None], mask=inside[:, None], other=0.0)
+                weights = _weights4(tile, plane, 16.0 * scale, offset).to(xs.dtype)
+                sums = tl.dot(weights, xs, sums, input_precision="ieee")
+    where = out + tl.program_id(2).to(tl.int64) * STRIDE + row[None, :].to(tl.int64) * N + place[:, None]
+    tl.store(where, sums, mask=(row[None, :] < M) & (place[:, None] < N))
 
 
 @triton.jit
 def _dot8(
     x,
     codes,
+    out,
+    M,
+    N,
+    STRIDE,
+    PER_SPLIT,
+    K: tl.constexpr,
+    M_BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The same of columns; not scaled yet."""
+    place = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
+    n = tl.minimum(place, N - 1).to(tl.int64)[:, None]
+    row = tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)
+    rows = x + tl.minimum(row, M - 1).to(tl.int64)[None, :] * K
+    sums = tl.zeros((CHANNELS, M_BLOCK), tl.float32)
+    begin = tl.program_id(2) * PER_SPLIT
+    end = tl.minimum(begin + PER_SPLIT, K)
+    for first in tl.range(begin, end, COLUMNS, num_stages=STAGES):
+        column = first + tl.arange(0, COLUMNS)
+        if K % COLUMNS == 0:
+            tile = tl.load(codes + n * K + column[None, :])
+            xs = tl.load(rows + column[:, None])
+        else:
+            tile = tl.load(codes + n * K + column[None, :], mask=column[None, :] < K, other=0.0)
+            xs = tl.load(rows + column[:, None], mask=column[:, None] < K, other=0.0)
+        sums = tl.dot(tile.to(xs.dtype), xs, sums, input_precision="ieee")
+    where = out + tl.program_id(2).to(tl.int64) * STRIDE + row[None, :].to(tl.int64) * N + place[:, None]
+    tl.store(where, sums, mask=(row[None, :] < M) & (place[:, None] < N))
+
+
+@triton.jit
+def _added(
+    parts,
     scales,
     bias,
     out,
     M,
     N,
-    K: tl.constexpr,
-    M_BLOCK: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    STRIDE,
+    SPLITS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    STAGES: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
-    place = tl.program_id(0) * CHANNELS + tl.arange(0, CHANNELS)
-    n = tl.minimum(place, N - 1)
-    row = tl.program_id(1) * M_BLOCK + tl.arange(0, M_BLOCK)
-    sums = tl.zeros((M_BLOCK, CHANNELS), tl.float32)
-    for first in tl.range(0, K, COLUMNS, num_stages=STAGES):
-        column = first + tl.arange(0, COLUMNS)[None, :]
-        tile = tl.load(codes + n.to(tl.int64)[:, None] * K + column, mask=column < K, other=0.0)
-        xs = x + row[:, None].to(tl.int64) * K + column
-        some = tl.load(xs, mask=(row[:, None] < M) & (column < K), other=0.0)
-        sums = tl.dot(some, tl.trans(tile.to(tl.float32).to(some.dtype)), sums, input_precision="ieee")
-    sums *= tl.load(scales + n).to(tl.float32)[None, :]
+    """The sum of the parts, scaled, and the bias: one row, some channels."""
+    n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = n < N
+    at = tl.program_id(1).to(tl.int64) * N + n
+    total = tl.load(parts + at, mask=inside, other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        total += tl.load(parts + at + split * STRIDE, mask=inside, other=0.0)
+    if HAS_SCALES:
+        total *= tl.load(scales + n, mask=inside, other=0.0).to(tl.float32)
     if HAS_BIAS:
-        sums += tl.load(bias + n).to(tl.float32)[None, :]
-    mask = (row[:, None] < M) & (place[None, :] < N)
-    where = out + row[:, None].to(tl.int64) * N + place[None, :]
-    tl.store(where, sums.to(out.dtype.element_ty), mask=mask)
+        total += tl.load(bias + n, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out + at, total.to(out.dtype.element_ty), mask=inside)
 
 
-def dot(x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int) -> Tensor:
+def dot(
+    x_MK: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias_N: Tensor | None,
+    group: int,
+    tile: DotTile | None = None,
+    splits: int = 0,
+) -> Tensor:
     """x @ weight.T + bias → [M, N] in x's dtype, summed in float32. Contiguous tensors.
 
     4-bit weights are rounded to x's dtype before they are multiplied; 8-bit codes need no rounding.
     """
     m, k = x_MK.shape
     n = len(codes)
+    tile = tile or choose_dot_tile(m)
+    splits = splits or splits_of(n, k, tile, m)
+    size, all_ = (tile.columns // 8, k // 8) if group else (min(tile.columns, triton.next_power_of_2(k)), k)
+    size = max(16, size)
+    per_split = triton.cdiv(triton.cdiv(all_, size), splits) * size
+    splits = triton.cdiv(all_, per_split)
+    parts = torch.empty((splits, m, n), dtype=torch.float32, device=x_MK.device)
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
-    block = min(64, max(16, triton.next_power_of_2(m)))
-    grid = (triton.cdiv(n, CHANNELS), triton.cdiv(m, block))
-    bias = scales if bias_N is None else bias_N
-    most_words, most_columns, stages = choose_depth(block)
+    grid = (triton.cdiv(n, tile.channels), triton.cdiv(m, tile.rows), splits)
     common = {
         "K": k,
-        "M_BLOCK": block,
-        "CHANNELS": CHANNELS,
-        "HAS_BIAS": bias_N is not None,
-        "STAGES": stages,
+        "M_BLOCK": tile.rows,
+        "CHANNELS": tile.channels,
+        "STAGES": tile.stages,
+        "num_warps": tile.warps,
     }
     if group:
-        tall = max(16, min(most_words, triton.next_power_of_2(k // 8)))
         words = codes.view(torch.int32)
-        _dot4[grid](x_MK, words, scales, bias, out, m, n, GROUP=group, WORDS=tall, num_warps=4, **common)
+        _dot4[grid](x_MK, words, scales, parts, m, n, m * n, per_split, GROUP=group, WORDS=size, **common)
     else:
-        wide = max(16, min(most_columns, triton.next_power_of_2(k)))
-        _dot8[grid](x_MK, codes, scales, bias, out, m, n, COLUMNS=wide, num_warps=4, **common)
+        _dot8[grid](x_MK, codes, parts, m, n, m * n, per_split, COLUMNS=size, **common)
+    block = 1024
+    _added[(triton.cdiv(n, block), m)](
+        parts, scales, scales if bias_N is None else bias_N, out, m, n, m * n,
+        SPLITS=splits, HAS_SCALES=not group, HAS_BIAS=bias_N is not None, BLOCK=block,
+    )  # fmt: skip
     return out
 
 

@@ -28,6 +28,7 @@ ERROR = {
 def hopper_only() -> None:
     if torch.cuda.get_device_capability()[0] != 9:
         pytest.skip("hopper.cu is for GPUs of compute capability 9.0")
+    torch.zeros(1, device="cuda")  # the thread has a context then, as a worker's has
 
 
 def randn(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -22,7 +22,7 @@ from cluster.collectives import cuda
 
 ARCHITECTURE = "sm_90a"  # wgmma is in no other
 SHARED_BYTES = 227 * 1024  # of a processor, for one block
-REGISTERS = 65536  # of a processor
+REGISTERS = 16384  # of each of the four parts of a processor that warps are dealt out to
 BLOCK_K = 64  # columns of x and W at a time: 128 bytes, the widest swizzle
 MOST_ROWS = 256  # of x in one tile
 LARGEST_CLUSTER = 8  # that every device takes
@@ -78,10 +78,11 @@ class Tile:
 
     @property
     def possible(self) -> bool:
-        registers = min(255, REGISTERS // self.threads // 8 * 8)
+        warps_of_a_part = -(-self.threads // 32 // 4)
+        registers = min(255, REGISTERS // (32 * warps_of_a_part) // 8 * 8)
         parts_bytes = self.rows * (self.columns + 8) * 4 if self.split > 1 else 0
         return (
-            self.width // 2 + 44 <= registers  # sums, and what else a thread keeps
+            self.width // 2 + 32 <= registers  # sums, and what else a thread keeps
             and self.stages >= 3
             and parts_bytes <= self.stages * self.stage_bytes
             and self.cluster <= LARGEST_CLUSTER

@@ -29,6 +29,7 @@ TILES, ALGORITHMS, ALGORITHMS_OF_MANY = 2, 8, 4  # tried in each place
 MOST_WEIGHT_BYTES = (
     500e6  # whose tiles are tried: not a head's, which cuBLAS streams as fast as memory allows
 )
+MOST_PRODUCT_BYTES = 1e9  # beyond, nothing is tried: a head multiplies no more rows than are sampled after
 GAIN = 0.99  # what is taken takes at most so much of the time that cuBLAS's choice takes
 APART = 0.01
 """Relative L2 distance from cuBLAS's product beyond which one is wrong: both round to bfloat16, which leaves 0.003."""
@@ -118,6 +119,7 @@ def choose(
         (kind, place): tiles_for(kind, place, processors, dtype, alone=alone)
         for kind in kinds
         for place in places(step_tokens)
+        if 2 * place.tried_rows * kind.n <= MOST_PRODUCT_BYTES
     }
     try:
         compiled = compile_tiles(list({tile for some in tiles.values() for tile in some}), dtype, device)
@@ -137,6 +139,8 @@ def choose(
             for layer in layers:
                 layer.ways = ()
         return Choice(CUBLAS, f"others fail: {(str(error).splitlines() or ['?'])[0][:200]}")
+    finally:
+        torch.cuda.empty_cache()  # the trials' products are larger than what a step leaves
 
 
 def compile_tiles(

@@ -1,8 +1,8 @@
 """One device's part of a replica. Rank 0 leads: it schedules and tells; the others follow. No Ray in here.
 
 A gang hosts this class in processes of its own and calls its methods by name, in this order: `free_port` (rank 0),
-`join`, `load`, `choose_attention` (on a GPU), `fit_blocks`, `allocate`; then the channels are opened and `lead` or
-`follow` runs until `stop`.
+`join`, `load`, `choose_attention` and `choose_products` (on a GPU), `fit_blocks`, `allocate`; then the channels are
+opened and `lead` or `follow` runs until `stop`.
 """
 
 from __future__ import annotations
@@ -189,6 +189,16 @@ class Worker:
 
         choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
         self._prompt_attention = choice.prefill
+        return choice.path, choice.reason
+
+    @_on_its_device
+    def choose_products(self) -> tuple[str, str]:
+        """Time what there is for the linear layers on this GPU, and take the fastest. → what it is, and why."""
+        from orchestrator.engine.product_choice import choose  # brings Triton
+
+        config, alone = self.config, self.shard.tp == 1
+        dtype = getattr(torch, config.dtype)
+        choice = choose(self.model, config.max_num_batched_tokens, dtype, self.device, alone=alone)
         return choice.path, choice.reason
 
     @_on_its_device

@@ -294,7 +294,7 @@ def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> l
 def _choose_kernels(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
     """Every rank times its own GPU; one line each, unless they choose differently."""
     for what in ("attention", "products"):
-        chosen = results(_everywhere(placed, f"choose_{what}"), LOAD_TIMEOUT_S)
+        chosen = results(everywhere(placed, f"choose_{what}"), LOAD_TIMEOUT_S)
         for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
             progress.say(f"{dims.name}: {what} by {path}: {reason}")
 

@@ -18,7 +18,7 @@ from cluster.children import say
 from cluster.collectives import one_shot
 from cluster.collectives.one_shot import Members, OneShot, Unusable
 from cluster.collectives.protocols import reach
-from cluster.collectives.torch_dist import RankGroup
+from cluster.collectives.rank_group import RankGroup
 from cluster.collectives.transports import MappedHostMemory, PeerMemory, Transport
 from cluster.paths import Curve, Op, Path, Point, curve_of
 from cluster.probes import Target, rates

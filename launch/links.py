@@ -17,8 +17,8 @@ from cluster.topology import Topology
 from launch.machine import cache_directory, found_here
 from launch.options import EngineOptions
 from launch.progress import Progress
+from orchestrator.engine_config import EngineConfig
 from orchestrator.first_layer import differs
-from orchestrator.worker import EngineConfig
 from strategies.plan import ParallelDims
 
 LAYER_LIMIT_S = 60.0  # of silence: kernels are compiled meanwhile

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from launch.options import EngineOptions
     from launch.progress import Progress
     from orchestrator.engine.quality import Quality
-    from orchestrator.worker import EngineConfig
+    from orchestrator.engine_config import EngineConfig
 
 MOST_CONTEXT = 512
 

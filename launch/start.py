@@ -22,11 +22,12 @@ from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, r
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
+from orchestrator.engine_config import EngineConfig
 from orchestrator.replica import GangReplica, Watchdog
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.supervisor import RestartPolicy, Supervisor
 from orchestrator.text import Text
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard

@@ -12,8 +12,9 @@ import torch
 
 from cluster.children import alive
 from cluster.probes import Target
+from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims

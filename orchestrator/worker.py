@@ -10,9 +10,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
@@ -21,7 +20,6 @@ import torch
 
 from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
-from cluster.collectives.protocols import ANY_WAY
 from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import BadLayout, BadRequest, GangDied
 from cluster.loopback import free_port
@@ -33,6 +31,7 @@ from orchestrator.engine.memory import free_for_kv, multiplies_float8, peak_of
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
+from orchestrator.engine_config import EngineConfig
 from orchestrator.grammar import Compiler
 from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
@@ -42,8 +41,6 @@ from strategies import tensor
 from strategies.formats import FORMATS
 from strategies.overlap import Overlap
 from strategies.plan import Shard
-from strategies.source import ModelSource
-from strategies.spec import ModelSpec
 
 if TYPE_CHECKING:  # the module brings Triton, which not every machine has
     from orchestrator.engine.paged_attention import PromptAttention
@@ -53,28 +50,6 @@ REST_S = 40.0  # to end a step, or to see that nobody reads its tokens
 _STOP = b""
 P = ParamSpec("P")
 R = TypeVar("R")
-
-
-@dataclass(frozen=True, slots=True)
-class EngineConfig:
-    """What every rank of every replica agrees on."""
-
-    source: ModelSource
-    spec: ModelSpec
-    dtype: str
-    device: str  # "cpu" or "cuda"
-    format: str = ""  # of the linear layers' weights, by its name; none: the dtype
-    dummy_weights: bool = False
-    block_size: int = 16
-    max_num_seqs: int = 256
-    max_num_batched_tokens: int = 2048
-    threads: int = 1  # of a CPU rank
-    graphs: bool = True  # decode steps as CUDA graphs, where there are any
-    memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
-    seed: int = 0  # of dummy weights
-    join_timeout_s: float = 60.0
-    grammars: bool = False  # make ready for them before the first comes
-    ways: Mapping[str, int | None] = field(default_factory=lambda: dict(ANY_WAY))  # beside NCCL, see join
 
 
 def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Concatenate[Worker, P], R]:

@@ -17,10 +17,11 @@ from launch.options import EngineOptions
 from launch.start import limits_for
 from orchestrator.engine.runner import Pending
 from orchestrator.engine.sampler import Draw
+from orchestrator.engine_config import EngineConfig
 from orchestrator.request import Request, SamplingParams, Token, TokenLogprobs
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.step import Step, StepResult
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
 from tests.oracle import next_logits

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from cluster.errors import BadRequest
 from orchestrator.engine.memory import available_host_bytes
+from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims

@@ -23,9 +23,10 @@ from rich.table import Table
 
 from cluster.loopback import free_port
 from launch.models import resolve
+from orchestrator.engine_config import EngineConfig
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims

@@ -21,10 +21,11 @@ import torch.multiprocessing as multiprocessing
 
 from cluster.loopback import free_port
 from launch.models import resolve
+from orchestrator.engine_config import EngineConfig
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
-from orchestrator.worker import EngineConfig, Worker
+from orchestrator.worker import Worker
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
 from strategies.source import spec_of

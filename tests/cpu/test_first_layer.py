@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from cluster.children import Children
-from cluster.collectives.torch_dist import RankGroup
+from cluster.collectives.rank_group import RankGroup
 from cluster.discover import discover
 from cluster.measure import meeting_place, targets
 from cluster.probes import Target
 from launch.models import resolve
+from orchestrator.engine_config import EngineConfig
 from orchestrator.first_layer import differs
-from orchestrator.worker import EngineConfig
 from strategies.source import spec_of
 from tests.tiny import make_model
 

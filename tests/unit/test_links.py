@@ -22,7 +22,7 @@ from launch import links
 from launch.links import only_proved, prove_first_layer, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
-from orchestrator.worker import EngineConfig
+from orchestrator.engine_config import EngineConfig
 from strategies.plan import ParallelDims
 from tests.fake_nvml import dual_h100
 from tests.unit.test_start import OPTIONS

@@ -1,0 +1,32 @@
+"""What the ranks of a deployment agree on before they meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from cluster.collectives.protocols import ANY_WAY
+from strategies.source import ModelSource
+from strategies.spec import ModelSpec
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """What every rank of every replica agrees on."""
+
+    source: ModelSource
+    spec: ModelSpec
+    dtype: str
+    device: str  # "cpu" or "cuda"
+    format: str = ""  # of the linear layers' weights, by its name; none: the dtype
+    dummy_weights: bool = False
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    threads: int = 1  # of a CPU rank
+    graphs: bool = True  # decode steps as CUDA graphs, where there are any
+    memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
+    seed: int = 0  # of dummy weights
+    join_timeout_s: float = 60.0
+    grammars: bool = False  # make ready for them before the first comes
+    ways: Mapping[str, int | None] = field(default_factory=lambda: dict(ANY_WAY))  # beside NCCL, see join

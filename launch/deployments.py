@@ -126,8 +126,11 @@ class Here:
                 start_new_session=True,
             )
         begun = State(keeper_pid=keeper.pid, keeper_started=started(keeper.pid) or "", since_s=time.time())
-        with contextlib.suppress(FileExistsError), (self.directory / STATE).open("x") as file:
-            json.dump(asdict(begun), file)
+        new = self.directory / f"{STATE}.begun"
+        new.write_text(json.dumps(asdict(begun)), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):  # the keeper was faster
+            os.link(new, self.directory / STATE)  # whole, for who reads meanwhile
+        new.unlink()
 
     def _is_kept(self, state: Mapping[str, Any]) -> bool:
         since = started(state["keeper_pid"]) if state["keeper_pid"] else None

@@ -6,6 +6,7 @@ actor of a Ray cluster (launch/gateway.py). It imports the standard library alon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -115,8 +116,7 @@ class Keeper:
             self._stop.set()
             if self._server is not None and self._server.poll() is None:
                 self._server.send_signal(signal.SIGTERM)
-        if self._state.state not in OVER:
-            self._tell(state=STOPPING)
+        self._tell(state=STOPPING)
 
     def kill(self) -> None:
         with self._lock:
@@ -166,12 +166,15 @@ class Keeper:
 
     def _tell(self, **changes: Any) -> None:
         with self._lock:
+            if self._state.state in OVER:  # whoever stops it came too late
+                return
             if "state" in changes and changes["state"] != self._state.state:
                 changes["since_s"] = time.time()
             self._state = replace(self._state, **changes)
             new = self._directory / f"{STATE}.new"
-            new.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
-            new.replace(self._directory / STATE)
+            with contextlib.suppress(OSError):  # a full disk must not end what serves
+                new.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
+                new.replace(self._directory / STATE)
 
 
 def on_port(argv: Sequence[str], port: str) -> list[str]:

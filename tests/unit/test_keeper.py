@@ -127,6 +127,23 @@ def test_a_server_dies_with_its_keeper(tmp_path: Path) -> None:
         time.sleep(0.01)
 
 
+def test_a_full_disk_ends_no_server(tmp_path: Path) -> None:
+    for name in ("log", f"{STATE}.new"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with kept(tmp_path, f"{SERVING}; import time; time.sleep(60)") as (keeper, ended):
+        assert until(keeper, lambda state: state.state == READY).url == "http://127.0.0.1:4321"
+        keeper.stop()
+        ended()
+        assert keeper.state().state == ENDED
+
+
+def test_a_stop_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
+    with kept(tmp_path, SERVING) as (keeper, ended):
+        assert ended() == 0
+        keeper.stop()
+        assert keeper.state().state == ENDED
+
+
 def test_only_a_free_port_is_replaced() -> None:
     assert on_port(["a", "--port", "0", "--n", "0"], "81") == ["a", "--port", "81", "--n", "0"]
     assert on_port(["a", "--port", "80"], "81") == ["a", "--port", "80"]

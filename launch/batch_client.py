@@ -174,6 +174,11 @@ class BatchClient:
         try:
             connection.request(method, path, body, told)
             response = connection.getresponse()
+        except (http.client.InvalidURL, ValueError):  # told without the key
+            connection.close()
+            raise UserError(
+                f"{self.address}{path[:200]} cannot be asked: ids and keys are of plain ASCII, without spaces"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise ServerGone(f"{self.address} does not answer ({error})") from None

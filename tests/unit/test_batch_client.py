@@ -1,4 +1,4 @@
-"""The batch client before a server that breaks off amid an answer."""
+"""The batch client before a server that breaks off amid an answer, and with what no request can carry."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.errors import UserError
 from launch.batch_client import BatchClient, ServerGone
 
 PATIENCE_S = 20.0
@@ -46,3 +47,12 @@ def test_an_answer_that_breaks_off_is_not_taken_for_whole(
 ) -> None:
     with pytest.raises(ServerGone, match="broke off its answer"):
         ask(broken, tmp_path / "out.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("key", "job"), [(None, "a b"), (None, "ä"), ("first\nsecond", "1"), ("schlüssel☃", "1")]
+)
+def test_what_no_request_can_carry_is_a_mistake_and_no_key_is_told(key: str | None, job: str) -> None:
+    with pytest.raises(UserError, match="cannot be asked") as caught:
+        BatchClient("http://127.0.0.1:1", key).get(f"/v1/batches/{job}")
+    assert key is None or key not in str(caught.value)

@@ -111,8 +111,7 @@ class Here:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in (STATE, "log", "log.1"):
             (self.directory / name).unlink(missing_ok=True)
-        told = json.dumps({"program": SHARDWISE, **order})
-        (self.directory / ORDER).write_text(told, encoding="utf-8")
+        _write(self.directory / ORDER, {"program": SHARDWISE, **order})
         ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
         path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
         with (self.directory / "keeper.err").open("ab") as errors:
@@ -202,7 +201,7 @@ def recorded() -> dict[str, str | None]:
 def record_there(name: str, address: str) -> None:
     directory = up_directory(name)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (directory / ORDER).write_text(json.dumps({"address": address}), encoding="utf-8")
+    _write(directory / ORDER, {"address": address})
 
 
 @contextmanager
@@ -249,6 +248,13 @@ def _of_cluster(names: Sequence[str], address: str, joined_to: ExitStack) -> lis
             raise UserError(f"{name} is not up in {address}; up there: {others}")
         found.append(There(name, address, actor))
     return found
+
+
+def _write(path: Path, told: Mapping[str, Any]) -> None:
+    """Whole or not at all: others read it meanwhile."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(told), encoding="utf-8")
+    new.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --address: if it is killed, the next server of this name finds its replicas, loaded",
     )
     http.add_argument("--access-log", action="store_true", help="a line a request")
+    _add_bounds(parser)
+    add_layout_arguments(parser)
+    add_workload_arguments(parser)
+    add_engine_arguments(parser)
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="requests that may wait for a replica (1024)"
@@ -93,9 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for what is in flight, at the end (300)",
     )
-    add_layout_arguments(parser)
-    add_workload_arguments(parser)
-    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -293,8 +297,7 @@ def _serve(
                     generation.sampling,
                 )
                 files = FileStore(store / "files")
-                conditions = conditions_of(options)
-                batches = Batches(store / "batches", files, service, conditions)
+                batches = Batches(store / "batches", files, service, conditions_of(options))
                 await serve_http(
                     service,
                     listener,

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import UserError
+from cluster.files import write_whole
 from cluster.life import Life
 from launch.batch_client import BatchClient, ServerGone
 from launch.keeper import ORDER, OVER, SHARDWISE, STATE, State, started
@@ -111,7 +112,7 @@ class Here:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in (STATE, "log", "log.1"):
             (self.directory / name).unlink(missing_ok=True)
-        _write(self.directory / ORDER, {"program": SHARDWISE, **order})
+        write_whole(json.dumps({"program": SHARDWISE, **order}).encode(), self.directory / ORDER)
         ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
         path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
         with (self.directory / "keeper.err").open("ab") as errors:
@@ -201,7 +202,7 @@ def recorded() -> dict[str, str | None]:
 def record_there(name: str, address: str) -> None:
     directory = up_directory(name)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    _write(directory / ORDER, {"address": address})
+    write_whole(json.dumps({"address": address}).encode(), directory / ORDER)
 
 
 @contextmanager
@@ -248,13 +249,6 @@ def _of_cluster(names: Sequence[str], address: str, joined_to: ExitStack) -> lis
             raise UserError(f"{name} is not up in {address}; up there: {others}")
         found.append(There(name, address, actor))
     return found
-
-
-def _write(path: Path, told: Mapping[str, Any]) -> None:
-    """Whole or not at all: others read it meanwhile."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(json.dumps(told), encoding="utf-8")
-    new.replace(path)
 
 
 def _read(path: Path) -> dict[str, Any]:

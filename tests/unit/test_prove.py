@@ -224,3 +224,22 @@ def test_somebody_elses_memory_is_no_verdict_on_the_links(
     faults[FIRST] = hung()
     assert proved(H100S, tmp_path, print) == proof
     assert proved(H100S, tmp_path, print, refresh=True).failures
+
+
+def test_a_node_of_eight_tells_that_it_lives_between_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process writes over 56 pairs, which together may take as long as a hang is waited for."""
+    from cluster import rungs
+
+    told: list[str] = []
+    monkeypatch.setattr(rungs, "alive", lambda: told.append("alive"))
+    monkeypatch.setattr(rungs, "_copy_kernel", lambda device: None)
+    monkeypatch.setattr(rungs, "_wrong_ways", lambda *pair: told.append("pair"))
+    monkeypatch.setattr(rungs.torch.cuda, "can_device_access_peer", lambda a, b: True)
+
+    class Card:
+        def open(self) -> object:
+            return object()
+
+    assert rungs.peer_writes([Card() for _ in range(8)]) is None  # type: ignore[misc]
+    assert told.count("pair") == 56
+    assert all(told[i - 1] == "alive" for i, what in enumerate(told) if what == "pair")

@@ -79,6 +79,24 @@ def test_without_peer_access_no_peer_is_written_to() -> None:
         assert proof.paths == (Path.MAPPED, Path.NCCL)
 
 
+@pytest.mark.parametrize(("count", "limit_s"), [(2, 15.0), (4, 19.0), (8, 27.0)])
+def test_more_ranks_are_waited_for_longer(count: int, limit_s: float) -> None:
+    [card, _] = dual_h100().gpus
+    node = FakeNvml([replace(card, pci=f"00000000:{bus:02X}:00.0") for bus in range(count)])
+    limits: list[float] = []
+
+    class Timed(FakeRanks):
+        def each(
+            self, job: Callable[..., Any], args: Sequence[Sequence[object]], limit_s: float
+        ) -> list[Any]:
+            limits.append(limit_s)
+            return super().each(job, args, limit_s)
+
+    machine = discover(binding=node)
+    prove(machine, named(ladder(machine)), lambda env: Timed({}, env, []), lambda line: None)
+    assert set(limits) == {limit_s}
+
+
 def test_a_cpu_has_gloo() -> None:
     proof, tried, _ = climbed(CPUS)
     assert len(tried) == 1

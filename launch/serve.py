@@ -172,6 +172,8 @@ def _check_bounds(args: argparse.Namespace) -> None:
         raise UserError(
             f"--kept-as is {args.kept_as[:80]!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
         )
+    if not all(name.strip() for name in args.served_model_name or ()):
+        raise UserError("--served-model-name has an empty name; give what clients are to call the model")
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
 

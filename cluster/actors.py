@@ -1,6 +1,6 @@
 """Ray: reserve devices, host one object on each, see who dies, leave nothing behind.
 
-With reservation.py, hosts.py, detached.py and ray_server.py alone in importing ray.
+Which modules import ray, and no others, stands in pyproject.toml.
 
     with Cluster.embedded(num_cpu_devices=2) as cluster:
         (gang,) = cluster.acquire(Worker, [2], "cpu", timeout_s=60)

@@ -1,6 +1,6 @@
 """Named actors that outlive who started them: a detached coordinator, found again by name, from a node or by ray://.
 
-With actors.py, hosts.py and ray_server.py alone in importing ray. All live in one namespace, as `shardwise:NAME`.
+All live in one namespace, as `shardwise:NAME`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What runs in each actor: one object, its methods called by name, and a lease that outlives the owner.
-
-With actors.py, detached.py and ray_server.py alone in importing ray.
-"""
+"""What runs in each actor: one object, its methods called by name, and a lease that outlives the owner."""
 
 from __future__ import annotations
 

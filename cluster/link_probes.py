@@ -223,7 +223,7 @@ def _by_torch(group: _Group, path: Path) -> list[Curve]:
 def open_transport(members: Members, path: Path) -> OneShot:
     """Our one-shot all-reduce by this path and no other. Raises Unusable on all ranks."""
     kind: type[Transport] = PeerMemory if path is Path.PEER else MappedHostMemory
-    opened = one_shot._open(members, kind, reach(kind, members.ranks), one_shot._compiled(members))
+    opened = one_shot.opened(members, kind, reach(kind, members.ranks), one_shot.compiled(members))
     opened.wait_at_most(PATIENCE_S)
     return opened
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import os
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
@@ -17,6 +15,7 @@ from pathlib import Path as File
 
 import msgspec
 
+from cluster.files import write_whole
 from cluster.paths import Curve, Fit, Op, Path, envelope, fit, moved_share
 from cluster.topology import Device, Link, Provenance, Topology
 
@@ -211,14 +210,6 @@ def changes(profile: MachineProfile, topology: Topology) -> list[str]:
 
 def save(profile: MachineProfile, path: File) -> None:
     write_whole(msgspec.json.format(msgspec.json.encode(profile)), path)
-
-
-def write_whole(content: bytes, path: File) -> None:
-    """The file is there whole or not at all, also for a second process."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-        file.write(content)
-    os.replace(file.name, path)
 
 
 def _digest(facts: Iterable[str]) -> str:

@@ -9,8 +9,9 @@ from pathlib import Path as File
 
 import msgspec
 
+from cluster.files import write_whole
 from cluster.paths import Path
-from cluster.profile import fingerprint_of, key_of, write_whole
+from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
 
 FORMAT = 1

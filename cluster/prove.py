@@ -27,7 +27,11 @@ if TYPE_CHECKING:
 
 HANG_LIMIT_S = 15.0
 """Of silence in a rung, which tells after each step of it that it lives: NCCL's first use has taken 15 s on a machine
-that eight processes were starting on. With the killing of what hangs, a hang costs no more than 20 s."""
+that eight processes were starting on. With the killing of what hangs, a hang of two costs no more than 20 s."""
+
+MORE_RANKS_S = 2.0
+"""Longer for each rank after the second: NCCL's first use opens a channel to each. What was only slow would be kept as
+a hang, and every later start on that machine would go through the host."""
 
 NO_PEERS = {"NCCL_P2P_DISABLE": "1"}
 SOCKETS = {"NCCL_P2P_DISABLE": "1", "NCCL_SHM_DISABLE": "1"}
@@ -177,7 +181,8 @@ def _try(rung: Rung, ranks: Ranks, topology: Topology) -> Step:
     meeting = meeting_place()
     args: list[tuple[object, ...]] = [(own,)] if rung.one_process else [(target, meeting) for target in own]
     try:
-        answers = ranks.each(rung.job, args, rung.limit_s)
+        limit_s = rung.limit_s + MORE_RANKS_S * max(0, count - 2)
+        answers = ranks.each(rung.job, args, limit_s)
     except ChildFailed as error:
         outcome = _outcome(error)
         return Step(rung.name, rung.path, outcome, str(error), advice(rung, outcome))

@@ -10,10 +10,12 @@ import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
 import ray
+import ray._private.services
 import ray._private.utils
 import ray._private.worker
 import ray.exceptions
@@ -37,7 +39,7 @@ class PrivateRay:
         self._guard = Guard(directory)  # first, so that a kill during the start leaves nothing either
         self._restore = _set_environment(_EMBEDDED_ENVIRONMENT)
         try:
-            with _only_what_places_actors():
+            with _only_what_places_actors(), _in_groups_of_their_own():
                 _init(
                     address="local",
                     num_cpus=num_cpus,
@@ -147,6 +149,18 @@ def _only_what_places_actors() -> Iterator[None]:
             changed.enter_context(
                 patch.object(ray._private.utils, "get_dashboard_dependency_error", lambda: missing)
             )
+        yield
+
+
+@contextmanager
+def _in_groups_of_their_own() -> Iterator[None]:
+    """Has Ray start its servers outside our process group, so that a signal to all of it ends Ray by us alone.
+
+    `timeout`, and a shell that hangs up, send SIGTERM or SIGHUP to the group: Ray's GCS was gone before we had
+    left it, which ray.shutdown then waits for 60 s, and ends the process by. The guard ends them if we cannot.
+    """
+    popen = ray._private.services.ConsolePopen
+    with patch.object(ray._private.services, "ConsolePopen", partial(popen, process_group=0)):
         yield
 
 

@@ -40,9 +40,15 @@ def peer_writes(targets: Sequence[Target]) -> str | None:
     pairs = [pair for pair in itertools.permutations(devices, 2) if torch.cuda.can_device_access_peer(*pair)]
     if not pairs:
         raise RuntimeError("CUDA grants no pair peer access, whatever NVML said")
-    copies = {device: _copy_kernel(device) for device in devices}
+    copies = {}
+    for device in devices:
+        alive()  # a context on each of eight GPUs, and then 56 pairs: together longer than a hang is waited for
+        copies[device] = _copy_kernel(device)
+    numbers = torch.randint(-(2**31), 2**31, (PAIR_ELEMENTS,), generator=torch.Generator().manual_seed(1))
+    expected = numbers.to(torch.int32)
     for source, target in pairs:
-        wrong = _wrong_ways(source, target, copies[source])
+        alive()
+        wrong = _wrong_ways(source, target, copies[source], expected)
         if wrong:
             return f"GPU {source.index} to {target.index}: {', '.join(wrong)} arrived wrong"
     return None
@@ -64,10 +70,11 @@ def _copy_kernel(device: torch.device) -> Callable[[torch.Tensor, torch.Tensor],
 
 
 def _wrong_ways(
-    source: torch.device, target: torch.device, copy: Callable[[torch.Tensor, torch.Tensor], None]
+    source: torch.device,
+    target: torch.device,
+    copy: Callable[[torch.Tensor, torch.Tensor], None],
+    expected: torch.Tensor,
 ) -> list[str]:
-    numbers = torch.randint(-(2**31), 2**31, (PAIR_ELEMENTS,), generator=torch.Generator().manual_seed(1))
-    expected = numbers.to(torch.int32)
     here, there = expected.to(source), torch.zeros_like(expected, device=target)
     wrong = []
     there.copy_(here)  # which also has torch grant kernels the access

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import shutil
 import ssl
 import uuid
 from collections.abc import Iterator, Mapping
@@ -113,7 +112,7 @@ class BatchClient:
     def text(self, path: str, *, timeout_s: float = TIMEOUT_S) -> str:
         connection, response = self._ask("GET", path, None, {}, timeout_s)
         with closing(connection):
-            return response.read().decode(errors="replace")
+            return self._read(response).decode(errors="replace")
 
     def upload(self, path: Path) -> str:
         """→ the file's id. It is sent in pieces."""
@@ -141,14 +140,15 @@ class BatchClient:
     def download(self, file_id: str, to: Path) -> None:
         connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, {}, TIMEOUT_S)
         with closing(connection), to.open("wb") as file:
-            shutil.copyfileobj(response, file, _BLOCK)
+            while piece := self._read(response, _BLOCK):
+                file.write(piece)
 
     def piece(self, file_id: str, offset: int, most_bytes: int) -> bytes:
         """Of a file, from `offset`; empty at its end."""
         wanted = {"range": f"bytes={offset}-{offset + most_bytes - 1}"}
         connection, response = self._ask("GET", f"/v1/files/{file_id}/content", None, wanted, TIMEOUT_S)
         with closing(connection):
-            return b"" if response.status == RANGE_IS_OVER else response.read()
+            return b"" if response.status == RANGE_IS_OVER else self._read(response)
 
     def _json(
         self, method: str, path: str, body: Any, headers: Mapping[str, str], timeout_s: float
@@ -156,8 +156,8 @@ class BatchClient:
         connection, response = self._ask(method, path, body, headers, timeout_s)
         with closing(connection):
             try:
-                told = json.loads(response.read())
-            except (ValueError, OSError, http.client.HTTPException):
+                told = json.loads(self._read(response))
+            except ValueError:
                 raise UserError(
                     f"{self.address}{path} does not answer in JSON; is it a shardwise server?"
                 ) from None
@@ -174,6 +174,11 @@ class BatchClient:
         try:
             connection.request(method, path, body, told)
             response = connection.getresponse()
+        except (http.client.InvalidURL, ValueError):  # told without the key
+            connection.close()
+            raise UserError(
+                f"{self.address}{path[:200]} cannot be asked: ids and keys are of plain ASCII, without spaces"
+            ) from None
         except (OSError, http.client.HTTPException) as error:
             connection.close()
             raise ServerGone(f"{self.address} does not answer ({error})") from None
@@ -188,8 +193,18 @@ class BatchClient:
             raise ServerGone(f"{self.address} answers {response.status} {response.reason}")
         if response.status >= 400 and response.status != RANGE_IS_OVER:
             with closing(connection):
-                raise UserError(f"{self.address} refuses: {_reason(response.read())}")
+                raise UserError(f"{self.address} refuses: {_reason(self._read(response))}")
         return connection, response
+
+    def _read(self, response: http.client.HTTPResponse, most_bytes: int | None = None) -> bytes:
+        """Raises ServerGone where the body ends before its content-length: http.client tells of that only at times."""
+        try:
+            found = response.read(most_bytes)
+        except (OSError, http.client.HTTPException) as error:
+            raise ServerGone(f"{self.address} broke off its answer ({error})") from None
+        if response.length and len(found) < (most_bytes or 1):
+            raise ServerGone(f"{self.address} broke off its answer, {response.length} bytes before its end")
+        return found
 
     def _connection(self, timeout_s: float) -> http.client.HTTPConnection:
         parts = urlsplit(self.address)

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from cluster.errors import BadRequest
+from launch.batch import ADDRESS
 from launch.batch_client import Server, open_server
 from launch.batch_follow import OVER, follow, submit
 from launch.batch_input import Source
 from launch.progress import Progress
 
-ADDRESS = "http://127.0.0.1:8000"
 Row = str | Mapping[str, Any]  # a prompt; or messages or a prompt with sampling fields; or a line of OpenAI's
 
 

@@ -44,7 +44,9 @@ class Watch:
     def look(self) -> bool:
         """False where there is nothing to look at: no GPU, no driver."""
         seen = self._read()
-        if seen:
+        if seen and (
+            not self._moments or len(seen) == len(self._moments[0][1])
+        ):  # a driver may miss one for once
             self._moments.append((self._clock(), seen))
         return bool(seen)
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import UserError
+from cluster.files import write_whole
 from cluster.life import Life
 from launch.batch_client import BatchClient, ServerGone
 from launch.keeper import ORDER, OVER, SHARDWISE, STATE, State, started
@@ -111,8 +112,7 @@ class Here:
         self.directory.mkdir(parents=True, exist_ok=True, mode=0o700)
         for name in (STATE, "log", "log.1"):
             (self.directory / name).unlink(missing_ok=True)
-        told = json.dumps({"program": SHARDWISE, **order})
-        (self.directory / ORDER).write_text(told, encoding="utf-8")
+        write_whole(json.dumps({"program": SHARDWISE, **order}).encode(), self.directory / ORDER)
         ours = str(Path(__file__).resolve().parents[1])  # these packages, wherever they were imported from
         path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
         with (self.directory / "keeper.err").open("ab") as errors:
@@ -126,8 +126,11 @@ class Here:
                 start_new_session=True,
             )
         begun = State(keeper_pid=keeper.pid, keeper_started=started(keeper.pid) or "", since_s=time.time())
-        with contextlib.suppress(FileExistsError), (self.directory / STATE).open("x") as file:
-            json.dump(asdict(begun), file)
+        new = self.directory / f"{STATE}.begun"
+        new.write_text(json.dumps(asdict(begun)), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):  # the keeper was faster
+            os.link(new, self.directory / STATE)  # whole, for who reads meanwhile
+        new.unlink()
 
     def _is_kept(self, state: Mapping[str, Any]) -> bool:
         since = started(state["keeper_pid"]) if state["keeper_pid"] else None
@@ -199,7 +202,7 @@ def recorded() -> dict[str, str | None]:
 def record_there(name: str, address: str) -> None:
     directory = up_directory(name)
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    (directory / ORDER).write_text(json.dumps({"address": address}), encoding="utf-8")
+    write_whole(json.dumps({"address": address}).encode(), directory / ORDER)
 
 
 @contextmanager

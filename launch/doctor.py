@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from cluster.discover import numa_node
 from cluster.paths import Op, best_path
+from cluster.profile import MachineProfile
 from cluster.topology import Topology
 from launch.checks import findings
 from launch.facts import gather, topology_of
@@ -148,7 +149,9 @@ def _links(facts: MachineFacts, topology: Topology) -> Table:
     table = Table("link", *(str(j) for j in devices), box=None)
     for i in devices:
         table.add_row(str(i), *(_cell(facts, topology, i, j) for j in devices))
-    table.caption = "above the diagonal: kind and GB/s to expect; below: GB/s that copies took"
+    table.caption = (
+        "above the diagonal: kind and GB/s to expect; below: GB/s that copies took, – where none was timed"
+    )
     table.caption_justify = "left"
     return table
 
@@ -161,7 +164,7 @@ def _cell(facts: MachineFacts, topology: Topology, i: int, j: int) -> str:
         return f"{link.kind} {link.bytes_per_s / GB:.0f}"
     copies = facts.measured.pair_copies if facts.measured else ()
     rate = min((c.bytes_per_s for c in copies if {c.source, c.target} == {i, j}), default=None)
-    return "not measured" if rate is None else f"{rate / GB:.0f}"
+    return "–" if rate is None else f"{rate / GB:.0f}"
 
 
 def _measured(facts: MachineFacts) -> str:
@@ -171,14 +174,21 @@ def _measured(facts: MachineFacts) -> str:
     words = [f"{found.measured_at[:10]}"]
     read = ", ".join(f"{detail.read_bytes_per_s / GB:,.0f}" for detail in found.details)
     words.append(f"memory {read} GB/s")
-    ranks = 2 if len(found.devices) > 1 else 0
+    count = len(found.devices)
+    for ranks in sorted({2, count} if count > 1 else ()):
+        words += _small_sum(found, ranks)
+    return "; ".join(words)
+
+
+def _small_sum(found: MachineProfile, ranks: int) -> list[str]:
+    """In a graph where that was timed."""
     for in_graph in (True, False):
         small = best_path(found.curves, Op.ALL_REDUCE, ranks, SMALL_BYTES, in_graph)
         if small is not None:
             where = " in a graph" if in_graph else ""
-            words.append(f"16 KB summed by {small.path}{where} in {small.seconds * 1e6:.1f} µs")
-            break
-    return "; ".join(words)
+            over = f" over {ranks} devices" if len(found.devices) > 2 else ""
+            return [f"16 KB summed by {small.path}{where} in {small.seconds * 1e6:.1f} µs{over}"]
+    return []
 
 
 def _proved(facts: MachineFacts) -> str:

@@ -43,10 +43,24 @@ def run(args: argparse.Namespace) -> int:
     except PlacementFailed as error:
         if not args.now:
             raise UserError(f"{error} To forget what was up there: --now") from None
-        for name in args.names:
-            shutil.rmtree(up_directory(name), ignore_errors=True)
-            progress.say(f"{name}: forgotten; its cluster does not answer")
+        return _forget_lost(args, error, progress)
     return 0
+
+
+def _forget_lost(args: argparse.Namespace, error: PlacementFailed, progress: Progress) -> int:
+    """What was brought up from here in the cluster that does not answer; the others are ended."""
+    known = recorded()
+    asked = list(known) if args.all else args.names
+    lost = [n for n in asked if known.get(n) is not None and args.address in (None, known[n])]
+    if not lost:
+        raise error
+    for name in lost:
+        shutil.rmtree(up_directory(name), ignore_errors=True)
+        progress.say(f"{name}: forgotten; its cluster does not answer")
+    rest = [name for name in asked if name not in lost]
+    if args.address is not None or not rest:
+        return 0
+    return run(argparse.Namespace(**{**vars(args), "names": rest, "all": False}))
 
 
 def _end(deployment: Deployment, progress: Progress, *, now: bool, timeout_s: float) -> None:

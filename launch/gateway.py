@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from cluster.errors import BadRequest
 from launch.batch_client import BatchClient, ServerGone
-from launch.keeper import SHARDWISE, STATE, Keeper, on_port
+from launch.keeper import SHARDWISE, STATE, Keeper
 from launch.keeper_log import LOG, OLDER, Cursor, read_log
 from launch.live import told_by
 from launch.state import coordinator_directory
@@ -51,10 +51,8 @@ class Gateway:
             self._key = secrets.token_hex(32)
             _write_private(directory / KEYS, [*keys, self._key])
             argv += ["--api-key-file", str(directory / KEYS)]
-        before = _before(directory, str(order["run"]))
-        argv = on_port(argv, before or "0")
-        served = before is not None
-        self._keeper = Keeper(argv, order["environment"], directory, has_served=served, program=SHARDWISE)
+        port = _before(directory, str(order["run"]))
+        self._keeper = Keeper(argv, order["environment"], directory, port=port, program=SHARDWISE)
         self._keeping = threading.Thread(target=self._keeper.run, daemon=True)
         self._keeping.start()
 
@@ -141,8 +139,8 @@ def _before(directory: Path, run: str) -> str | None:
     """The port on which it served before its actor was killed; None: it is new, or never did."""
     note, state = directory / "run", directory / STATE
     if note.exists() and note.read_text() == run and state.exists():
-        url = json.loads(state.read_text())["url"]
-        return None if url is None else str(url.rpartition(":")[2])
+        port: str | None = json.loads(state.read_text())["port"]
+        return port
     for path in (state, directory / LOG, directory / OLDER):
         path.unlink(missing_ok=True)
     note.write_text(run)

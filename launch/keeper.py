@@ -6,6 +6,7 @@ actor of a Ray cluster (launch/gateway.py). It imports the standard library alon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -53,6 +54,7 @@ class State:
     keeper_started: str = ""  # in the kernel's ticks: a pid may become another process's
     server_pid: int | None = None
     url: str | None = None
+    port: str | None = None  # on which it served last, though it may not serve now
     restarts: int = 0
     since_s: float = 0.0  # of the epoch
     exit_code: int | None = None
@@ -66,14 +68,15 @@ class Keeper:
         environment: Mapping[str, str | None],
         directory: Path,
         *,
-        has_served: bool = False,
+        port: str | None = None,
         program: Sequence[str] = SHARDWISE,
     ) -> None:
-        """`argv` of `program`; `environment`: changes to ours, None to unset.
+        """`argv` of `program`; `environment`: changes to ours, None to unset; `port`, on which an earlier keeper of it
+        served.
 
-        A start that fails is tried again if this `has_served` before; else what was asked cannot be.
+        A start that fails is tried again if it has served before; else what was asked cannot be.
         """
-        self._argv, self._directory, self._has_served = list(argv), directory, has_served
+        self._argv, self._directory = on_port(argv, port or "0"), directory
         self._program = [word.replace(PID, str(os.getpid())) for word in program]
         self._environment = dict(os.environ)
         for name, value in environment.items():
@@ -84,7 +87,7 @@ class Keeper:
         self._stop = threading.Event()
         self._server: subprocess.Popen[str] | None = None
         self._log = Log(directory)
-        self._state = State(keeper_pid=os.getpid(), keeper_started=started(os.getpid()) or "")
+        self._state = State(keeper_pid=os.getpid(), keeper_started=started(os.getpid()) or "", port=port)
 
     def state(self) -> State:
         return self._state
@@ -94,13 +97,12 @@ class Keeper:
         deaths = 0
         while True:
             code, words, served_s = self._serve_once()
-            self._has_served = self._has_served or served_s is not None
             deaths = 1 if (served_s or 0.0) > _SERVED_WELL_S else deaths + 1
             if self._stop.is_set() or code == 0:
                 return self._end(ENDED, code)
             failures = [*self._state.failures, Failure(time.time(), code, words)][-_FAILURES:]
             self._tell(failures=failures)
-            if not self._has_served:
+            if self._state.port is None:
                 return self._end(FAILED, code)
             pause_s = _BACKOFF_S[min(deaths, len(_BACKOFF_S)) - 1]
             self._log.write(f"shardwise: the server ended ({how(code)}); starting it again in {pause_s:g} s")
@@ -115,8 +117,7 @@ class Keeper:
             self._stop.set()
             if self._server is not None and self._server.poll() is None:
                 self._server.send_signal(signal.SIGTERM)
-        if self._state.state not in OVER:
-            self._tell(state=STOPPING)
+        self._tell(state=STOPPING)
 
     def kill(self) -> None:
         with self._lock:
@@ -156,8 +157,9 @@ class Keeper:
                 words.append(text)
             if (found := _SERVING.match(text)) is not None:
                 ready_s = time.monotonic()
-                self._argv = on_port(self._argv, found[2].rpartition(":")[2])
-                self._tell(state=READY, url=found[2])
+                port = found[2].rpartition(":")[2]
+                self._argv = on_port(self._argv, port)
+                self._tell(state=READY, url=found[2], port=port)
         return ready_s
 
     def _end(self, state: str, code: int) -> int:
@@ -166,12 +168,15 @@ class Keeper:
 
     def _tell(self, **changes: Any) -> None:
         with self._lock:
+            if self._state.state in OVER:  # whoever stops it came too late
+                return
             if "state" in changes and changes["state"] != self._state.state:
                 changes["since_s"] = time.time()
             self._state = replace(self._state, **changes)
             new = self._directory / f"{STATE}.new"
-            new.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
-            new.replace(self._directory / STATE)
+            with contextlib.suppress(OSError):  # a full disk must not end what serves
+                new.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
+                new.replace(self._directory / STATE)
 
 
 def on_port(argv: Sequence[str], port: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
 from pathlib import Path
@@ -24,7 +25,8 @@ class Log:
 
     def write(self, line: str) -> None:
         stamp = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-        self._file.write(f"{stamp} {line}\n".encode(errors="replace"))
+        with contextlib.suppress(OSError):  # on a full disk lines are lost; what serves goes on
+            self._file.write(f"{stamp} {line}\n".encode(errors="replace"))
         if self._file.tell() > MOST_BYTES:
             self._file.close()
             (self._directory / LOG).replace(self._directory / OLDER)

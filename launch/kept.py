@@ -9,7 +9,8 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.profile import fingerprint_of, key_of, write_whole
+from cluster.files import write_whole
+from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
 from strategies.kept import Kept
 from strategies.spec import ModelSpec

@@ -71,7 +71,7 @@ def prove_first_layer(
         rungs.append(Rung(f"{name}, {path}", path, job, instead_of=before, limit_s=LAYER_LIMIT_S))
     if rungs[0].name not in {step.rung for step in proof.steps}:
         proof = proved_further(proof, topology, dims.tp, rungs, cache_directory(), progress.say)
-    last = [step for step in proof.steps if step.rung.startswith(name)][-1]
+    last = [step for step in proof.steps if step.rung.startswith(f"{name}, ")][-1]
     if last.outcome is not Outcome.PASSED:
         raise GangDied(f"{last.rung}: {last.evidence}; use a replica a GPU (--layout dp{dims.world_size})")
 

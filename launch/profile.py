@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING
 import msgspec
 
 from cluster.errors import UserError
+from cluster.files import write_whole
 from cluster.measure import measure
 from cluster.paths import Curve, Op, Path, best_path, crossovers
-from cluster.profile import MachineProfile, apply, save, write_whole
+from cluster.profile import MachineProfile, apply, save
 from cluster.proof import Outcome, Proof, Trusted
 from cluster.prove import proved
 from launch.machine import cache_directory, found_here

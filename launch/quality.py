@@ -95,10 +95,10 @@ def _measured(
 
 
 def _config(options: EngineOptions) -> EngineConfig:
-    from launch.start import _engine_config
+    from launch.start import engine_config
     from strategies.plan import ParallelDims
 
-    return replace(_engine_config(options, ParallelDims()), graphs=False)
+    return replace(engine_config(options, ParallelDims()), graphs=False)
 
 
 def precision(options: EngineOptions) -> str:

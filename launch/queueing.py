@@ -21,7 +21,7 @@ from strategies.spec import ModelSpec, Workload
 if TYPE_CHECKING:
     from rich.table import Table
 
-HIGHEST = math.inf  # the rate to be found
+LOWEST, HIGHEST = 1e-9, math.inf  # a request in 32 years; the rate to be found
 MOST_LAYOUTS = 6  # that are simulated, the plan's best
 MOST_TTFT_S = 10.0  # where nobody names a limit: who waits longer has left
 LEAST_REQUESTS, MOST_REQUESTS = 200, 1500
@@ -45,9 +45,10 @@ def rate_of(args: argparse.Namespace) -> float | None:
         rate = float(args.request_rate)
     except ValueError:
         rate = math.nan
-    if not (math.isfinite(rate) and rate > 0):
+    if not LOWEST <= rate < HIGHEST:
         raise BadRequest(
-            f"--request-rate is {args.request_rate}; it must be requests a second, above 0, or max"
+            f"--request-rate is {args.request_rate}; it must be requests a second, "
+            f"{LOWEST:g} at least, or max"
         )
     return rate
 
@@ -88,7 +89,7 @@ def _at(placement: Placement, candidate: Candidate, workload: Workload) -> Calla
     life_s = known.ttft_s + output * known.tpot_s
 
     def at(rate: float) -> Queueing:
-        count = min(MOST_REQUESTS, max(LEAST_REQUESTS, math.ceil(LIVES * life_s * rate)))
+        count = math.ceil(min(MOST_REQUESTS, max(LEAST_REQUESTS, LIVES * life_s * rate)))
         return queueing(placement, known.kv_tokens, prompt, output, rate, requests=count)
 
     return at

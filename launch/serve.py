@@ -73,6 +73,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with --address: if it is killed, the next server of this name finds its replicas, loaded",
     )
     http.add_argument("--access-log", action="store_true", help="a line a request")
+    _add_bounds(parser)
+    add_layout_arguments(parser)
+    add_workload_arguments(parser)
+    add_engine_arguments(parser)
+
+
+def _add_bounds(parser: argparse.ArgumentParser) -> None:
     bounds = parser.add_argument_group("bounds")
     bounds.add_argument(
         "--max-queue", type=int, default=1024, metavar="N", help="requests that may wait for a replica (1024)"
@@ -93,9 +100,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="for what is in flight, at the end (300)",
     )
-    add_layout_arguments(parser)
-    add_workload_arguments(parser)
-    add_engine_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -168,6 +172,8 @@ def _check_bounds(args: argparse.Namespace) -> None:
         raise UserError(
             f"--kept-as is {args.kept_as[:80]!r}; it must be up to 64 letters, digits, dots, dashes and underscores"
         )
+    if not all(name.strip() for name in args.served_model_name or ()):
+        raise UserError("--served-model-name has an empty name; give what clients are to call the model")
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
 
@@ -293,8 +299,7 @@ def _serve(
                     generation.sampling,
                 )
                 files = FileStore(store / "files")
-                conditions = conditions_of(options)
-                batches = Batches(store / "batches", files, service, conditions)
+                batches = Batches(store / "batches", files, service, conditions_of(options))
                 await serve_http(
                     service,
                     listener,

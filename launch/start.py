@@ -143,7 +143,7 @@ def deployment(
         known = rested(gangs, dims, progress)
         if known is None:
             gangs.clear()
-            prove_first_layer(options, dims, _engine_config(options, dims), progress)
+            prove_first_layer(options, dims, engine_config(options, dims), progress)
             progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
             gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
@@ -169,7 +169,7 @@ def _made_ready(
     progress: Progress,
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
-    _join(placed, shards, _engine_config(options, dims), dims, progress)
+    _join(placed, shards, engine_config(options, dims), dims, progress)
     weight_bytes = _load(placed, dims, progress)
     if options.device == "cuda":
         _choose_kernels(placed, dims, progress)
@@ -222,7 +222,7 @@ class Restarting:
             gang.kill()
         placed = [Placed(gang, ranks_of(gang))]
         try:
-            _join(placed, self._shards, _engine_config(options, dims), dims, quiet)
+            _join(placed, self._shards, engine_config(options, dims), dims, quiet)
             _load(placed, dims, quiet)
             if options.device == "cuda":
                 _choose_kernels(placed, dims, quiet)
@@ -233,7 +233,7 @@ class Restarting:
             raise
 
 
-def _engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
+def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
     cores = len(os.sched_getaffinity(0))
     return EngineConfig(
         source=options.source,

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
@@ -60,13 +61,22 @@ def _serve(wanted: Wanted) -> int:
     from launch import serve
 
     _check_machine(wanted, None if wanted.machine is None or wanted.address else _gpus_here())
+    asked = wanted.arguments(
+        device=wanted.device, key_file=wanted.key_file, address=wanted.address, batch_dir=_batches(wanted)
+    )
+    return serve.run(_serve_arguments(asked))
+
+
+def _serve_arguments(asked: Sequence[str]) -> argparse.Namespace:
+    from launch import serve
+
     parser = argparse.ArgumentParser(prog="shardwise serve")
     serve.add_arguments(parser)
-    batches = wanted.batch_dir or state_directory() / "batches" / wanted.name
-    asked = wanted.arguments(
-        device=wanted.device, key_file=wanted.key_file, address=wanted.address, batch_dir=batches
-    )
-    return serve.run(parser.parse_args(asked))
+    return parser.parse_args(asked)
+
+
+def _batches(wanted: Wanted) -> Path:
+    return wanted.batch_dir or state_directory() / "batches" / wanted.name
 
 
 # --- on this machine ----------------------------------------------------------------------------------------
@@ -79,8 +89,8 @@ def _here(wanted: Wanted, progress: Progress) -> Deployment:
     if known.get(wanted.name) is not None:
         raise UserError(_other(wanted.name, f"in the cluster at {known[wanted.name]}"))
     keys = wanted.key_file
-    batches = wanted.batch_dir or state_directory() / "batches" / wanted.name
-    argv = ["serve", *wanted.arguments(device=wanted.device, key_file=keys, address=None, batch_dir=batches)]
+    asked = wanted.arguments(device=wanted.device, key_file=keys, address=None, batch_dir=_batches(wanted))
+    argv = ["serve", *asked]
     digest = _digest(argv, [])
     if wanted.name in known:
         told = deployment.describe()
@@ -152,15 +162,12 @@ def _held() -> dict[int, str]:
 
 def _planned_devices(wanted: Wanted, progress: Progress) -> Sequence[int]:
     """Positions among the GPUs that are visible now. Raises NoFeasiblePlan, BadLayout."""
-    from launch import serve
     from launch.options import engine_options, layout
     from launch.plan import workload_of
     from launch.predict import planned
 
-    parser = argparse.ArgumentParser(prog="shardwise serve")
-    serve.add_arguments(parser)
     asked = wanted.arguments(device=wanted.device, key_file=None, address=None, batch_dir=None)
-    args = parser.parse_args(asked)
+    args = _serve_arguments(asked)
     return planned(engine_options(args), workload_of(args), layout(args), progress).candidate.devices
 
 

@@ -89,9 +89,10 @@ class Coordinator:
 
     async def __aexit__(self, *_: object) -> None:
         self._end_outage()
-        for task in self._tending:
+        tasks = [*self._tending, *(lane.sending for lane in self._lanes if lane.sending is not None)]
+        for task in tasks:
             task.cancel()
-        await asyncio.gather(*self._tending, return_exceptions=True)
+        await asyncio.gather(*tasks, return_exceptions=True)
 
     # -- asked by clients --
 

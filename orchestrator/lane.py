@@ -27,7 +27,7 @@ class Lane:
         self._clear_account()
         self._new: dict[str, Request] = {}
         self._unwanted: list[str] = []
-        self._sending: asyncio.Task[None] | None = None
+        self.sending: asyncio.Task[None] | None = None  # while something is on its way
 
     def die(self, error: ShardwiseError) -> set[str]:
         """Its account is closed. → requests that never left for the replica."""
@@ -82,15 +82,15 @@ class Lane:
             self._wake()
 
     def _wake(self) -> None:
-        if self._sending is None:
-            self._sending = asyncio.create_task(self._send())
+        if self.sending is None:
+            self.sending = asyncio.create_task(self._send())
 
     async def _send(self) -> None:
         await asyncio.sleep(0)  # whoever else asks in this turn
         while self._new or self._unwanted:
             await self._send_new()
             await self._send_unwanted()
-        self._sending = None
+        self.sending = None
 
     async def _send_new(self) -> None:
         new, self._new = list(self._new.values()), {}

@@ -27,16 +27,25 @@ _CAUSES = {
 }
 _MOST_CONCURRENCY = 4096
 _VISIBLE = 1.01
+_TIE = 1.0005
+_WAITS = 1.1
 
 
 def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -> tuple[str, ...]:
     """Sentences on the feasible candidates, best first."""
     best, placement = ranked[0]
-    sentences = [_what_it_gives(best, workload), _what_a_step_is(best)]
+    sentences = [
+        _what_it_gives(best, workload),
+        _what_a_step_is(best),
+        *_what_launches_cost(placement, workload),
+    ]
     sentences += [f"{best.dims.name}: {note}." for note in best.marked]
+    rivals = [placement]
     if len(ranked) > 1:
-        sentences.append(_why_it_lost(best, ranked[1][0], workload))
-    rivals = _rivals([p for _, p in ranked])
+        second = _runner_up(ranked, workload)
+        others = "" if second is ranked[1] else f"Of the others on {count(best.dims.world_size, 'device')} "
+        sentences.append(others + _why_it_lost(best, second[0], workload))
+        rivals = _rivals([placement, second[1]], [p for _, p in ranked])
     crossings = (_concurrency_crossing(placement, rivals, workload), _link_crossing(rivals, workload))
     told = [crossing for crossing in crossings if crossing]
     return (*sentences, *told, _how_sure(placement, _made(best)))
@@ -123,11 +132,35 @@ def _what_a_step_is(best: Candidate) -> str:
     return f"A decode step takes {ms(total)}: {', '.join(told)}."
 
 
+def _what_launches_cost(placement: Placement, workload: Workload) -> tuple[str, ...]:
+    """Where the first token waits for launches, and no faster device or wider split would bring it sooner."""
+    freed = replace(placement.engine, eager_layer_s=0.0, eager_layers=0.0)
+    now, then = (_ttft_s(p, workload) for p in (placement, replace(placement, engine=freed)))
+    if now < _WAITS * then:
+        return ()
+    return (
+        f"The first token waits for the host, which launches a step of over {placement.engine.graph_tokens:,} tokens "
+        f"layer by layer: without that it would come after {ms(then)}.",
+    )
+
+
+def _runner_up(
+    ranked: Sequence[tuple[Candidate, Placement]], workload: Workload
+) -> tuple[Candidate, Placement]:
+    """The next best, or on several devices the next on as many: tp8 less one rank is no other way to use eight."""
+    (best, _), second = ranked[0], ranked[1]
+    devices = best.dims.world_size
+    ties = score(_made(second[0]), second[0].dims, workload) < _TIE * score(_made(best), best.dims, workload)
+    if devices <= 2 or ties:
+        return second
+    return next((pair for pair in ranked[1:] if pair[0].dims.world_size == devices), second)
+
+
 def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     """The next best, and the causes that cost it most: in the decode step, then in the first token."""
     ours, theirs = _made(best), _made(second)
     ratio = score(theirs, second.dims, workload) / score(ours, best.dims, workload)
-    if ratio < 1.0005:
+    if ratio < _TIE:
         devices = count(second.dims.world_size, "device")
         return (
             f"{second.dims.name} does as well with {devices}; a tie goes to fewer devices, then fewer stages."
@@ -149,11 +182,11 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     return f"{second.dims.name} comes next and {verdict}: {step}to the first token {first}."
 
 
-def _rivals(placements: Sequence[Placement]) -> list[Placement]:
+def _rivals(ahead: Sequence[Placement], placements: Sequence[Placement]) -> list[Placement]:
     """The chosen, the next, and those that split the whole machine in one way only: few, each is searched."""
     most = max(p.dims.world_size for p in placements)
     pure = [p for p in placements if max(p.dims.tp, p.dims.pp, p.dims.dp) == most]
-    kept = [*placements[:2], *pure]
+    kept = [*ahead, *pure]
     return list({p.dims: p for p in kept}.values())
 
 

@@ -248,7 +248,7 @@ def open_one_shot(
     try:
         if len(set(members.everyone(this_host))) > 1:
             return None, "NCCL: the stage's ranks are on several hosts"
-        binary = _compiled(members)
+        binary = compiled(members)
     except Unusable as error:
         return None, f"NCCL: {error}"
     for transport in (PeerMemory, MappedHostMemory):
@@ -260,7 +260,7 @@ def open_one_shot(
             reasons.append(f"{transport.name}: slower at every size that was measured")
             continue
         try:
-            one_shot = _open(members, transport, reached, binary)
+            one_shot = opened(members, transport, reached, binary)
         except Unusable as error:
             reasons.append(f"{transport.name}: {error}")
         else:
@@ -278,7 +278,7 @@ def this_host() -> bytes:
         return socket.gethostname().encode()
 
 
-def _compiled(members: Members) -> bytes:
+def compiled(members: Members) -> bytes:
     binary = b""
 
     def compile_for_device() -> bytes:
@@ -291,7 +291,7 @@ def _compiled(members: Members) -> bytes:
     return binary
 
 
-def _open(members: Members, kind: type[Transport], reached: Reach, binary: bytes) -> OneShot:
+def opened(members: Members, kind: type[Transport], reached: Reach, binary: bytes) -> OneShot:
     """Tried and trusted, or Unusable."""
     memory = layout(reached)
     transport = kind(members.rank, members.ranks, memory.pair_bytes, memory.shared_bytes)

@@ -107,6 +107,8 @@ class TorchCollectives:
 
             members.everyone(open_ends)
         except Unusable:
+            with suppress(RuntimeError):
+                post.close()
             return
         senders, receivers = ends[0]
         self._post = post

@@ -182,6 +182,6 @@ def _indexed(index: Path) -> Mapping[str, str]:
     if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
         raise BadModel(f"{index} has no weight_map of tensor names to files; fetch it again")
     for file in sorted(set(files.values())):
-        if not (index.parent / file).is_file():
+        if Path(file).name != file or not (index.parent / file).is_file():
             raise BadModel(f"{index} names {file}, which is not beside it; fetch that file")
     return files

@@ -58,17 +58,18 @@ def generating(model: Path, layout: str, scratch: Path) -> Iterator[subprocess.P
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # a process group, as a terminal gives it
     ) as command:
         yield command
         command.kill()  # where an assertion failed
 
 
 def end(command: subprocess.Popen[str], how: signal.Signals) -> tuple[str, list[str]]:
-    """Signal it and wait for all that it had started. → the rest of its standard output, and its last words"""
+    """Signal its group and wait for all that it had started. → the rest of its standard output, its last words"""
     started = psutil.Process(command.pid).children(recursive=True)
     assert {child.name() for child in started} > {"raylet", "gcs_server"}
     lives = [Life(child.pid) for child in started]
-    command.send_signal(how)
+    os.killpg(command.pid, how)
     out, err = command.communicate(timeout=PATIENCE_S)
     for life in lives:
         life.wait(PATIENCE_S)

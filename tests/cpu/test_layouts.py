@@ -18,6 +18,8 @@ from tests.serving import Pool, answers, assert_logits_agree, options, served
 from tests.tiny import make_model
 
 LAYOUTS = ["tp1", "tp2", "tp3", "pp2", "pp3", "dp2", "tp2pp2", "tp2dp2"]
+EIGHT_RANKS = ["tp4", "tp8", "tp2pp2", "tp4dp2", "tp4pp2", "tp2pp4", "pp4", "pp8", "tp2pp2dp2", "tp3", "pp3"]
+UNEVEN = ["tp3", "tp4", "tp8", "tp3pp2", "tp2pp3", "tp2pp4", "pp3", "pp4", "pp8", "tp3dp2"]
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama, 9 heads in 3 groups, tied": (
@@ -98,13 +100,36 @@ def test_layout_equals_transformers(layout: str, tiny: tuple[Path, Any], pool: P
         assert_logits_agree(model, prompt, completion.token_ids, seen)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", EIGHT_RANKS)
+def test_a_layout_of_up_to_eight_ranks(layout: str, tmp_path: Path, pool: Pool) -> None:
+    """Enough layers for eight stages, and heads for eight ranks; three stages split them unevenly."""
+    wide = {"num_attention_heads": 16, "num_key_value_heads": 8, "hidden_size": 64, "num_hidden_layers": 9}
+    exactly_as_transformers(layout, tmp_path, make_model(tmp_path, "llama", **wide), pool)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", UNEVEN)
+def test_heads_and_layers_that_do_not_divide(layout: str, tmp_path: Path, pool: Pool) -> None:
+    odd = {"num_attention_heads": 10, "num_key_value_heads": 5, "hidden_size": 80, "vocab_size": 127}
+    exactly_as_transformers(
+        layout, tmp_path, make_model(tmp_path, "llama", num_hidden_layers=10, **odd), pool
+    )
+
+
 def test_eight_ranks_at_once(tmp_path: Path, pool: Pool) -> None:
-    model = make_model(tmp_path, "llama")
-    asked = options(tmp_path)
+    exactly_as_transformers("tp2pp2dp2", tmp_path, make_model(tmp_path, "llama"), pool)
+
+
+def exactly_as_transformers(layout: str, directory: Path, model: Any, pool: Pool) -> None:
+    asked = options(directory)
     given = prompts(model.config.vocab_size)
-    with served("tp2pp2dp2", asked, pool) as found:
+    with served(layout, asked, pool) as found:
         done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
+        seen = pool.seen_logits()
     assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
+    for prompt, completion in zip(given, done, strict=True):
+        assert_logits_agree(model, prompt, completion.token_ids, seen)
 
 
 @pytest.fixture(scope="module")

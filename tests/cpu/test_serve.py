@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -201,6 +202,7 @@ REFUSED = {
     "--tool-call-parser xml": "--tool-call-parser is 'xml'; it must be one of hermes, mistral, llama3_json",
     "--kept-as x": "--kept-as wants --address: a private Ray ends with its server, and all replicas with it",
     "--kept-as a:b --address auto": "--kept-as is 'a:b'; it must be up to 64 letters",
+    "--served-model-name a ''": "--served-model-name has an empty name; give what clients are to call the model",
     "--max-queue 0": "--max-queue is 0; it must be over 0",
 }
 
@@ -217,7 +219,7 @@ def test_what_is_refused_before_anything_starts(
     (tmp_path / "empty").write_text("# none\n")
     with socket.create_server(("127.0.0.1", 0)) as taken:
         told = {"taken": taken.getsockname()[1], "short": tmp_path / "short", "empty": tmp_path / "empty"}
-        code = main(["serve", "smollm2", "--device", "cpu", *flags.format(**told).split()])
+        code = main(["serve", "smollm2", "--device", "cpu", *shlex.split(flags.format(**told))])
     out, err = capsys.readouterr()
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert REFUSED[flags].format(**told) in err

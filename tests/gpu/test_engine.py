@@ -20,6 +20,7 @@ from launch.options import EngineOptions
 from orchestrator.engine.cuda_runner import OVERLAP_TOKENS
 from orchestrator.request import Request, SamplingParams
 from orchestrator.step import NOT_FINITE
+from strategies.plan import ParallelDims
 from tests.engine import (
     Answer,
     LocalWorker,
@@ -213,7 +214,25 @@ def test_sampling_is_the_same_ahead_in_turn_and_on_a_cpu(llama: Model) -> None:
 
 @pytest.mark.parametrize(("layout", "family"), [("tp2", "llama"), ("pp2", "mistral"), ("dp2", "qwen2")])
 def test_layouts_give_transformers_tokens(layout: str, family: str, models: dict[str, Model]) -> None:
-    asked, judge = models[family].options("float32"), models[family].float32()
+    layout_gives_transformers_tokens(layout, models[family])
+
+
+@pytest.mark.parametrize("layout", ["tp3", "tp4", "tp2pp2", "pp4", "tp4dp2", "tp8", "pp8", "tp2pp2dp2"])
+def test_wide_layouts_give_transformers_tokens(layout: str, tmp_path: Path) -> None:
+    """Of three to eight GPUs, as far as the machine has them: eight layers, uneven over three ranks."""
+    devices = ParallelDims.parse(layout).world_size
+    if torch.cuda.device_count() < devices:
+        pytest.skip(f"{devices} GPUs")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shape = SHAPE | FAMILIES["llama"] | {"num_hidden_layers": 8, "num_attention_heads": 16}
+    shape |= {"num_key_value_heads": 8, "hidden_size": 512}
+    model = make_model(tmp_path, "llama", std=0.05, **shape)
+    layout_gives_transformers_tokens(layout, Model("llama", tmp_path, model))
+
+
+def layout_gives_transformers_tokens(layout: str, model: Model) -> None:
+    family = model.family
+    asked, judge = model.options("float32"), model.float32()
     requests = greedy_requests(asked.spec.vocab)
     score = max(prompts(asked.spec.vocab), key=len)
     with served(layout, asked, score=score) as found:

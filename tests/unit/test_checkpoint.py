@@ -242,6 +242,16 @@ def test_an_index_that_names_a_missing_shard(tmp_path: Path) -> None:
     assert f"names {gone.name}, which is not beside it; fetch that file" in refusal(tmp_path)
 
 
+def test_an_index_that_names_files_elsewhere(tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    make_model(directory, "llama", max_shard_size="20KB")
+    moved = sorted(directory.glob("*.safetensors"))[1]
+    moved.rename(tmp_path / moved.name)
+    index = directory / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(moved.name, f"../{moved.name}"))
+    assert f"names ../{moved.name}, which is not beside it" in refusal(directory)
+
+
 def test_an_index_without_a_map_or_a_tensor(qwen2: Path, tmp_path: Path) -> None:
     path = broken(qwen2, tmp_path)
     index = path / "model.safetensors.index.json"

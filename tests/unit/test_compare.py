@@ -252,6 +252,17 @@ def test_a_run_that_was_held_back_is_flagged_and_a_blip_is_not() -> None:
     assert not hour.watch.health()[0].is_throttled
 
 
+def test_a_look_that_misses_a_gpu_does_not_count() -> None:
+    hour = Hour(dual_h100())
+    hour.look(0, watts=100)
+    both, seen = hour.watch._read, hour.read()
+    hour.watch._read = lambda: seen[:1]
+    hour.look(1)
+    hour.watch._read = both
+    hour.look(1, watts=300)
+    assert [h.watts for h in hour.watch.health()] == [200.0, 200.0]
+
+
 def test_nothing_is_told_of_a_machine_without_gpus() -> None:
     watch = Watch(lambda: ())
     assert not watch.look()

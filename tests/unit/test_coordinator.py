@@ -246,6 +246,24 @@ class Unwilling(FakeReplica):
         raise death()
 
 
+class Slow(FakeReplica):
+    """Takes for ever to take anything."""
+
+    async def submit(self, requests: list[Request]) -> None:  # type: ignore[override]
+        await asyncio.Event().wait()
+
+
+@in_loop
+async def test_nothing_is_on_its_way_once_the_coordinator_has_left() -> None:
+    before = asyncio.all_tasks()
+    async with coordinator(Slow()) as asked:
+        waiting = ask(asked, [1, 2])
+        await asyncio.sleep(0.01)
+        waiting.cancel()
+    await asyncio.gather(waiting, return_exceptions=True)
+    assert asyncio.all_tasks() == before
+
+
 def test_a_death_during_submission_is_told_once() -> None:
     async def die() -> list[str]:
         stray: list[str] = []

@@ -565,6 +565,20 @@ def test_what_was_measured_and_proved_stands_beside_what_the_driver_says(
         assert words in shown
 
 
+def test_the_links_of_eight_devices_fit_on_a_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    [card, _] = dual_h100().gpus
+    node = FakeNvml([replace(card, pci=f"00000000:{bus:02X}:00.0") for bus in range(8)])
+    monkeypatch.setattr(doctor, "gather", lambda cache: on(node))
+    doctor.run(argparse.Namespace(json=False))
+    shown = capsys.readouterr().out.splitlines()
+    first = next(i for i, line in enumerate(shown) if line.split()[:1] == ["link"])
+    matrix = shown[first : first + 9]
+    assert sum(line.count("nvlink") for line in matrix) == 28
+    assert max(map(len, matrix)) <= 100
+
+
 def test_metadata_tells_what_clashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, release, wants in (
         ("torch", "9.1", ("triton==9.6.0", "absent-one; extra == 'test'", "numpy", "sympy>=1.0")),

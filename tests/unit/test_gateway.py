@@ -140,7 +140,7 @@ def test_an_actor_made_again_serves_on_the_same_port_and_another_deployment_star
     directory = gateways.coordinator_directory("tiny")
     directory.mkdir(parents=True)
     assert gateways._before(directory, "1") is None
-    (directory / "state.json").write_text('{"url": "http://127.0.0.1:4321"}')
+    (directory / "state.json").write_text('{"state": "waiting to start again", "url": null, "port": "4321"}')
     (directory / "log").write_text("said")
     assert gateways._before(directory, "1") == "4321"
     assert gateways._before(directory, "2") is None

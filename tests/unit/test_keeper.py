@@ -25,11 +25,11 @@ SERVING = "print('·   0.1 s  serving tiny on http://127.0.0.1:4321', flush=True
 
 @contextmanager
 def kept(
-    directory: Path, script: str, *argv: str, has_served: bool = False
+    directory: Path, script: str, *argv: str, port: str | None = None
 ) -> Iterator[tuple[Keeper, Callable[[], int]]]:
     """A keeper at work in a thread, and a wait for its exit code."""
     program = (sys.executable, "-c", script)
-    keeper = Keeper(argv, {}, directory, program=program, has_served=has_served)
+    keeper = Keeper(argv, {}, directory, program=program, port=port)
     codes: list[int] = []
     thread = threading.Thread(target=lambda: codes.append(keeper.run()))
     thread.start()
@@ -100,9 +100,11 @@ def test_what_served_before_is_tried_until_it_serves_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeping, "_BACKOFF_S", (0.01, 0.02, 60.0))
-    with kept(tmp_path, "raise SystemExit(2)", has_served=True) as (keeper, ended):
+    with kept(tmp_path, "raise SystemExit(2)", port="4321") as (keeper, ended):
         state = until(keeper, lambda state: state.restarts == 2 and state.state == WAITING)
         assert len(state.failures) == 3
+        told = json.loads((tmp_path / STATE).read_text())
+        assert (told["url"], told["port"]) == (None, "4321"), "for a keeper that comes after"
         keeper.stop()
         assert ended() == 2
 
@@ -125,6 +127,23 @@ def test_a_server_dies_with_its_keeper(tmp_path: Path) -> None:
     while started(int(told["server_pid"])) is not None:
         assert time.monotonic() < end_s
         time.sleep(0.01)
+
+
+def test_a_full_disk_ends_no_server(tmp_path: Path) -> None:
+    for name in ("log", f"{STATE}.new"):
+        (tmp_path / name).symlink_to("/dev/full")
+    with kept(tmp_path, f"{SERVING}; import time; time.sleep(60)") as (keeper, ended):
+        assert until(keeper, lambda state: state.state == READY).url == "http://127.0.0.1:4321"
+        keeper.stop()
+        ended()
+        assert keeper.state().state == ENDED
+
+
+def test_a_stop_that_comes_too_late_changes_nothing(tmp_path: Path) -> None:
+    with kept(tmp_path, SERVING) as (keeper, ended):
+        assert ended() == 0
+        keeper.stop()
+        assert keeper.state().state == ENDED
 
 
 def test_only_a_free_port_is_replaced() -> None:

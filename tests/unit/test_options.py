@@ -17,7 +17,7 @@ from launch.options import (
     engine_options,
     layout,
 )
-from launch.start import _engine_config
+from launch.start import engine_config
 from strategies.plan import ParallelDims
 
 
@@ -135,7 +135,7 @@ def test_addresses_that_are_none(model: Path, address: str) -> None:
 def test_the_share_of_a_gpus_memory_reaches_the_workers(model: Path, share: float) -> None:
     options = made(model, "--gpu-memory-utilization", str(share))
     assert options.gpu_memory_utilization == share
-    assert _engine_config(options, ParallelDims()).memory_utilization == share
+    assert engine_config(options, ParallelDims()).memory_utilization == share
 
 
 @pytest.mark.parametrize("share", ["0", "-0.1", "1.01", "nan", "inf"])

@@ -188,6 +188,32 @@ def test_the_runner_up_and_the_step_are_explained():
     assert any(s.startswith("tp1 comes next and takes") and "reading weights" in s for s in made.explanation)
 
 
+def test_on_a_node_the_runner_up_is_another_way_to_use_it():
+    """tp7 is next to tp8 and nobody's choice; replicas of tp4 are, under load."""
+    found = plan(LLAMA_70B, box("h100", 8), Workload(), "bfloat16")
+    assert found.chosen.dims == ParallelDims(8)
+    assert any(s.startswith("Of the others on eight devices tp4dp2 comes next") for s in found.explanation)
+    said = next(s for s in found.explanation if "tp4dp2 gives more tokens/s than tp8" in s)
+    at = int(re.search(r"From (\d+) requests at once", said)[1])
+
+    def rate(name, concurrency):
+        load = Workload(concurrency=concurrency)
+        found = plan(LLAMA_70B, box("h100", 8), load, "bfloat16", layouts=[ParallelDims.parse(name)])
+        return found.candidates[0].estimate.output_tokens_per_s
+
+    assert rate("tp4dp2", 2 * at) > rate("tp8", 2 * at)
+    assert rate("tp4dp2", at // 2) < rate("tp8", at // 2)
+
+
+def test_it_is_said_when_the_first_token_waits_for_launches():
+    def said(prompt_tokens):
+        made = plan(LLAMA_70B, box("h100", 8), Workload(prompt_tokens=prompt_tokens), "bfloat16")
+        return [s for s in made.explanation if s.startswith("The first token waits for the host")]
+
+    assert said(1024)
+    assert not said(256)  # replayed as a graph
+
+
 def test_what_waits_and_what_is_uneven_is_noted():
     crowded = plan(LLAMA_8B, box("rtx-4090", 1), Workload(concurrency=500), "bfloat16")
     assert "requests at once; the rest wait" in crowded.chosen.marked[0]

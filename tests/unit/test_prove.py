@@ -79,6 +79,24 @@ def test_without_peer_access_no_peer_is_written_to() -> None:
         assert proof.paths == (Path.MAPPED, Path.NCCL)
 
 
+@pytest.mark.parametrize(("count", "limit_s"), [(2, 15.0), (4, 19.0), (8, 27.0)])
+def test_more_ranks_are_waited_for_longer(count: int, limit_s: float) -> None:
+    [card, _] = dual_h100().gpus
+    node = FakeNvml([replace(card, pci=f"00000000:{bus:02X}:00.0") for bus in range(count)])
+    limits: list[float] = []
+
+    class Timed(FakeRanks):
+        def each(
+            self, job: Callable[..., Any], args: Sequence[Sequence[object]], limit_s: float
+        ) -> list[Any]:
+            limits.append(limit_s)
+            return super().each(job, args, limit_s)
+
+    machine = discover(binding=node)
+    prove(machine, named(ladder(machine)), lambda env: Timed({}, env, []), lambda line: None)
+    assert set(limits) == {limit_s}
+
+
 def test_a_cpu_has_gloo() -> None:
     proof, tried, _ = climbed(CPUS)
     assert len(tried) == 1
@@ -224,3 +242,22 @@ def test_somebody_elses_memory_is_no_verdict_on_the_links(
     faults[FIRST] = hung()
     assert proved(H100S, tmp_path, print) == proof
     assert proved(H100S, tmp_path, print, refresh=True).failures
+
+
+def test_a_node_of_eight_tells_that_it_lives_between_its_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process writes over 56 pairs, which together may take as long as a hang is waited for."""
+    from cluster import rungs
+
+    told: list[str] = []
+    monkeypatch.setattr(rungs, "alive", lambda: told.append("alive"))
+    monkeypatch.setattr(rungs, "_copy_kernel", lambda device: None)
+    monkeypatch.setattr(rungs, "_wrong_ways", lambda *pair: told.append("pair"))
+    monkeypatch.setattr(rungs.torch.cuda, "can_device_access_peer", lambda a, b: True)
+
+    class Card:
+        def open(self) -> object:
+            return object()
+
+    assert rungs.peer_writes([Card() for _ in range(8)]) is None  # type: ignore[misc]
+    assert told.count("pair") == 56
+    assert all(told[i - 1] == "alive" for i, what in enumerate(told) if what == "pair")

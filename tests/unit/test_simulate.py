@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
@@ -196,6 +197,14 @@ def test_plan_simulates_the_rate_asked_for(capsys: pytest.CaptureFixture[str]) -
     assert "simulated" not in planned(capsys)
 
 
+@pytest.mark.parametrize("rate", ["1e-9", "1e308"])
+def test_plan_simulates_any_rate(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
+    found = planned(capsys, "--request-rate", rate)
+    for one in found["simulated"]:  # type: ignore[attr-defined]
+        assert 0 < one["ttft_p50_ms"] <= one["ttft_p99_ms"] < math.inf
+        assert 0 <= one["output_tokens_per_s"] < math.inf
+
+
 def test_plan_finds_the_highest_rate_within_limits(capsys: pytest.CaptureFixture[str]) -> None:
     limits = ["--max-ttft-ms", "200", "--max-tpot-ms", "20", "--objective", "throughput"]
     found = planned(capsys, "--request-rate", "max", *limits)
@@ -207,7 +216,7 @@ def test_plan_finds_the_highest_rate_within_limits(capsys: pytest.CaptureFixture
     assert none["chosen"] is None
 
 
-@pytest.mark.parametrize("rate", ["0", "-1", "nan", "soon"])
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "soon", "5e-324"])
 def test_a_rate_that_is_none_is_refused(rate: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "llama-3.1-8b", "--on", "2xh100", "--request-rate", rate]) == 2
-    assert "it must be requests a second, above 0, or max" in capsys.readouterr().err
+    assert "it must be requests a second, 1e-09 at least, or max" in capsys.readouterr().err

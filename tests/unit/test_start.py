@@ -109,7 +109,7 @@ class OneByOne:
 @pytest.fixture
 def devices(monkeypatch: pytest.MonkeyPatch) -> OneByOne:
     """The steps of a start are others' to test."""
-    for step in ("_engine_config", "_join", "_load", "_fit"):
+    for step in ("engine_config", "_join", "_load", "_fit"):
         monkeypatch.setattr(start, step, lambda *_, **__: None)
     monkeypatch.setattr(start, "_serve", lambda replica, *_: replica)
     return OneByOne()

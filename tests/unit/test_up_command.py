@@ -133,6 +133,36 @@ def test_what_was_killed_is_told_and_brought_up_again(shardwise: Callable[..., R
     assert shardwise("down", "--all", "--now")[0] == 0
 
 
+@pytest.mark.parametrize("asked", [("far", "tiny"), ("--all",)])
+def test_a_cluster_that_is_lost_is_forgotten_and_the_rest_ended(
+    shardwise: Callable[..., Ran], tmp_path: Path, asked: tuple[str, ...]
+) -> None:
+    shardwise("up", str(tmp_path / "tiny.yaml"))
+    deployments.record_there("far", "127.0.0.1:1")
+    code, _, said = shardwise("down", *asked)
+    assert code == 2
+    assert "To forget what was up there: --now" in said
+    code, _, said = shardwise("down", *asked, "--now")
+    assert code == 0
+    assert "far: forgotten; its cluster does not answer" in said
+    assert "tiny is down" in said
+    assert deployments.recorded() == {}
+
+
+def test_only_what_was_brought_up_in_a_lost_cluster_is_forgotten(
+    shardwise: Callable[..., Ran], tmp_path: Path
+) -> None:
+    shardwise("up", str(tmp_path / "tiny.yaml"))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name in ("tiny", str(mine), "../.."):
+        code, _, said = shardwise("down", name, "--address", "127.0.0.1:1", "--now")
+        assert code != 0
+        assert "no Ray cluster answers at 127.0.0.1:1" in said
+    assert mine.is_dir()
+    assert set(deployments.recorded()) == {"tiny"}
+
+
 def test_mistakes_are_one_line(shardwise: Callable[..., Ran], tmp_path: Path) -> None:
     for argv, says in (
         (("down",), "name what shall end, or give --all; up from this machine: nothing"),

@@ -35,7 +35,7 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
     from launch.serve import conditions_of
     from launch.start import cluster, deployment
     from orchestrator.jobs import check_same, examine
-    from orchestrator.journal import ERRORS, MANIFEST, OUTPUT, write_whole
+    from orchestrator.journal import ERRORS, MANIFEST, OUTPUT, write_durably
     from orchestrator.text import text_of
     from strategies.spec import Objective, Workload
 
@@ -61,7 +61,7 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
     conditions = {**conditions_of(options), "input": examined.sha256}
     if (directory / MANIFEST).is_file():
         check_same(msgspec.json.decode((directory / MANIFEST).read_bytes()), conditions)
-    write_whole(directory / MANIFEST, conditions)
+    write_durably(directory / MANIFEST, conditions)
     text = text_of(options.source)
     workload = Workload(
         min(512, options.most_context // 2), min(256, options.most_context // 2), 256, Objective.THROUGHPUT

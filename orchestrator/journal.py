@@ -144,8 +144,8 @@ def _repair(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def write_whole(path: Path, value: Mapping[str, Any]) -> None:
-    """A small JSON file: the old one or the new one, never half of it."""
+def write_durably(path: Path, value: Mapping[str, Any]) -> None:
+    """A small JSON file: the old one or the new one, never half of it, also after the power went."""
     new = path.with_suffix(".new")
     with new.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)

@@ -25,7 +25,7 @@ from launch.api.files import FileStore
 from launch.api.schemas import ChatRequest, CompletionRequest, Json, Name, Open
 from launch.api.service import Service
 from orchestrator.jobs import Answer, Answered, Changed, Examined, Halted, Job, check_same, examine
-from orchestrator.journal import ERRORS, MANIFEST, OUTPUT, Journal, write_whole
+from orchestrator.journal import ERRORS, MANIFEST, OUTPUT, Journal, write_durably
 
 LOG = logging.getLogger("shardwise")
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -251,7 +251,7 @@ class Batches:
         return found
 
     def _write(self, batch_id: str, told: Mapping[str, Any]) -> None:
-        write_whole(self._root / batch_id / MANIFEST, told)
+        write_durably(self._root / batch_id / MANIFEST, told)
 
 
 def _seconds(window: str) -> int:

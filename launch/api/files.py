@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, Response
 
 from launch.api.errors import ApiError
-from orchestrator.journal import write_whole
+from orchestrator.journal import write_durably
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
 _META, _DATA = "meta.json", "data"
@@ -87,7 +87,7 @@ class FileStore:
             "purpose": purpose[:64],
             "status": "processed",
         }
-        write_whole(directory / _META, {**meta, "owner": owner})
+        write_durably(directory / _META, {**meta, "owner": owner})
         return meta
 
 

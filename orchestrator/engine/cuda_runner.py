@@ -9,7 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 
 from cluster.collectives import Collectives, Incoming
 from orchestrator.engine import ops
+from orchestrator.engine.captured import (
+    chunk_sizes,
+    decode_sizes,
+    fitting,
+    numbers_of_parts,
+    shapes_of,
+    told_of_parts,
+)
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.paged_attention import (
@@ -34,27 +45,16 @@ from orchestrator.engine.sampler import sample
 from orchestrator.engine.slots import Slots, sampling_ends
 from orchestrator.engine.told import (
     FIELDS,
-    GRAPH_PROMPTS,
+    Block,
     Ints32,
     Shape,
-    numbers_of,
     told_of_decodes,
-    told_of_rows,
 )
 from orchestrator.engine.warm_up import compile_kernels
 from orchestrator.step import Row, Step, halves, whole_prompts
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 from strategies.tensor import Vocabulary
-
-SHORT_TOKENS = 512
-CHUNK_TOKENS = (16, 32, *range(64, SHORT_TOKENS + 1, 64), 640, 768, 896, 1024)
-"""Steps of up to so many tokens, prompts' and decodes', are captured too: 512 tokens of Llama-3.1-8B take an H100 some
-12 ms, no longer than launching 300 kernels one by one takes the host."""
-SHARED_CHUNK_TOKENS = (1280, 1536, 1792, 2048)
-"""Also where a layer's work is shared by ranks, who launch as many kernels for less of it, and sums besides. There the
-largest step is captured too, which most steps of a crowd of prompts are."""
-LEAST_FILLED = 0.75  # of a captured step's tokens, beyond the short ones
 
 OVERLAP_TOKENS = 8192
 """Steps of so many tokens run in two parts where ranks sum up, so that one's sums travel while the other computes.
@@ -64,18 +64,10 @@ Twice the launches: at 2048 tokens the host took 97 ms for what two H100s comput
 MOST_ON_THEIR_WAY = 16  # steps whose tokens the first stage has not looked at: no step needed them
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of the decode steps that are captured; a step is padded to the next of them, by an eighth from 64 on."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+class _Pool(NamedTuple):
+    """What use_mem_pool reads of a MemPool. One of torch's own must outlive all graphs that were captured into it."""
 
-
-def chunk_sizes(step_tokens: int, tp: int) -> list[int]:
-    """Tokens of the captured steps that are no decode steps, of steps of up to so many tokens."""
-    sizes = [*CHUNK_TOKENS, *(SHARED_CHUNK_TOKENS if tp > 1 else ())]
-    if tp > 1 or step_tokens < sizes[-1]:
-        sizes.append(step_tokens)
-    return sorted({size for size in sizes if size <= step_tokens})
+    id: tuple[int, int]
 
 
 class CudaRunner:
@@ -125,13 +117,10 @@ class CudaRunner:
 
     def _parts_of(self, tokens: int) -> list[Shape]:
         """How a captured step of so many tokens runs: in two parts where one's sums are to travel beside the other."""
-        several = self.shard.tp > 1 and tokens >= OVERLAP_TOKENS
+        spec, several = self.model.spec, self.shard.tp > 1 and tokens >= OVERLAP_TOKENS
+        block = Block(query_rows(spec.head_dim, self._dtype, self._device), spec.heads // spec.kv_heads)
         sizes = [tokens // 2, tokens - tokens // 2] if several else [tokens]
-        seats = [min(size, self._max_num_seqs) for size in sizes]
-        return [
-            Shape(size, 0 if i else most, GRAPH_PROMPTS, most)
-            for i, (size, most) in enumerate(zip(sizes, seats, strict=True))
-        ]
+        return shapes_of(sizes, self._max_num_seqs, block)
 
     def capture(self) -> None:
         """Every step that is replayed; all ranks of a stage call it at once, after `graph_bytes`."""
@@ -213,7 +202,7 @@ class CudaRunner:
         tokens = sum(row.count for row in rows)
         if tokens == len(rows) and all(row.samples for row in rows):
             return self._run_decodes(rows)
-        captured = self._chunk_of(rows, tokens)
+        captured = fitting(self._chunks, rows, tokens)
         return self._run_any(rows) if captured is None else self._run_chunk(*captured)
 
     # -- steps that only decode --
@@ -235,16 +224,6 @@ class CudaRunner:
 
     # -- steps with prompts, of a captured size --
 
-    def _chunk_of(self, rows: Sequence[Row], tokens: int) -> tuple[int, list[list[Row]]] | None:
-        """The captured size that a step fits and fills, and its rows by part."""
-        size = next((size for size in self._chunks if size >= tokens), None)
-        if size is None or (size > SHORT_TOKENS and tokens < LEAST_FILLED * size):
-            return None
-        shapes = self._chunks[size]
-        parts = [list(rows)] if len(shapes) == 1 else list(halves(rows, shapes[0].tokens))
-        fits = all(shape.takes(part) for shape, part in zip(shapes, parts, strict=True))
-        return (size, parts) if fits else None
-
     def _run_chunk(self, size: int, parts: Sequence[Sequence[Row]]) -> tuple[Tensor, Tensor] | None:
         self._tell_chunk(size, parts)
         tokens = sum(row.count for part in parts for row in part)
@@ -252,25 +231,10 @@ class CudaRunner:
         return self._replay(("chunk", size), partial(self._chunk, size), tokens, sampling)
 
     def _tell_chunk(self, size: int, parts: Sequence[Sequence[Row]]) -> None:
-        """The parts' tokens, one part after the other; then the slots that sample, and where among the parts' samples
-        each of them is; then the parts' numbers."""
-        scratch, shapes = self._on_device.scratch, self._chunks[size]
-        told = [
-            told_of_rows(part, self.slots, shape.tokens, scratch).reshape(-1)
-            for part, shape in zip(parts, shapes, strict=True)
-        ]
-        self._tell(np.concatenate(told))
-        seats = min(size, self._max_num_seqs)
-        keep, pick = np.full(seats, scratch, dtype=np.int32), np.zeros(seats, dtype=np.int32)
-        at = first = 0
-        for part, shape in zip(parts, shapes, strict=True):
-            slots = [row.slot for row in part if row.samples]
-            keep[at : at + len(slots)] = slots
-            pick[at : at + len(slots)] = np.arange(first, first + len(slots))
-            at, first = at + len(slots), first + shape.samples
-        numbers = [numbers_of(part, shape) for part, shape in zip(parts, shapes, strict=True)]
-        whole = np.concatenate([keep, pick, *numbers])
-        self._numbers[: whole.size].copy_(pinned(whole, self._device), non_blocking=True)
+        shapes, scratch = self._chunks[size], self._on_device.scratch
+        self._tell(told_of_parts(parts, shapes, self.slots, scratch))
+        numbers = numbers_of_parts(parts, shapes, min(size, self._max_num_seqs), scratch)
+        self._numbers[: numbers.size].copy_(pinned(numbers, self._device), non_blocking=True)
 
     def _chunk(self, size: int) -> None:
         """What a graph holds."""
@@ -333,10 +297,11 @@ class CudaRunner:
         sizes = [sum(row.count for row in part) for part in parts]
         received_TE = self._received(tokens)
         received = [None] * len(parts) if received_TE is None else torch.split(received_TE, sizes)
-        found = self._overlap.run([partial(self._part, *of) for of in zip(parts, received, strict=True)])
-        hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
+        with self._memory_of_graphs():
+            found = self._overlap.run([partial(self._part, *of) for of in zip(parts, received, strict=True)])
+            hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
         if not self.shard.is_last:
-            self._send(hidden_XE)
+            self._send(hidden_XE.clone())  # the next step may write over them
             return None
         count = len(hidden_XE)
         if not count:
@@ -346,6 +311,13 @@ class CudaRunner:
         tokens_R = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
+
+    def _memory_of_graphs(self) -> AbstractContextManager[None]:
+        """Where a step's intermediate results go, too: graphs leave nothing there from one step to the next."""
+        if not self._graphs:
+            return nullcontext()
+        pool = _Pool(next(iter(self._graphs.values())).pool())
+        return torch.cuda.use_mem_pool(cast(torch.cuda.MemPool, pool), self._device)
 
     def _part(self, rows: Sequence[Row], received_TE: Tensor | None) -> Tensor:
         """Hidden states of all tokens; on the last stage, of those that are sampled after."""

@@ -75,7 +75,8 @@ class Prompts:
     starts_R: Tensor
     offsets_R1: Tensor  # into the tokens from `first` on
     first: int
-    longest: int | None  # tokens that the longest row has; None: any, as in a graph
+    longest: int | None  # tokens that the longest row has; None: any, as in a graph, where `blocks` tell
+    blocks: tuple[Tensor, Tensor] | None = None  # see told.blocks_of
 
 
 class PromptAttention(Protocol):
@@ -134,8 +135,8 @@ def batch_of(
 
 def batch_in_graph(told_4T: Tensor, numbers: Tensor, shape: Shape) -> tuple[PagedBatch, Tensor]:
     """Of what `numbers_of` tells → and the last tokens of the rows that sample."""
-    slots_D, positions_D, slots_R, starts_R, offsets_R1, ends_S = torch.split(numbers, shape.sizes)
-    prompts = Prompts(slots_R, starts_R, offsets_R1, first=0, longest=None)
+    slots_D, positions_D, slots_R, starts_R, offsets_R1, ends_S, *blocks = torch.split(numbers, shape.sizes)
+    prompts = Prompts(slots_R, starts_R, offsets_R1, first=0, longest=None, blocks=(blocks[0], blocks[1]))
     return PagedBatch(told_4T, shape.decodes, prompts, slots_D, positions_D), ends_S
 
 
@@ -217,6 +218,7 @@ class PagedContext:
             prompts.starts_R,
             prompts.offsets_R1,
             longest=prompts.longest,
+            blocks=prompts.blocks,
             block_size=self._cache.block_size,
             scale=self._spec.head_dim**-0.5,
             window=window,

@@ -5,13 +5,18 @@ A layer's `ways` say it: for so many rows of x, that kernel. Where they say noth
 
 from __future__ import annotations
 
+import hashlib
+import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import torch
+import triton
 from torch import Tensor, nn
+from triton.runtime.cache import get_cache_manager
 
 from orchestrator.engine.kernels import cublaslt, hopper
 from orchestrator.engine.kernels.activation import silu_mul
@@ -38,6 +43,7 @@ COLD_BYTES = 150e6  # of weights that are gone through before one comes again: t
 LEAST_CALLS, MOST_CALLS, ROUNDS = 4, 8, 3
 HOLD_UP_CYCLES = 1_000_000  # some 0.6 ms, in which the host starts a round
 
+_KEPT_FILE = "products.json"
 CUBLAS = "cuBLAS's choice"
 FUSED = "Triton's gated"
 OTHERS = "cuBLAS's choice, or another where that is faster"
@@ -114,26 +120,18 @@ def choose(
     kinds = alike(model) if dtype in (torch.float16, torch.bfloat16) else {}
     if not kinds:
         return Choice(CUBLAS, f"no layer of {dtype} without bias")
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    tiles = {
-        (kind, place): tiles_for(kind, place, processors, dtype, alone=alone)
+    spots = [
+        (kind, place)
         for kind in kinds
         for place in places(step_tokens)
         if 2 * place.tried_rows * kind.n <= MOST_PRODUCT_BYTES
-    }
+    ]
     try:
-        compiled = compile_tiles(list({tile for some in tiles.values() for tile in some}), dtype, device)
-        library = cublaslt.Library(device)
-        trials = [
-            Trial(
-                kind,
-                place,
-                kinds[kind],
-                _offers(kind, place, dtype, library, alone=alone) | _named(some, compiled),
-            )
-            for (kind, place), some in tiles.items()
-        ]
-        return told([trial.decide() for trial in trials])
+        kept = Kept(spots, dtype, device, alone=alone)
+        trials = _trials(spots, kinds, kept.decisions, dtype, device, alone=alone)
+        decisions = [trial.decide(of_before) for trial, of_before in zip(trials, kept.decisions, strict=True)]
+        kept.put(decisions)
+        return told(decisions)
     except (OSError, RuntimeError) as error:  # no NVRTC, a library that lacks a call, a driver that refuses
         for layers in kinds.values():
             for layer in layers:
@@ -143,6 +141,39 @@ def choose(
         torch.cuda.empty_cache()  # the trials' products are larger than what a step leaves
 
 
+def _trials(
+    spots: Sequence[tuple[Kind, Place]],
+    kinds: Mapping[Kind, Sequence[Linear | GateUp]],
+    kept: Sequence[Decision | None],
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    alone: bool,
+) -> list[Trial]:
+    """Where it was decided before, of the tiles only that one is compiled."""
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    tiles = [
+        [
+            tile
+            for tile in tiles_for(kind, place, processors, dtype, alone=alone)
+            if of_before is None or of_before.name == _name(tile)
+        ]
+        for (kind, place), of_before in zip(spots, kept, strict=True)
+    ]
+    compiled = compile_tiles(list({tile for some in tiles for tile in some}), dtype, device)
+    library = cublaslt.Library(device)
+    return [
+        Trial(
+            kind,
+            place,
+            kinds[kind],
+            _offers(kind, place, dtype, library, alone=alone)
+            | {_name(tile): compiled[tile] for tile in some},
+        )
+        for (kind, place), some in zip(spots, tiles, strict=True)
+    ]
+
+
 def compile_tiles(
     tiles: Sequence[hopper.Tile], dtype: torch.dtype, device: torch.device
 ) -> dict[hopper.Tile, Product]:
@@ -150,8 +181,8 @@ def compile_tiles(
     return {tile: hopper.Product(tile, binary, device) for tile, binary in found.items()}
 
 
-def _named(tiles: Sequence[hopper.Tile], compiled: Mapping[hopper.Tile, Product]) -> dict[str, Product]:
-    return {f"hopper.cu {tile}": compiled[tile] for tile in tiles}
+def _name(tile: hopper.Tile) -> str:
+    return f"hopper.cu {tile}"
 
 
 def _offers(
@@ -183,6 +214,27 @@ class Decision:
     chosen_s: float
 
 
+class Kept:
+    """What was decided before on such a GPU, with these libraries and kernels: the next start has it at once."""
+
+    def __init__(
+        self, spots: Sequence[tuple[Kind, Place]], dtype: torch.dtype, device: torch.device, *, alone: bool
+    ) -> None:
+        of = torch.cuda.get_device_name(device), torch.__version__, torch.version.cuda, cublaslt.version()
+        text = f"{of} {triton.__version__} {dtype} {alone} {hopper.source(hopper.MANY, dtype)} {list(spots)}"
+        self._shelf = get_cache_manager(hashlib.sha256(text.encode()).hexdigest())
+        path = self._shelf.get_file(_KEPT_FILE)
+        self.decisions: list[Decision | None] = [None] * len(spots)
+        if path is not None:
+            self.decisions = [Decision(*fields) for fields in json.loads(Path(path).read_text())]
+
+    def put(self, decisions: Sequence[Decision]) -> None:
+        if list(decisions) != self.decisions:
+            self._shelf.put(
+                json.dumps([astuple(decision) for decision in decisions]), _KEPT_FILE, binary=False
+            )
+
+
 def fastest(seconds: Mapping[str, float]) -> str:
     """cuBLAS's choice, which another must beat by more than chance, or that other."""
     best = min(seconds, key=lambda name: seconds[name])
@@ -210,23 +262,35 @@ class Trial:
     offers: Mapping[str, Product]
 
     @torch.inference_mode()
-    def decide(self) -> Decision:
-        """Also adds to the layers' `ways`."""
+    def decide(self, of_before: Decision | None) -> Decision:
+        """Also adds to the layers' `ways`. What was decided before is taken, if it still gives the product."""
         layers = self._cold_layers()
         weight = layers[0].weight
         x_MK = torch.randn((self.place.tried_rows, self.kind.k), dtype=weight.dtype, device=weight.device)
+        if of_before is not None and of_before.name == CUBLAS:
+            return of_before
         expected_MN = layers[0].forward(x_MK).float()  # no hooks: no sums with other ranks
+
+        def is_right(product: Product) -> bool:
+            got_MN = product(x_MK, weight).float()
+            return float((got_MN - expected_MN).norm() / expected_MN.norm()) <= APART  # not where it is nan
+
+        if of_before is not None and of_before.name in self.offers and is_right(self.offers[of_before.name]):
+            self._take(of_before.name)
+            return of_before
         seconds = {CUBLAS: median_s([_call(layer.forward, x_MK) for layer in layers])}
         for name, product in self.offers.items():
-            got_MN = product(x_MK, weight).float()
-            if float((got_MN - expected_MN).norm() / expected_MN.norm()) <= APART:  # not where it is nan
+            if is_right(product):
                 seconds[name] = median_s([_call(product, x_MK, layer.weight) for layer in layers])
         name = fastest(seconds)
+        self._take(name)
+        return Decision(name, seconds[CUBLAS], seconds[name])
+
+    def _take(self, name: str) -> None:
         if name != CUBLAS:
             way = Way(self.place.rows, self.offers[name])
             for layer in self.layers:
                 layer.ways = (*layer.ways, way)
-        return Decision(name, seconds[CUBLAS], seconds[name])
 
     def _cold_layers(self) -> list[Linear | GateUp]:
         """One after another, over and over: each weight has left the L2 cache when it comes again."""

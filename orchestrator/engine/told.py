@@ -13,8 +13,19 @@ from orchestrator.step import Row
 
 Ints32 = NDArray[np.int32]
 
-GRAPH_PROMPTS = 64  # that a captured step has room for, beside its decodes
 FIELDS = 4  # of a token: its slot, position, id (-1: the newest that the slot sampled), new block (-1: none)
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one program of prefill's attention works on: query rows, of which each token has `group`."""
+
+    rows: int
+    group: int
+
+    def count(self, tokens: int) -> int:
+        """Of programs for so many tokens of one sequence."""
+        return -(-tokens * self.group // self.rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,12 +36,14 @@ class Shape:
     decodes: int
     prompts: int
     samples: int
+    block: Block
 
     @property
     def sizes(self) -> list[int]:
         """Of the numbers of `numbers_of`."""
         decodes, prompts = self.decodes, self.prompts
-        return [decodes, decodes, prompts, prompts, prompts + 1, self.samples]
+        blocks = self.block.count(self.tokens) + prompts  # each prompt's last one may be cut
+        return [decodes, decodes, prompts, prompts, prompts + 1, self.samples, blocks, blocks]
 
     def takes(self, rows: Sequence[Row]) -> bool:
         """Of rows whose tokens fit."""
@@ -48,10 +61,13 @@ def numbers_of(rows: Sequence[Row], shape: Shape) -> Ints32:
     """What a graph is told of a part's rows beside their tokens, in one array.
 
     Slots and positions of the rows that decode (-1: nobody's); slots, starts and token offsets of those that compute
-    several tokens, empty ones behind them; the last tokens of those that sample, the first token behind them.
+    several tokens, empty ones behind them; the last tokens of those that sample, the first token behind them; rows of
+    the blocks of prompts' attention (-1: nobody's), and which of the row's blocks each is.
     """
     numbers = np.zeros(sum(shape.sizes), dtype=np.int32)
-    slots, positions_, prompt_slots, starts, offsets, ends = np.split(numbers, np.cumsum(shape.sizes)[:-1])
+    slots, positions_, prompt_slots, starts, offsets, ends, block_rows, blocks = np.split(
+        numbers, np.cumsum(shape.sizes)[:-1]
+    )
     leading = decodes_of(rows) if shape.decodes else 0
     decodes, prompts = rows[:leading], rows[leading:]
     slots[:leading] = [row.slot for row in decodes]
@@ -64,7 +80,22 @@ def numbers_of(rows: Sequence[Row], shape: Shape) -> Ints32:
     offsets[len(after) :] = after[-1]
     sampled = sampling_ends(rows)
     ends[: len(sampled)] = sampled
+    found = blocks_of(prompts, shape.block)
+    block_rows[:] = -1
+    block_rows[: len(found[0])], blocks[: len(found[1])] = found
     return numbers
+
+
+def blocks_of(prompts: Sequence[Row], block: Block) -> tuple[Ints32, Ints32]:
+    """The rows of all blocks and which of the row's blocks each is, those with the most keys first: an even end."""
+    counts = np.array([row.count for row in prompts], dtype=np.int64)
+    starts = np.array([row.start for row in prompts], dtype=np.int64)
+    each = -(-counts * block.group // block.rows)
+    rows = np.repeat(np.arange(len(prompts)), each)
+    blocks = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
+    keys = starts[rows] + np.minimum(counts[rows], (blocks + 1) * block.rows // block.group)
+    order = np.argsort(-keys, kind="stable")
+    return rows[order].astype(np.int32), blocks[order].astype(np.int32)
 
 
 def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:

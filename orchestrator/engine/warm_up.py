@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 
 from orchestrator.engine import ops
+from orchestrator.engine.captured import GRAPH_PROMPTS
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Layer, Transformer
 from orchestrator.engine.paged_attention import (
@@ -25,7 +27,7 @@ from orchestrator.engine.paged_attention import (
     batch_in_graph,
     to_device,
 )
-from orchestrator.engine.told import FIELDS, GRAPH_PROMPTS, Shape, numbers_of
+from orchestrator.engine.told import FIELDS, Block, Shape, numbers_of
 
 THREADS = 8  # at work at once; a kernel takes one of them 0.5 to 2 s
 ROWS = (1, 2, 64)  # the sizes of a step that choose different kernels
@@ -82,7 +84,8 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
     def states(rows: int, width: int) -> Tensor:
         return torch.zeros((rows, width), dtype=keys.dtype, device=keys.device)
 
-    for batch in _batches(slots):
+    block = Block(query_rows(spec.head_dim, keys.dtype, keys.device), spec.heads // spec.kv_heads)
+    for batch in _batches(slots, block):
         x_TN = states(batch.told_4T.shape[1], layer.attention.qkv.out_features)
         context = PagedContext(cache, slots, batch, spec, model.rope)
         yield partial(context.attend, 0, x_TN, layer.attention.q_norm, layer.attention.k_norm)
@@ -102,7 +105,7 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
         yield partial(layer.input_norm, x_TE, x_TE.clone())
 
 
-def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
+def _batches(slots: DeviceSlots, block: Block) -> Iterator[PagedBatch]:
     device = slots.tables.device
 
     def told(tokens: int) -> Tensor:
@@ -114,5 +117,5 @@ def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
         yield PagedBatch(told(rows), rows, None)
     empty = torch.zeros(2, dtype=torch.int32, device=device)
     yield PagedBatch(told(16), 0, Prompts(empty[:1], empty[:1], empty, first=0, longest=16))
-    shape = Shape(16, 0, GRAPH_PROMPTS, 16)
+    shape = Shape(16, 0, GRAPH_PROMPTS, 16, block)
     yield batch_in_graph(told(16), to_device(numbers_of([], shape), device), shape)[0]

@@ -19,6 +19,8 @@ from orchestrator.engine.kernels.attention import (
     prefill_attention,
     prefill_tile,
 )
+from orchestrator.engine.told import Block, blocks_of
+from orchestrator.step import Row
 from tests.interpreted import *  # noqa: F403
 
 BLOCK_SIZE = 16
@@ -115,11 +117,16 @@ def prefill_error(
     scale: float = 0.3,
     empty_rows: int | None = None,
 ) -> float:
-    """Rows are the cache's slots in reverse order. `empty_rows`: so many behind them, and blocks counted over all."""
+    """Rows are the cache's slots in reverse order. `empty_rows`: so many behind them, and blocks told by the host."""
     kv_heads, head_dim = cache.keys.shape[1:]
     q_THD = strided_queries(sum(counts), kv_heads * group, head_dim, cache.keys.dtype)
     slots = list(reversed(range(len(counts))))
     offsets, beyond = [0, *torch.tensor(counts).cumsum(0).tolist()], [0] * (empty_rows or 0)
+    block = Block((tile or prefill_tile(head_dim, q_THD.dtype, hopper=False)).rows, group)
+    flat = blocks_of(
+        [Row(0, start, count, False, 0, -1) for start, count in zip(starts, counts, strict=True)], block
+    )
+    padded = [ints(*flat[0].tolist(), -1, -1), ints(*flat[1].tolist(), 0, 0)]
     out = prefill_attention(
         q_THD,
         cache.keys,
@@ -129,6 +136,7 @@ def prefill_error(
         ints(*starts, *beyond),
         ints(*offsets, *[offsets[-1] for _ in beyond]),
         longest=max(counts) if empty_rows is None else None,
+        blocks=None if empty_rows is None else (padded[0], padded[1]),
         block_size=BLOCK_SIZE,
         scale=scale,
         window=window,

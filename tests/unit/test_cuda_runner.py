@@ -9,16 +9,19 @@ import torch
 
 from cluster.collectives.torch_dist import RankGroup, TorchCollectives
 from launch.models import resolve
-from orchestrator.engine import cuda_runner, ops
+from orchestrator.engine import captured as sizes_captured
+from orchestrator.engine import ops
+from orchestrator.engine.captured import chunk_sizes, decode_sizes
 from orchestrator.engine.checkpoint import open_checkpoint
-from orchestrator.engine.cuda_runner import CudaRunner, chunk_sizes, decode_sizes
+from orchestrator.engine.cuda_runner import CudaRunner
 from orchestrator.engine.kernels import all as kernels
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Runner
 from orchestrator.engine.slots import Slots
-from orchestrator.engine.told import Shape
+from orchestrator.engine.told import Block, Shape
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Row
@@ -55,11 +58,12 @@ def test_tokens_are_the_plain_ones(parts: int, tmp_path: Path, monkeypatch: pyte
         return KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU), slots
 
     def shapes(runner: CudaRunner, tokens: int) -> list[Shape]:
+        block = Block(query_rows(spec.head_dim, torch.float32, CPU), spec.heads // spec.kv_heads)
         sizes = [tokens] if parts == 1 else [tokens // 2, tokens - tokens // 2]
-        return [Shape(size, 0 if i else 4, 4, 4) for i, size in enumerate(sizes)]
+        return [Shape(size, 0 if i else 4, 4, 4, block) for i, size in enumerate(sizes)]
 
-    monkeypatch.setattr(cuda_runner, "CHUNK_TOKENS", (8, 16))
-    monkeypatch.setattr(cuda_runner, "SHORT_TOKENS", 0)
+    monkeypatch.setattr(sizes_captured, "CHUNK_TOKENS", (8, 16))
+    monkeypatch.setattr(sizes_captured, "SHORT_TOKENS", 0)
     monkeypatch.setattr(CudaRunner, "_parts_of", shapes)
     plain = Runner(model, *made(), shard, collectives, vocabulary)
     runner = CudaRunner(
@@ -110,13 +114,15 @@ def test_a_part_takes_what_it_has_room_for() -> None:
         counts = [1] * decodes + [3] * prompts
         return [Row(i, 5, count, samples, 0, -1) for i, count in enumerate(counts)]
 
-    shape = Shape(tokens=100, decodes=4, prompts=2, samples=5)
+    shape = Shape(tokens=100, decodes=4, prompts=2, samples=5, block=Block(16, 1))
     assert shape.takes(rows(3, 2))
     assert shape.takes(rows(4, 2, samples=False))
     assert not shape.takes(rows(4, 2))
     assert not shape.takes(rows(5, 0, samples=False))
     assert not shape.takes(rows(1, 3))
-    later = Shape(tokens=100, decodes=0, prompts=2, samples=5)  # whose tokens come behind a first part's
+    later = Shape(
+        tokens=100, decodes=0, prompts=2, samples=5, block=Block(16, 1)
+    )  # whose tokens come behind a first part's
     assert later.takes(rows(1, 1))
     assert not later.takes(rows(2, 1))
 

@@ -12,6 +12,7 @@ from orchestrator.engine import ops
 from orchestrator.engine.attention import SdpaContext
 from orchestrator.engine.checkpoint import open_checkpoint
 from orchestrator.engine.kernels import all as kernels
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
@@ -24,7 +25,7 @@ from orchestrator.engine.paged_attention import (
 )
 from orchestrator.engine.runner import Runner
 from orchestrator.engine.slots import Slots, sampling_ends
-from orchestrator.engine.told import Shape, numbers_of, told_of_decodes, told_of_rows
+from orchestrator.engine.told import Block, Shape, numbers_of, told_of_decodes, told_of_rows
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
@@ -38,8 +39,6 @@ CPU = torch.device("cpu")
 LIMITS = SchedulerConfig(
     num_blocks=24, block_size=8, max_num_seqs=4, max_num_batched_tokens=16, max_model_len=32
 )
-
-SHAPE = Shape(tokens=19, decodes=5, prompts=4, samples=6)
 
 
 def steps(prompts: list[list[int]], vocab: int) -> list[Step]:
@@ -72,6 +71,8 @@ def test_hidden_states_are_the_plain_ones(
     caches = [KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU) for _ in range(2)]
     on_device = DeviceSlots(LIMITS.max_num_seqs, LIMITS.max_model_len, caches[1])
     runner = Runner(model, caches[0], plain, shard, None, None)  # type: ignore[arg-type]
+    block = Block(query_rows(spec.head_dim, torch.float32, CPU), spec.heads // spec.kv_heads)
+    shape = Shape(tokens=19, decodes=5, prompts=4, samples=6, block=block)
     shared = list(range(9))
     asked = [[*shared, 1, 2], [5, 6], list(range(30, 49)), [4], [*shared, 9]]
     decoded = mixed = 0
@@ -93,11 +94,11 @@ def test_hidden_states_are_the_plain_ones(
             batch = batch_of(step.rows, paged_slots, CPU)
         else:  # as graphs hold it, with room for more
             mixed += 1
-            told = told_of_rows(step.rows, paged_slots, SHAPE.tokens, on_device.scratch)
-            numbers = torch.from_numpy(numbers_of(step.rows, SHAPE))
-            batch, ends_S = batch_in_graph(torch.from_numpy(told), numbers, SHAPE)
+            told = told_of_rows(step.rows, paged_slots, shape.tokens, on_device.scratch)
+            numbers = torch.from_numpy(numbers_of(step.rows, shape))
+            batch, ends_S = batch_in_graph(torch.from_numpy(told), numbers, shape)
             ends = sampling_ends(step.rows)
-            assert ends_S.tolist() == [*ends, *[0] * (SHAPE.samples - len(ends))]
+            assert ends_S.tolist() == [*ends, *[0] * (shape.samples - len(ends))]
         with monkeypatch.context() as patched:
             patched.setattr(ops, "has_kernels", lambda x: True)
             patched.setattr(kernels, "MAX_ROWS", 0)  # slow to interpret, and tested by themselves

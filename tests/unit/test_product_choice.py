@@ -160,11 +160,49 @@ def test_a_wrong_product_never_wins_and_all_layers_go_the_winners_way(
     monkeypatch.setattr(product_choice, "median_s", median_s)
     place = Place(range(3, 65), 64)
     offers = {"wrong": doubled, "right": right, "nan": nothing}
-    decision = Trial(Kind(4, 16, False), place, layers, offers).decide()
+    decision = Trial(Kind(4, 16, False), place, layers, offers).decide(None)
     assert decision.name == chosen
     assert decision.cublas_s == 10.0
     for layer in layers:
         assert layer.ways == ((Way(place.rows, right),) if chosen == "right" else ())
+
+
+def test_what_was_decided_before_is_taken_if_it_still_gives_the_product(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    layer = Linear(16, 4, bias=False)
+    torch.nn.init.normal_(layer.weight)
+
+    def right(x: Tensor, weight: Tensor) -> Tensor:
+        return F.linear(x, weight)
+
+    trial = Trial(Kind(4, 16, False), Place(range(3, 65), 64), [layer], {"right": right, "wrong": doubled})
+    before = Decision("right", 2.0, 1.0)
+    assert trial.decide(before) is before, "without timing anything: there is no GPU here"
+    assert layer.ways == (Way(range(3, 65), right),)
+    monkeypatch.setattr(product_choice, "median_s", lambda _calls: 1.0)
+    assert trial.decide(Decision("wrong", 2.0, 1.0)).name == CUBLAS
+    assert trial.decide(Decision("no more", 2.0, 1.0)).name == CUBLAS
+
+
+def test_decisions_are_kept_for_the_same_gpu_and_shapes(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from triton import knobs
+
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(product_choice.cublaslt, "version", lambda: 130100)
+    spots = [(DOWN, place) for place in product_choice.places(256)]
+
+    def kept(dtype: torch.dtype = torch.bfloat16) -> product_choice.Kept:
+        return product_choice.Kept(spots, dtype, torch.device("cpu"), alone=True)
+
+    assert kept().decisions == [None] * len(spots)
+    made = [Decision("a", 2e-6, 1e-6)] * len(spots)
+    kept().put(made)
+    assert kept().decisions == made
+    assert kept(torch.float16).decisions == [None] * len(spots)
 
 
 def test_the_weights_of_a_trial_leave_the_cache_before_they_come_again() -> None:
@@ -203,10 +241,11 @@ def test_where_nothing_compiles_cublas_chooses(monkeypatch: pytest.MonkeyPatch) 
     def refuse(*_: object) -> None:
         raise OSError("libnvrtc.so.13: cannot open shared object file")
 
-    spec = SimpleNamespace(multi_processor_count=PROCESSORS)
+    spec = SimpleNamespace(multi_processor_count=PROCESSORS, name="a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: spec)
     monkeypatch.setattr(hopper, "binaries", refuse)
+    monkeypatch.setattr(product_choice.cublaslt, "version", lambda: 130100)
     layer = Linear(2048, 2048, bias=False, dtype=torch.bfloat16)
     choice = choose(layer, 8192, torch.bfloat16, torch.device("cpu"), alone=True)
     assert choice.path == CUBLAS

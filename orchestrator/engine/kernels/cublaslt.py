@@ -66,6 +66,11 @@ def _call(name: str, *arguments: object) -> None:
         raise RuntimeError(f"{name}: status {status}")
 
 
+def version() -> int:
+    count: int = _library().cublasLtGetVersion()
+    return count
+
+
 class Library:
     """A handle, and memory that algorithms may work in, on the current device. Products run one after another."""
 

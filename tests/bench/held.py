@@ -1,4 +1,4 @@
-"""The most memory that was held on a GPU while something ran, as the driver sees it: everybody's, graphs and NCCL too."""
+"""The most memory that was held on a GPU while something ran, as the driver sees it: graphs and NCCL too."""
 
 from __future__ import annotations
 

@@ -8,8 +8,8 @@ them: a row whose token the host does not know takes its slot's newest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple, cast
 
@@ -99,6 +99,9 @@ class CudaRunner:
         self._sizes = decode_sizes(self._max_num_seqs)
         self._chunks = {size: self._parts_of(size) for size in chunk_sizes(step_tokens, shard.tp)}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._stream: torch.cuda.Stream | None = None  # that graphs are captured on
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._make_buffers()
         # Tokens from the last stage, and their slots.
         self._on_their_way: deque[tuple[list[int], Incoming]] = deque()
@@ -159,7 +162,7 @@ class CudaRunner:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads (NCCL's watchdog) may ask the driver things meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
             run()
         self._graphs[key] = graph
 
@@ -312,12 +315,24 @@ class CudaRunner:
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
 
-    def _memory_of_graphs(self) -> AbstractContextManager[None]:
-        """Where a step's intermediate results go, too: graphs leave nothing there from one step to the next."""
-        if not self._graphs:
-            return nullcontext()
+    @contextmanager
+    def _memory_of_graphs(self) -> Iterator[None]:
+        """Where a step's intermediate results go, too: graphs leave nothing there from one step to the next.
+
+        torch gives memory to the stream that had it before, so this is graphs' own.
+        """
+        if self._stream is None or not self._graphs:
+            yield
+            return
         pool = _Pool(next(iter(self._graphs.values())).pool())
-        return torch.cuda.use_mem_pool(cast(torch.cuda.MemPool, pool), self._device)
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.use_mem_pool(cast(torch.cuda.MemPool, pool), self._device),
+        ):
+            yield
+        current.wait_stream(self._stream)
 
     def _part(self, rows: Sequence[Row], received_TE: Tensor | None) -> Tensor:
         """Hidden states of all tokens; on the last stage, of those that are sampled after."""

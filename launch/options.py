@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from cluster.errors import BadLayout, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
+from strategies.formats import PLAIN
 from strategies.plan import Layout, ParallelDims
-from strategies.quantize import native
+from strategies.quantize import as_kept, can_remake, kept_on, native
 from strategies.runnable import check_layout, check_runs
+from strategies.scheme import GGUF
 from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
@@ -192,13 +194,15 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
     device = args.device if is_elsewhere else choose_device(args.device)
-    spec = _kept_on(device, spec)
+    spec = kept_on(device, spec)
+    if args.weights == "dummy" and can_remake(spec):
+        spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
     return EngineOptions(
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=bool(kept)),
+        dtype=_dtype(args.dtype, device, spec, small=kept not in ("", GGUF)),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -216,20 +220,13 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     )
 
 
-def _kept_on(device: str, spec: ModelSpec) -> ModelSpec:
-    """A CPU does not multiply float8: it is widened there."""
-    if device != "cpu" or spec.published is None or spec.published.format != "fp8":
-        return spec
-    return replace(spec, published=replace(spec.published, format=""))
-
-
 def _format(named: Layout | None, spec: ModelSpec) -> str:
     """That weights are kept in: the layout's, or the checkpoint's own. Raises BadLayout."""
-    asked = "" if named is None else named.format.name
-    stored = native(spec).name
-    if asked and stored and asked != stored:
-        raise BadLayout(f"{spec.name} is stored in {stored} already; leave +{asked} away")
-    return asked or stored
+    asked = PLAIN if named is None else as_kept(spec, named.format)
+    stored = native(spec)
+    if asked.weights and stored.weights not in ("", asked.weights) and not can_remake(spec):
+        raise BadLayout(f"{spec.name} is stored in {stored.weights} already; leave +{asked.weights} away")
+    return asked.name or stored.name
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from cluster.errors import BadLayout, BadModel
 from cluster.topology import Device
 from strategies.plan import Layout
-from strategies.quantize import MADE_AT_LOAD
+from strategies.quantize import RUNS
 from strategies.spec import ModelSpec
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -29,7 +29,7 @@ def why_not(
 def _beyond_this_version(layout: Layout) -> str | None:
     if layout.offload:
         return "offloaded weights are planned only"
-    if layout.format.name and layout.format.name not in MADE_AT_LOAD:
+    if layout.format.name and layout.format.name not in RUNS:
         return f"+{layout.format.name} is planned only"
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strategies.quantize import Scheme
+from strategies.scheme import Scheme
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -105,6 +105,9 @@ def quantized_linear(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
 ) -> Tensor:
     """On a GPU, by weights as quantized.py keeps them."""
+    if how.group and how.bits == 8:
+        of_groups: Tensor = _kernels().groups_of_8(x_MK, codes, scales, bias_N, pdl=overlaps(x_MK))
+        return of_groups
     out: Tensor = _kernels().quantized(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
     return out
 

@@ -14,13 +14,13 @@ Dimensions: N output channels, K columns, G groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from orchestrator.engine.safetensors_files import FLOATS, SafetensorsFiles
+from orchestrator.engine.stored import StoredCodes
 from strategies.published import Stored
 from strategies.spec import ModelSpec
 from strategies.tensor_shapes import check_shape, tensor_shapes
@@ -33,23 +33,6 @@ _PARTS = {
     Stored.GPTQ: ("qweight", "qzeros", "scales"),
     Stored.AWQ: ("qweight", "qzeros", "scales"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCodes:
-    """Of some rows and columns. w = (code − zero point) × scale."""
-
-    codes_NK: Tensor  # uint8, or int8 or float8 without zero points
-    scales_NG: Tensor  # as stored; G may be 1
-    zero_points_NG: Tensor | None  # uint8
-
-    def dequantized(self) -> Tensor:
-        """float32."""
-        n, k = self.codes_NK.shape
-        groups = self.codes_NK.float().view(n, self.scales_NG.shape[1], -1)
-        if self.zero_points_NG is not None:
-            groups = groups - self.zero_points_NG.float()[:, :, None]
-        return (groups * self.scales_NG.float()[:, :, None]).view(n, k)
 
 
 class PublishedCheckpoint:
@@ -132,6 +115,8 @@ class PublishedCheckpoint:
                 return {"qweight": (k // per, n), "qzeros": (groups, n // per), "scales": (groups, n)}
             case Stored.AWQ:
                 return {"qweight": (k, n // per), "qzeros": (groups, n // per), "scales": (groups, n)}
+            case Stored.GGUF:
+                raise AssertionError("GgufCheckpoint reads these")
 
     def _part(self, name: str, part: str, rows: range | None = None) -> Tensor:
         return self._files.read(f"{name.removesuffix('weight')}{part}", rows).clone()

@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 
 import torch
+from hypothesis import settings
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+settings.register_profile("no deadline", deadline=None)  # an example is slow where the machine is busy
+settings.load_profile("no deadline")

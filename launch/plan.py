@@ -110,13 +110,14 @@ def run(args: argparse.Namespace) -> int:
     rate = rate_of(args)
     alone = workload if rate is None else replace(workload, most_ttft_s=None, most_tpot_s=None)
     layouts = named_layouts(args.layouts)
-    topology = read_machine(args.on) if args.on else found_here()
+    here = args.on is None
+    topology = found_here() if here else read_machine(args.on)
     spec = spec_of(args.model)
     check_lengths(spec, workload, args.max_model_len)
     dtype = choose_dtype(args.dtype, spec, topology)
-    if not args.on:
+    if here:
         topology = as_measured(topology, dtype)
-    kept = () if args.on else kept_here(topology, spec, dtype)
+    kept = kept_here(topology, spec, dtype) if here else ()
     longest = args.max_model_len
     made = plan(spec, topology, alone, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
     simulated = None

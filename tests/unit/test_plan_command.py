@@ -173,6 +173,13 @@ def test_a_mistake_is_one_line_and_exit_2(capsys, flags):
     assert err.count("\n") == 1
 
 
+def test_an_empty_recipe_is_not_taken_for_this_machine(capsys):
+    code, out, err = shardwise(capsys, "llama-3.1-8b", "--on", "")
+    assert (code, out) == (2, "")
+    assert err.startswith("shardwise plan: recipe has no name; give a YAML file, or one that ships: ")
+    assert err.count("\n") == 1
+
+
 def test_it_answers_at_once_and_imports_neither_torch_nor_ray():
     script = (
         "import sys; from launch.__main__ import main; "

@@ -167,17 +167,19 @@ def _typical_s(run: Callable[[], object], device: torch.device, repeats: int) ->
     """Of one run, after one that does not count: the time that a quarter of the repeats beat.
 
     Noise is one-sided: what else runs here only ever adds. The quartile leaves it out and is no lucky single
-    run. Of a CPU the median: what else runs on its cores will slow the engine as well.
+    run. Of a CPU, where one thread works, the time that it ran counts.
     """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     run()
     times = []
     for _ in range(repeats):
         _finish(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         _finish(device)
-        times.append(time.perf_counter() - start)
-    return sorted(times)[repeats // 2 if device.type == "cpu" else repeats // 4]
+        times.append(clock() - start)
+    return sorted(times)[repeats // 4]
 
 
 def _finish(device: torch.device) -> None:

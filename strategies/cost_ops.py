@@ -89,15 +89,16 @@ def full_rates(device: Device) -> tuple[float, float]:
 def rates(place: Placement, device: Device, at_work: float) -> Rates:
     """Threads of a pool are given out at the start, one share a rank; bandwidth goes to whoever works."""
     sharers = place.pool_ranks(device)
+    left = device.free_share
     return Rates(
-        device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
-        {dtype: rate / sharers for dtype, rate in device.flops_per_s.items()},
+        left * device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
+        {dtype: left * rate / sharers for dtype, rate in device.flops_per_s.items()},
         *full_rates(device),
         1.0
         if device.provenance is Provenance.MEASURED
         else place.engine.kernels.reads_on.get(device.name, 1.0),
         {
-            dtype: {rows: rate / sharers for rows, rate in by_rows.items()}
+            dtype: {rows: left * rate / sharers for rows, rate in by_rows.items()}
             for dtype, by_rows in device.products.items()
             if device.pool
         },
@@ -240,7 +241,7 @@ def rank_s(place: Placement, replica: int, rank: int, work: Pass, at_work: float
     gap = k.attention_gap_s * engine.launches + (k.latent_gap_s if spec.latent is not None else 0.0)
     host += layers * gap
     if device.kind == "cpu":
-        host += layers * engine.eager_layers * device.layer_overhead_s
+        host += layers * engine.eager_layers * device.layer_overhead_s / device.free_share
     # Norms, rotation and residual sums read and write the hidden states; sampling reads the logits.
     other = layers * k.residual_passes * 2 * work.tokens * spec.hidden * BYTES_PER_ELEMENT[dtype]
     if shard.is_last:

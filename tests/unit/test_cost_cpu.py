@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 
+from cluster import busy
 from cluster.discover import Cpu, cpu_topology
 from cluster.topology import Provenance, Topology
 from strategies.cost_ops import weight_s
@@ -11,7 +12,7 @@ from strategies.cost_steps import decode_step_s
 from strategies.engines import CPU, engine
 from strategies.place import place
 from strategies.plan import Layout, Placement
-from tests.unit.machines import SMOL
+from tests.unit.machines import SMOL, box
 
 RATES = {1: 5e9, 2: 10e9, 4: 10e9, 16: 30e9, 256: 1e11}  # four rows take twice as long as two
 
@@ -65,3 +66,25 @@ def test_a_layer_takes_as_many_of_the_timed_calls_as_the_engine_makes():
         sum(decode_step_s(put("tp1", machine(s)), 0, 1, context=1, busy=1.0).values()) for s in (1e-3, 0.0)
     )
     assert with_calls - without == pytest.approx(SMOL.layers * engine(CPU).eager_layers * 1e-3)
+
+
+def test_half_of_the_cores_take_twice_as_long():
+    found = machine(1e-3)
+    loaded = replace(found, devices=tuple(replace(d, free_share=0.5) for d in found.devices))
+    idle_s, busy_s = (
+        sum(decode_step_s(put("tp1", on), 0, 4, context=64, busy=1.0).values()) for on in (found, loaded)
+    )
+    assert busy_s == pytest.approx(2 * idle_s)
+
+
+def test_what_other_programs_leave_of_a_cpu_is_seen(monkeypatch):
+    monkeypatch.setattr(busy, "share_left", lambda cores, seconds: 0.4)
+    assert {d.free_share for d in busy.with_what_is_left(machine()).devices} == {0.4}
+    monkeypatch.setattr(busy, "share_left", lambda cores, seconds: 0.97)
+    assert busy.with_what_is_left(machine()) == machine()
+    monkeypatch.setattr(busy, "share_left", lambda cores, seconds: pytest.fail("a GPU's host is not asked"))
+    assert busy.with_what_is_left(box("h100", 1)) == box("h100", 1)
+
+
+def test_a_share_of_time_is_one():
+    assert 0 < busy.share_left(1, 0.02) <= 1

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from cluster.errors import BadLayout, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
-from strategies.formats import PLAIN
+from strategies.formats import FORMATS, PLAIN
 from strategies.plan import Layout, ParallelDims
-from strategies.quantize import as_kept, can_remake, kept_on, native
+from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, check_runs
 from strategies.scheme import GGUF
 from strategies.source import ModelSource, spec_of
@@ -202,7 +202,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=kept not in ("", GGUF)),
+        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights not in ("", GGUF)),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -226,7 +226,7 @@ def _format(named: Layout | None, spec: ModelSpec) -> str:
     stored = native(spec)
     if asked.weights and stored.weights not in ("", asked.weights) and not can_remake(spec):
         raise BadLayout(f"{spec.name} is stored in {stored.weights} already; leave +{asked.weights} away")
-    return asked.name or stored.name
+    return or_native(spec, asked).name
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

@@ -21,13 +21,13 @@ import torch
 from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.torch_dist import TorchCollectives, join
-from cluster.errors import BadLayout, BadRequest, GangDied
+from cluster.errors import BadRequest, GangDied
 from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
-from orchestrator.engine.kv_cache import KVCache, block_bytes
+from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
 from orchestrator.engine.loader import load
-from orchestrator.engine.memory import free_for_kv, multiplies_float8, peak_of
+from orchestrator.engine.memory import check_float8, free_for_kv, peak_of
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
@@ -129,10 +129,7 @@ class Worker:
         with torch.device("meta"):
             self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
         kept = FORMATS[self.config.format]
-        if kept.name == "fp8" and not multiplies_float8(self.device):
-            raise BadLayout(
-                "+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8"
-            )
+        check_float8(kept, self.device)
         load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)
@@ -160,6 +157,8 @@ class Worker:
         dtype = getattr(torch, config.dtype)
         if dtype == torch.float64:
             return "torch's SDPA", "float64 has no kernels"
+        if FORMATS[config.format].has_float8_kv:
+            return "Triton", "FlashInfer's kernels are not asked for a cache in float8"
         from orchestrator.engine.prefill_choice import choose  # brings Triton
 
         choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
@@ -180,7 +179,8 @@ class Worker:
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
-        block = block_bytes(self.model.spec, self.config.block_size, getattr(torch, self.config.dtype))
+        dtype = kept_dtype(getattr(torch, self.config.dtype), FORMATS[self.config.format].has_float8_kv)
+        block = block_bytes(self.model.spec, self.config.block_size, dtype)
         free = free_for_kv(self.device, self.config.memory_utilization) - needed
         return max(0, free // block - 1)  # one is scratch
 
@@ -202,7 +202,14 @@ class Worker:
         """Make the KV cache; every rank of the replica gets the same `limits`."""
         self.limits = limits
         dtype = getattr(torch, self.config.dtype)
-        cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
+        cache = KVCache(
+            self.model.spec,
+            limits.num_blocks,
+            limits.block_size,
+            dtype,
+            self.device,
+            float8=FORMATS[self.config.format].has_float8_kv,
+        )
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
         parts = self.model, cache, slots, self.shard, self.collectives, vocabulary

@@ -104,7 +104,8 @@ def explain_planned_only(
 
 
 def _why_apart(candidate: Candidate) -> str:
-    if candidate.format.name in RUNS and not candidate.offload and candidate.dims.ep == 1:
+    runs = candidate.format.weights in ("", *RUNS)
+    if candidate.format.name and runs and not candidate.offload and candidate.dims.ep == 1:
         return "Not chosen, since it changes the model's answers"
     return "Planned only, this version does not run it"
 

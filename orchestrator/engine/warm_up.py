@@ -79,12 +79,12 @@ def _without_gradients(call: Callable[[], object]) -> None:
 
 def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[Callable[[], object]]:
     layer, spec = cast(Layer, model.layers[0]), model.spec
-    keys = cache.keys[0]
+    device = cache.keys[0].device
 
     def states(rows: int, width: int) -> Tensor:
-        return torch.zeros((rows, width), dtype=keys.dtype, device=keys.device)
+        return torch.zeros((rows, width), dtype=cache.dtype, device=device)
 
-    block = Block(query_rows(spec.head_dim, keys.dtype, keys.device), spec.heads // spec.kv_heads)
+    block = Block(query_rows(spec.head_dim, cache.dtype, device), spec.heads // spec.kv_heads)
     for batch in _batches(slots, block):
         x_TN = states(batch.told_4T.shape[1], layer.attention.qkv.out_features)
         context = PagedContext(cache, slots, batch, spec, model.rope)

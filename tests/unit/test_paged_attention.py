@@ -54,9 +54,12 @@ def steps(prompts: list[list[int]], vocab: int) -> list[Step]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "float8"),
+    [("llama", False), ("mistral", False), ("qwen2", False), ("qwen3", False), ("qwen3", True)],
+)
 def test_hidden_states_are_the_plain_ones(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, float8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windowed = {"sliding_window": 11} if family == "mistral" else {}
     make_model(tmp_path, family, num_hidden_layers=2, **windowed)
@@ -68,7 +71,10 @@ def test_hidden_states_are_the_plain_ones(
     load(model, shard, spec, open_checkpoint(source, spec), CPU, torch.float32)
     plain = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
     paged_slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
-    caches = [KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU) for _ in range(2)]
+    caches = [
+        KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU, float8=float8)
+        for _ in range(2)
+    ]
     on_device = DeviceSlots(LIMITS.max_num_seqs, LIMITS.max_model_len, caches[1])
     runner = Runner(model, caches[0], plain, shard, None, None)  # type: ignore[arg-type]
     block = Block(query_rows(spec.head_dim, torch.float32, CPU), spec.heads // spec.kv_heads)

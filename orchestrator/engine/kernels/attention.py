@@ -107,8 +107,8 @@ def decode_attention(
 ) -> Tensor:
     """[B, H, D]: row i is one query, at position positions_B[i] of slot slots_B[i], over that slot's keys up to there.
 
-    keys, values: one layer of KVCache, with the row's own K and V already in; tables: int32 [slots, blocks of a slot].
-    A row at position -1 is nobody's, and of its output nothing is known.
+    keys, values: one layer of KVCache, with the row's own K and V already in, in float8 or q's dtype; tables: int32
+    [slots, blocks of a slot]. A row at position -1 is nobody's, and of its output nothing is known.
     splits: at most MAX_SPLITS; of several, a second kernel combines the results. Grids depend on shapes and splits
     alone: a CUDA graph may hold the call. pdl: see overlap.py.
     """

@@ -47,6 +47,8 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--block-size": options.block_size,
         "--num-gpu-blocks-override": options.num_blocks,
         "--gpu-memory-utilization": options.gpu_memory_utilization,
+        "--device-memory-gb": options.device_memory_gb,
+        "--resident-layers": options.resident_layers,
         "CUDA graphs": not options.enforce_eager,
         "prefix caching": options.prefix_caching,
         "--seed": options.seed,

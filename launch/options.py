@@ -47,6 +47,9 @@ class EngineOptions:
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
+    offload: bool = False  # layers that do not fit stay in host memory
+    resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
+    device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
@@ -106,6 +109,18 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
     )
     engine.add_argument(
+        "--device-memory-gb",
+        type=float,
+        metavar="GB",
+        help="of each GPU's memory, that a process may take, CUDA's context and NCCL in it; in place of the share",
+    )
+    engine.add_argument(
+        "--resident-layers",
+        type=int,
+        metavar="N",
+        help="of each rank's layers, that stay on the device with +offload; default: as many as fit",
+    )
+    engine.add_argument(
         "--step-timeout",
         type=float,
         metavar="S",
@@ -131,7 +146,8 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layouts.add_argument(
         "--layout",
         metavar="NAME",
-        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, tp2+int4, tp2+fp8: weights in fewer bits; auto: the planner's "
+        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, tp2+int4, tp2+fp8: weights in fewer bits; tp2+offload: what does not "
+        "fit stays in host memory; auto: the planner's "
         "choice (default)",
     )
     layouts.add_argument(
@@ -194,6 +210,10 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     device = args.device if is_elsewhere else choose_device(args.device)
     spec = _kept_on(device, spec)
     kept = _format(named, spec)
+    if args.resident_layers is not None and (named is None or not named.offload):
+        raise UserError(
+            "--resident-layers is of offloaded layouts; add --layout tp1+offload, or leave it away"
+        )
     return EngineOptions(
         source=source,
         spec=spec,
@@ -212,6 +232,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
         format=kept,
+        offload=named is not None and named.offload,
+        resident_layers=args.resident_layers,
+        device_memory_gb=args.device_memory_gb,
         step_timeout_s=args.step_timeout,
     )
 
@@ -240,6 +263,11 @@ def _check_sizes(args: argparse.Namespace) -> None:
     share = args.gpu_memory_utilization
     if not 0 < share <= 1:  # nan too
         raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
+    resident, most_gb = args.resident_layers, args.device_memory_gb
+    if resident is not None and resident < 0:
+        raise UserError(f"--resident-layers is {resident}; it must be at least 0")
+    if most_gb is not None and not 1 <= most_gb <= 10_000:  # nan too
+        raise UserError(f"--device-memory-gb is {most_gb:g}; it must be from 1 to 10000 GB")
     patience_s = args.step_timeout
     if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
         raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")

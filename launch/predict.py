@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
@@ -26,13 +26,28 @@ from strategies.spec import Objective, Workload
 
 def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
     """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
-    return as_measured(_found(options, cpu_ranks), options.dtype)
+    return capped(as_measured(_found(options, cpu_ranks), options.dtype), options.device_memory_gb)
 
 
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
     """The same, measured now if it never was."""
     found = _found(options)
-    return apply(measure(found, cache_directory(), progress.say), found, options.dtype)
+    made = apply(measure(found, cache_directory(), progress.say), found, options.dtype)
+    return capped(made, options.device_memory_gb)
+
+
+def capped(topology: Topology, most_gb: float | None) -> Topology:
+    """With GPUs of no more memory than a process may take of each."""
+    if most_gb is None:
+        return topology
+    most = int(most_gb * 1e9)
+    devices = tuple(
+        replace(d, memory_bytes=min(most, d.memory_bytes), free_bytes=min(most, d.free_bytes))
+        if d.kind != "cpu"
+        else d
+        for d in topology.devices
+    )
+    return replace(topology, devices=devices)
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
@@ -95,10 +110,10 @@ def planned(
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
         return Planned(_unseen(options, dims), None, None)
     if options.address is not None:
-        topology = free_machine(options.address, options.device, progress)
+        topology = capped(free_machine(options.address, options.device, progress), options.device_memory_gb)
     else:
         topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
-    layouts = None if dims is None else [Layout(dims, FORMATS[options.format])]
+    layouts = None if dims is None else [Layout(dims, FORMATS[options.format], options.offload)]
     made = predict(options, topology, workload, layouts, kept=shelf_of(options, topology).read())
     if made.chosen is None:
         why = " ".join(made.explanation)
@@ -111,7 +126,9 @@ def planned(
 def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
     """A layout on machines that nothing is known of yet."""
     kept = FORMATS[options.format]
-    return Candidate(dims, None, None, shard_replica(options.spec, dims, kept=kept), format=kept)
+    return Candidate(
+        dims, None, None, shard_replica(options.spec, dims, kept=kept), format=kept, offload=options.offload
+    )
 
 
 def _refused(asked: Candidate, why: str) -> str:

@@ -40,6 +40,7 @@ LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
 _NO_LIMITS = QueueLimits()
+OFFLOAD_KV_TOKENS = 8192  # of cache, that offloaded layers leave room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +171,7 @@ def _made_ready(
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
     _join(placed, shards, engine_config(options, dims), dims, progress)
-    weight_bytes = _load(placed, dims, progress)
+    weight_bytes = _load(placed, dims, progress, offload=options.offload)
     if options.device == "cuda":
         _choose_attention(placed, dims, progress)
     return _fit(placed, dims, options, progress), weight_bytes
@@ -223,7 +224,7 @@ class Restarting:
         placed = [Placed(gang, ranks_of(gang))]
         try:
             _join(placed, self._shards, engine_config(options, dims), dims, quiet)
-            _load(placed, dims, quiet)
+            _load(placed, dims, quiet, offload=options.offload)
             if options.device == "cuda":
                 _choose_attention(placed, dims, quiet)
             _fit(placed, dims, options, quiet, as_before=self._limits)
@@ -241,6 +242,10 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         dtype=options.dtype,
         device=options.device,
         format=options.format,
+        offload=options.offload,
+        resident_layers=options.resident_layers,
+        offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
+        memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
         dummy_weights=options.dummy_weights,
         block_size=options.block_size,
         max_num_seqs=options.max_num_seqs,
@@ -282,14 +287,28 @@ def _host(replica: Placed) -> str:
     return replica.member(0).node if several else LOOPBACK
 
 
-def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
+def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress, *, offload: bool) -> list[int]:
     """All ranks load at once; the bar shows the bytes of all."""
     calls = everywhere(placed, "load")
     with progress.bar(f"{dims.name}: loading weights") as bar:
         while not all(call.wait(LOOK_S) for call in calls):
             parts = results(everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
             bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
-    return results(calls, CALL_TIMEOUT_S)
+    loaded = results(calls, CALL_TIMEOUT_S)
+    if offload:
+        _tell_residence(placed, dims, progress)
+    return loaded
+
+
+def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+    """One line for all ranks that have the same."""
+    for layers, resident, step_bytes in dict.fromkeys(
+        results(everywhere(placed, "residence"), CALL_TIMEOUT_S)
+    ):
+        progress.say(
+            f"{dims.name}: {resident} of a rank's {layers} layers stay on its device; "
+            f"{step_bytes / 1e9:.2f} GB come from host memory at every step"
+        )
 
 
 def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:

@@ -119,7 +119,7 @@ def run_trials(
 ) -> None:
     """Start the layout, warm it up, put each load on it. `on_trial` is told of each as soon as it is done."""
     dims = candidate.dims
-    options = replace(options, format=candidate.format.name)
+    options = replace(options, format=candidate.format.name, offload=candidate.offload)
     if candidate.format.name:
         truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()

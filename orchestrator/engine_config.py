@@ -24,8 +24,12 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_num_batched_tokens: int = 2048
     threads: int = 1  # of a CPU rank
+    offload: bool = False  # layers that do not fit stay in host memory
+    resident_layers: int | None = None  # of each rank's, where they are offloaded; None: as many as fit
+    offload_kv_tokens: int = 8192  # of cache, that offloading leaves room for
     graphs: bool = True  # decode steps as CUDA graphs, where there are any
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
+    memory_cap_bytes: int | None = None  # of a GPU, for all that the process takes; in place of the share
     seed: int = 0  # of dummy weights
     join_timeout_s: float = 60.0
     grammars: bool = False  # make ready for them before the first comes

@@ -21,14 +21,14 @@ import torch
 from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
 from cluster.collectives.torch_dist import TorchCollectives, join
-from cluster.errors import BadLayout, BadRequest, GangDied
+from cluster.errors import BadRequest, GangDied
 from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
 from orchestrator.engine.kv_cache import KVCache, block_bytes
-from orchestrator.engine.loader import load
-from orchestrator.engine.memory import free_for_kv, multiplies_float8, peak_of
-from orchestrator.engine.model import Transformer
+from orchestrator.engine.memory import Cap, free_for_kv, peak_of
+from orchestrator.engine.offload import resident_bytes
+from orchestrator.engine.residence import Residence, loaded
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
 from orchestrator.engine_config import EngineConfig
@@ -38,7 +38,6 @@ from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, whole_prompts
 from orchestrator.text import text_of
 from strategies import tensor
-from strategies.formats import FORMATS
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 
@@ -77,6 +76,7 @@ class Worker:
         self._results_out: Writer | None = None  # on the last stage, where there are several
         self._results_in: Reader | None = None  # its other end, on the leader
         self._prompt_attention: PromptAttention | None = None  # Triton's
+        self._cap: Cap | None = None
         self.runner: StepRunner
 
     def stacks(self) -> str:
@@ -100,6 +100,8 @@ class Worker:
             # cuDNN plans anew for every shape, and a decode's context grows at every step: 88 ms a step against 26
             # (16 sequences of Llama-3.1-8B's shape on an H100, 2026-11-22).
             torch.backends.cuda.enable_cudnn_sdp(False)
+            if config.memory_cap_bytes is not None:
+                self._cap = Cap(self.device, config.memory_cap_bytes)
         else:
             torch.set_num_threads(config.threads)
         backend = "nccl" if on_gpu else "gloo"
@@ -125,21 +127,22 @@ class Worker:
     def load(self) -> int:
         """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""
         spec, shard = self.config.spec, self.shard
-        dtype = getattr(torch, self.config.dtype)
-        with torch.device("meta"):
-            self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
-        kept = FORMATS[self.config.format]
-        if kept.name == "fp8" and not multiplies_float8(self.device):
-            raise BadLayout(
-                "+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8"
-            )
-        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
+        free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
+        self.model, self._residence = loaded(
+            self.config, shard, self._checkpoint(), self.device, free, self._note_loaded
+        )
+        if self._cap is not None:
+            self._cap.hold()
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)
         return self.weight_bytes()
 
     def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters())
+        return resident_bytes(self.model)
+
+    def residence(self) -> Residence:
+        """Of this rank's layers: all, those on the device; and bytes that come from the host at every step."""
+        return self._residence
 
     def _note_loaded(self, done: int, total: int) -> None:
         self._loaded = done, total
@@ -171,7 +174,7 @@ class Worker:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
         block = block_bytes(self.model.spec, self.config.block_size, getattr(torch, self.config.dtype))
-        free = free_for_kv(self.device, self.config.memory_utilization) - needed
+        free = free_for_kv(self.device, self.config.memory_utilization, self._cap) - needed
         return max(0, free // block - 1)  # one is scratch
 
     def _rehearse(self) -> int:
@@ -207,6 +210,8 @@ class Worker:
     def capture(self) -> None:
         """Capture the decode steps as CUDA graphs. All ranks of a replica call it at once."""
         self.runner.capture()
+        if self._cap is not None:
+            self._cap.hold()
 
     @_on_its_device
     def score(self, token_ids: list[int]) -> bytes | None:

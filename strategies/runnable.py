@@ -27,8 +27,6 @@ def why_not(
 
 
 def _beyond_this_version(layout: Layout) -> str | None:
-    if layout.offload:
-        return "offloaded weights are planned only"
     if layout.format.name and layout.format.name not in MADE_AT_LOAD:
         return f"+{layout.format.name} is planned only"
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None

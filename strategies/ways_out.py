@@ -109,7 +109,7 @@ def _offload(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> st
     tpot_s, name, streamed = min(found)
     return (
         f"Offload: {name}+offload would keep {gb(streamed)} in host memory and stream them at every step, "
-        f"{tpot_s:.1f} s a token; planned only, this version does not run it."
+        f"{tpot_s:.1f} s a token."
     )
 
 

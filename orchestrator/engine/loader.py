@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeGuard
@@ -37,11 +37,13 @@ def load(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
     kept: Format = PLAIN,
+    streamed: Sequence[int] = (),
 ) -> None:
     """Replaces every parameter of `model`, which may be on the meta device, by its weights. Raises BadModel.
 
     `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all. Layers that `kept`
     has in fewer bits are replaced whole; of their weights in `dtype` no more is ever in memory than the chunks at hand.
+    The weights of layers that are `streamed` stay in host memory.
     """
     tied = spec.tied and shard.is_first and shard.is_last
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -49,9 +51,10 @@ def load(
         del shapes["head.weight"]
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
-    small = _replace_quantized(model, spec, kept, device, dtype, checkpoint, sources)
+    homes = {name: _home(name, streamed, device) for name in shapes}
+    small = _replace_quantized(model, spec, kept, homes, device, dtype, checkpoint, sources)
     shapes = {name: shape for name, shape in shapes.items() if name not in small}
-    empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+    empty = {name: torch.empty(shape, device=homes[name], dtype=dtype) for name, shape in shapes.items()}
     chunks: list[_Chunk | _QuantizedChunk | _StoredChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
@@ -76,6 +79,13 @@ def load(
         _assign(model, "head.weight", model.get_parameter("embed.weight"))
 
 
+def _home(name: str, streamed: Sequence[int], device: torch.device) -> torch.device:
+    """Where a parameter's weights are kept."""
+    part, _, rest = name.partition(".")
+    away = part == "layers" and int(rest.partition(".")[0]) in streamed
+    return torch.device("cpu") if away else device
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """Rows of a parameter, and the slice of a checkpoint's tensor that they are; without one they are zeros."""
@@ -86,6 +96,10 @@ class _Chunk:
     @property
     def nbytes(self) -> int:
         return self.to.nbytes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.to.is_cuda
 
     def fill(self, values: Tensor) -> None:
         self.to.copy_(values)
@@ -107,6 +121,10 @@ class _QuantizedChunk:
     def nbytes(self) -> int:
         assert self.source.rows is not None
         return len(self.source.rows) * self.to.row_bytes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.to.device.type == "cuda"
 
     def fill(self, values: Tensor) -> None:
         self.to.fill(self.start, values, self.cols)
@@ -156,6 +174,7 @@ def _replace_quantized(
     model: nn.Module,
     spec: ModelSpec,
     kept: Format,
+    homes: Mapping[str, torch.device],
     device: torch.device,
     dtype: torch.dtype,
     checkpoint: Checkpoint,
@@ -175,7 +194,7 @@ def _replace_quantized(
         stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         n, k = weight.shape
         of_stored = _scales_dtype(checkpoint, sources[name])
-        layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored)
+        layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored, homes[name])
         parent, _, leaf = owner.rpartition(".")
         setattr(model.get_submodule(parent), leaf, layer)
         found[name] = layer
@@ -230,10 +249,10 @@ def _fill(
         return chunk.nbytes
     source = chunk.source
     if source is None:
-        chunk.fill(torch.zeros((), device=device))
+        chunk.fill(torch.zeros(()))
         return chunk.nbytes
     values = checkpoint.read(source.name, source.rows, source.cols)
-    if device.type == "cuda" and not values.is_cuda:
+    if chunk.on_gpu and not values.is_cuda:
         # From pinned memory the copy goes on while this thread reads the next chunk; torch's allocator hands the
         # memory out again once the copy is done. The dtype changes on the GPU.
         pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)

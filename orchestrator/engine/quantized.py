@@ -39,15 +39,19 @@ class Quantized(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         scales_dtype: torch.dtype | None = None,
+        home: torch.device | None = None,
     ) -> None:
-        """`scales_dtype`: of a checkpoint's own; by default `dtype`, and float32 of float8, as cuBLAS wants it."""
+        """`scales_dtype`: of a checkpoint's own; by default `dtype`, and float32 of float8, as cuBLAS wants it.
+
+        It works on `device`; its weights are kept there, or at `home`.
+        """
         super().__init__()
         n, k = shape
         self.out_features, self.in_features, self.how = n, k, how
-        self._computes_in = dtype
+        self._computes_in, self.device = dtype, device
 
         def made(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=home or device), requires_grad=False)
 
         if how.group:
             self.codes = made(n, k // 2, dtype=torch.uint8)
@@ -68,7 +72,7 @@ class Quantized(nn.Module):
     def fill(self, start: int, rows_NK: Tensor, cols: range | None) -> None:
         """Channels from `start` on, whole rows of the checkpoint, of which this rank has the columns `cols`."""
         rows = slice(start, start + len(rows_NK))
-        wide_NK = rows_NK.to(self.codes.device, torch.float32)
+        wide_NK = rows_NK.to(self.device, torch.float32)
         if self.how.group:
             own_NK = wide_NK if cols is None else wide_NK[:, cols.start : cols.stop]
             codes_NK, scales_NG2 = quantize_groups(own_NK, self.how.group, self.scales.dtype)
@@ -82,7 +86,7 @@ class Quantized(nn.Module):
 
     def put(self, start: int, stored: StoredCodes) -> None:
         """Channels from `start` on, as a checkpoint has them, this rank's columns."""
-        device, rows = self.codes.device, slice(start, start + len(stored.codes_NK))
+        device, rows = self.device, slice(start, start + len(stored.codes_NK))
         codes_NK, scales_NG = stored.codes_NK.to(device), stored.scales_NG.to(device)
         if not self.how.group:
             self.codes.data[rows] = codes_NK
@@ -98,7 +102,7 @@ class Quantized(nn.Module):
         """All rows are there: bring them into the form that the fastest product wants."""
         codes, scales = self.codes.data, self.scales.data
         fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)
-        if self.how.group and not codes.is_cuda and fits:
+        if self.how.group and self.device.type != "cuda" and fits:
             cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
             self.scales.data = scales.transpose(0, 1).contiguous()
             self.packed = True

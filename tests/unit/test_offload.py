@@ -1,0 +1,140 @@
+"""Layers that come from host memory: which, where to and when, on a CPU with the same two buffers as a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cluster.errors import BadLayout
+from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
+from orchestrator.engine.offload import Stream, resident_bytes, stream
+from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
+from strategies.overlap import Overlap
+from tests.unit.test_overlap import TwoRanks
+
+CPU = torch.device("cpu")
+
+
+class Stack(nn.Module):
+    """Layers of unlike weights; `width` of some may differ, as in checkpoints that keep some layers in full."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(7, 5 + i % 2), nn.Tanh(), nn.Linear(5 + i % 2, 7)) for i in range(layers)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@given(st.integers(1, 100), st.data())
+def test_streamed_layers_lie_evenly_and_end_with_the_last(layers: int, data: st.DataObject) -> None:
+    resident = data.draw(st.integers(0, layers - 1))
+    found = Streaming(layers, resident).streamed
+    assert len(found) == layers - resident
+    assert found[-1] == layers - 1
+    gaps = {b - a for a, b in zip((-1, *found), found, strict=False)}
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(1, 40))
+def test_a_step_ends_with_the_buffers_as_it_began(count: int) -> None:
+    streaming = Streaming(count, 0)
+    held = {buffer: buffer for buffer in range(streaming.buffers)}
+    for position in range(count):
+        buffer = streaming.buffer_of(position)
+        assert held[buffer] == position
+        held[buffer] = streaming.after(position)
+        assert streaming.buffer_of(held[buffer]) == buffer
+    assert held == {buffer: buffer for buffer in range(streaming.buffers)}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("resident", [0, 1, 2, 3])
+def test_outputs_are_the_very_same_at_every_step(layers: int, resident: int) -> None:
+    whole, streamed = Stack(layers), Stack(layers)
+    found = stream(streamed, Streaming(layers, min(layers, resident)), CPU)
+    assert (found is None) == (resident >= layers)
+    for step in range(3):
+        x = torch.full((2, 7), 0.1 * step + 0.1)
+        assert torch.equal(streamed(x), whole(x))
+
+
+def test_a_weight_that_has_not_come_is_an_error_and_not_an_answer() -> None:
+    model = Stack(4)
+    stream(model, Streaming(4, 0), CPU)
+    x = model.layers[0](torch.ones(1, 7))
+    with pytest.raises(AssertionError, match="buffer 0 has 2, not 0"):
+        model.layers[0](x)
+
+
+def test_only_buffers_and_resident_layers_are_on_the_device() -> None:
+    model = Stack(8)
+    before, layer = resident_bytes(model), 2048
+    found = stream(model, Streaming(8, 2), CPU)
+    assert isinstance(found, Stream)
+    resident = sum(p.nbytes for i in (0, 4) for p in model.layers[i].parameters())
+    kept = resident_bytes(model)
+    assert kept <= resident + BUFFERS * layer
+    assert kept < before + BUFFERS * layer
+    assert found.host_bytes == found.step_bytes > 0
+
+
+class Summed(nn.Module):
+    """A layer with two sums between ranks, as a transformer's has."""
+
+    def __init__(self, overlap: Overlap) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self._overlap = overlap
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self._overlap.all_reduce(self.first(x).view(-1)).view(x.shape)
+        return self._overlap.all_reduce(self.second(half).view(-1)).view(x.shape)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4, 5])
+def test_two_parts_of_a_batch_take_turns_over_the_same_buffers(layers: int) -> None:
+    def made() -> tuple[Overlap, Stack]:
+        overlap, model = Overlap(TwoRanks()), Stack(0)
+        torch.manual_seed(1)
+        model.layers = nn.ModuleList(Summed(overlap) for _ in range(layers))
+        return overlap, model.requires_grad_(False)
+
+    (_, whole), (overlap, streamed) = made(), made()
+    stream(streamed, Streaming(layers, 0), CPU)
+    parts = [torch.ones(2, 3), torch.full((2, 3), 2.0)]
+    for _ in range(2):
+        found = overlap.run([lambda x=x: streamed(x) for x in parts])
+        for x, got in zip(parts, found, strict=True):
+            assert torch.equal(got, whole(x))
+
+
+@pytest.mark.parametrize(
+    ("room", "resident"), [(80, 8), (1000, 8), (79, 5), (70, 5), (69, 4), (20, 0), (29, 0)]
+)
+def test_as_many_layers_stay_as_fit_beside_two_buffers(room: int, resident: int) -> None:
+    assert resident_layers(8, 10, room) == resident
+
+
+def test_what_cannot_be_offloaded_is_said_with_its_figures() -> None:
+    with pytest.raises(BadLayout, match=r"needs 2 layers of 1\.00 GB .* and 1\.90 GB is left"):
+        resident_layers(8, 10**9, 19 * 10**8)
+    with pytest.raises(BadLayout, match=r"keeps 50\.0 GB .* of which 40\.0 GB is available"):
+        check_host(50 * 10**9, 40 * 10**9)
+    check_host(40 * 10**9, 40 * 10**9)
+
+
+def test_a_cap_counts_what_went_since_the_process_came() -> None:
+    gb = 10**9
+    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
+    assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest

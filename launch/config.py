@@ -64,6 +64,8 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
         "max_num_seqs",
         "max_num_batched_tokens",
         "gpu_memory_utilization",
+        "device_memory_gb",
+        "resident_layers",
         "request_timeout_s",
         "step_timeout_s",
         "drain_timeout_s",

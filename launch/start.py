@@ -171,7 +171,9 @@ def _made_ready(
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
     _join(placed, shards, engine_config(options, dims), dims, progress)
-    weight_bytes = _load(placed, dims, progress, offload=options.offload)
+    weight_bytes = _load(placed, dims, progress)
+    if options.offload:
+        _tell_residence(placed, dims, progress)
     if options.device == "cuda":
         _choose_attention(placed, dims, progress)
     return _fit(placed, dims, options, progress), weight_bytes
@@ -224,7 +226,7 @@ class Restarting:
         placed = [Placed(gang, ranks_of(gang))]
         try:
             _join(placed, self._shards, engine_config(options, dims), dims, quiet)
-            _load(placed, dims, quiet, offload=options.offload)
+            _load(placed, dims, quiet)
             if options.device == "cuda":
                 _choose_attention(placed, dims, quiet)
             _fit(placed, dims, options, quiet, as_before=self._limits)
@@ -294,10 +296,7 @@ def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress, *, o
         while not all(call.wait(LOOK_S) for call in calls):
             parts = results(everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
             bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
-    loaded = results(calls, CALL_TIMEOUT_S)
-    if offload:
-        _tell_residence(placed, dims, progress)
-    return loaded
+    return results(calls, CALL_TIMEOUT_S)
 
 
 def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:

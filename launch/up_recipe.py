@@ -195,6 +195,8 @@ _SERVE: _Keys = {
     "max_num_seqs": ("--max-num-seqs", _integer(1)),
     "max_num_batched_tokens": ("--max-num-batched-tokens", _integer(1)),
     "gpu_memory_utilization": ("--gpu-memory-utilization", _number),
+    "device_memory_gb": ("--device-memory-gb", _number),
+    "resident_layers": ("--resident-layers", _integer(0)),
     "request_timeout_s": ("--request-timeout", _number),
     "step_timeout_s": ("--step-timeout", _number),
     "tool_call_parser": ("--tool-call-parser", _text),

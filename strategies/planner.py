@@ -9,6 +9,7 @@ from dataclasses import replace
 from cluster.errors import BadLayout
 from cluster.topology import Topology
 from strategies.cost import estimate, score
+from strategies.cost_memory import memories
 from strategies.engines import Engine
 from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
@@ -58,7 +59,7 @@ def plan(
         tried = [Layout(dims, native(spec)) for dims in enumerate_layouts(len(topology.devices))]
 
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
-        named = layouts is not None or layout.format == native(spec)
+        named = layouts is not None or (layout.format == native(spec) and not layout.offload)
         cut = cut_for or workload
         return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
 
@@ -225,4 +226,18 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
     if made.source != MODEL:
         yield made.source
+    if placement.offload:
+        yield from _residence(placement, workload)
     yield from over_limits(made, workload)
+
+
+def _residence(placement: Placement, workload: Workload) -> Iterator[str]:
+    """Of the rank that streams most."""
+    needs = memories(placement, workload)[: placement.dims.replica_size]
+    rank, need = max(enumerate(needs), key=lambda of: of[1].streamed)
+    if need.streamed:
+        layers = len(placement.shards[rank].layers)
+        yield (
+            f"{layers - need.streamed_layers} of a rank's {layers} layers resident; "
+            f"{need.streamed / 1e9:.1f} GB come from host memory at every step"
+        )

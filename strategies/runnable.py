@@ -18,12 +18,15 @@ def why_not(
 ) -> str | None:
     """Why the engine does not run a layout of a model; None if it does.
 
-    What changes a model's answers runs only where somebody `named` it.
+    What changes a model's answers, or brings weights at every step, runs only where somebody `named` it.
     """
     if spec.family not in FAMILIES:
         kind = "a mixture of experts" if spec.experts is not None else f"of the {spec.family} family"
         return f"{spec.name} is {kind}, which this version plans and prices, but does not run"
-    return _beyond_this_version(layout) or _format(layout, devices, named)
+    reason = _beyond_this_version(layout) or _format(layout, devices, named)
+    if reason is None and layout.offload and not named:
+        return "+offload brings weights from host memory at every step: it runs where --layout names it"
+    return reason
 
 
 def _beyond_this_version(layout: Layout) -> str | None:

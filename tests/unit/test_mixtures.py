@@ -179,6 +179,7 @@ def test_the_engine_says_what_it_does_not_run(tmp_path: Path, capsys):
     assert why_not(LLAMA_8B, Layout.parse("tp2+fp4")) == "+fp4 is planned only"
     assert "runs where --layout names it" in why_not(LLAMA_8B, Layout.parse("tp2+int4"), named=False)
     assert why_not(LLAMA_8B, Layout.parse("tp2+int4+offload")) is None
+    assert "where --layout names it" in why_not(LLAMA_8B, Layout.parse("tp2+offload"), named=False)
     assert "plans and prices" in why_not(spec_of("DeepSeek-R1"), Layout.parse("tp8"))
     check_runs(LLAMA_8B)
     with pytest.raises(

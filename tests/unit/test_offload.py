@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from hypothesis import given
@@ -9,10 +11,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.errors import BadLayout
+from launch.predict import capped
 from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, stream
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
+from strategies.plan import Layout
+from strategies.planner import plan
+from strategies.read_spec import builtin
+from strategies.spec import Workload
+from tests.unit.machines import box
 from tests.unit.test_overlap import TwoRanks
 
 CPU = torch.device("cpu")
@@ -138,3 +146,16 @@ def test_a_cap_counts_what_went_since_the_process_came() -> None:
     gb = 10**9
     assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
     assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
+
+
+def test_a_plan_says_how_many_layers_stay_and_a_cap_leaves_fewer() -> None:
+    spec, layout = builtin("qwen2.5-32b"), Layout.parse("tp1+offload")
+    kept = []
+    for machine in (box("rtx-4090", 1), capped(box("rtx-4090", 1), 20.0)):
+        (found,) = plan(spec, machine, Workload(), "bfloat16", layouts=[layout]).candidates
+        assert found.feasible and found.not_runnable is None
+        (told,) = [note for note in found.marked if "resident" in note]
+        resident, of = re.match(r"(\d+) of a rank's (\d+) layers resident; [\d.]+ GB come", told).groups()
+        assert of == "64"
+        kept.append(int(resident))
+    assert 64 > kept[0] > kept[1] > 0

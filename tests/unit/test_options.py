@@ -144,3 +144,28 @@ def test_shares_of_a_gpus_memory_that_are_none(model: Path, share: str) -> None:
         UserError, match=f"--gpu-memory-utilization is {share}; it must be over 0 and at most 1"
     ):
         made(model, "--gpu-memory-utilization", share)
+
+
+def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
+    options = made(
+        model, "--layout", "tp2+int8+offload", "--resident-layers", "1", "--device-memory-gb", "25.3"
+    )
+    assert (options.format, options.offload, options.resident_layers) == ("int8", True, 1)
+    config = engine_config(options, ParallelDims(2))
+    assert (config.offload, config.resident_layers) == (True, 1)
+    assert config.memory_cap_bytes == 25_300_000_000
+    assert not made(model, "--layout", "tp2").offload
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--layout tp1 --resident-layers 1", "of offloaded layouts; add --layout tp1\\+offload"),
+        ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
+        ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
+        ("--device-memory-gb nan", "must be from 1 to 10000 GB"),
+    ],
+)
+def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        made(model, *argv.split())

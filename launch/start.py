@@ -289,7 +289,7 @@ def _host(replica: Placed) -> str:
     return replica.member(0).node if several else LOOPBACK
 
 
-def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress, *, offload: bool) -> list[int]:
+def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
     """All ranks load at once; the bar shows the bytes of all."""
     calls = everywhere(placed, "load")
     with progress.bar(f"{dims.name}: loading weights") as bar:

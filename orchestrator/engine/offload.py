@@ -7,12 +7,12 @@ may be captured: a step ends with none under way. On a CPU they are plain copies
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from orchestrator.engine.host_memory import paged, pin
 from strategies.offload import Streaming
 
 ALIGNED_BYTES = 256  # as torch's own allocator does: kernels read words of 16
@@ -40,7 +40,9 @@ class Stream:
         self._copied: list[torch.cuda.Event | None] = [None] * streaming.buffers
         self._holds = list(range(streaming.buffers))
         for position, layer in enumerate(layers):
-            self._host.append(_packed(layer, pin=on_gpu))
+            self._host.append(_packed(layer))
+            if on_gpu:
+                pin(self._host[-1])
             _point(layer, self._buffers[streaming.buffer_of(position)])
         for buffer, position in enumerate(self._holds):
             self._buffers[buffer][: len(self._host[position])].copy_(self._host[position])
@@ -94,7 +96,8 @@ class Stream:
 
     def _end(self) -> None:
         """Behind the last layer: nothing is on its way, for a graph must not end, nor begin, with copies open."""
-        if self._copies is not None:
+        # Where nothing was sent there is nothing to wait for, and a graph must not wait for what it did not begin.
+        if self._copies is not None and any(copied is not None for copied in self._copied):
             torch.cuda.current_stream().wait_stream(self._copies)
             self._copied = [None] * len(self._buffers)
 
@@ -107,11 +110,9 @@ def _aligned(n_bytes: int) -> int:
     return -(-n_bytes // ALIGNED_BYTES) * ALIGNED_BYTES
 
 
-def _packed(layer: nn.Module, *, pin: bool) -> Tensor:
+def _packed(layer: nn.Module) -> Tensor:
     """A layer's parameters one after another in host memory."""
-    packed = torch.empty(_packed_bytes(layer), dtype=torch.uint8)
-    if pin:
-        _pin(packed)
+    packed = paged(_packed_bytes(layer))
     at = 0
     for parameter in layer.parameters():
         flat = parameter.data.contiguous().view(-1).view(torch.uint8)
@@ -128,16 +129,6 @@ def _point(layer: nn.Module, buffer: Tensor) -> None:
         at += _aligned(parameter.nbytes)
         owner, _, leaf = name.rpartition(".")
         setattr(layer.get_submodule(owner), leaf, nn.Parameter(view, requires_grad=False))
-
-
-def _pin(host: Tensor) -> None:
-    """torch's own pinned memory comes in powers of two: up to twice as much as these weights want."""
-    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    address = host.data_ptr()
-    status = int(runtime.cudaHostRegister(address, host.nbytes, 0))
-    if status:
-        raise MemoryError(f"cudaHostRegister of {host.nbytes / 1e9:.2f} GB failed with CUDA error {status}")
-    weakref.finalize(host, runtime.cudaHostUnregister, address).atexit = False
 
 
 def resident_bytes(model: nn.Module) -> int:

@@ -24,8 +24,16 @@ def pool() -> Iterator[Pool]:
     made.gang.kill()
 
 
-@pytest.mark.parametrize("resident", [1, 2])
-@pytest.mark.parametrize("layout", ["tp1", "tp2", "pp2"])
+@pytest.mark.parametrize(
+    ("layout", "resident"),
+    [
+        ("tp2", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("tp1", 1), ("tp2", 1), ("pp2", 1), ("pp2", 2)]
+        ),
+    ],
+)
 def test_offloaded_layers_answer_as_transformers_does(
     layout: str, resident: int, pool: Pool, tmp_path: Path
 ) -> None:
@@ -48,6 +56,7 @@ def test_offloaded_layers_answer_as_transformers_does(
     assert all((moved > 0) == (layers - kept > 2) for layers, kept, moved in told)
 
 
+@pytest.mark.slow
 def test_offloaded_layers_in_four_bits_answer_as_resident_ones_do(pool: Pool, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
     model = make_model(tmp_path, "llama", std=0.1, num_hidden_layers=5, **sizes)

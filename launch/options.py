@@ -10,8 +10,8 @@ from launch.machine import peers_allowed
 from launch.models import resolve
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import native
-from strategies.runnable import check_layout, check_runs
-from strategies.source import ModelSource, spec_of
+from strategies.runnable import check_layout, is_known, why_not
+from strategies.source import ModelSource, SourceKind, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
 _MOST = {  # far over what serves well anywhere, under what would fail only for want of memory
@@ -46,6 +46,7 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
+    compatible: bool = False  # transformers' own model, under the compatibility runtime
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
@@ -189,7 +190,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     address = _address(args.address)
     source = resolve(args.model)
     spec = spec_of(source)
-    check_runs(spec)
+    known = is_known(spec)
+    if not known:
+        _check_compatible(args, source, spec)
     if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
             f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory "
@@ -199,7 +202,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         raise UserError(
             f"--max-model-len is {args.max_model_len}; {spec.name} was made for {spec.max_positions} positions at most"
         )
-    if needs_weights and args.weights == "checkpoint":
+    if needs_weights and args.weights == "checkpoint" and known:
         from orchestrator.engine.checkpoint import open_checkpoint
 
         open_checkpoint(source, spec).verify()
@@ -225,18 +228,32 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
-        prefix_caching=not args.no_enable_prefix_caching,
+        prefix_caching=known and not args.no_enable_prefix_caching,
         seed=args.seed,
         address=address,
         peer_access=peers_allowed(),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
         format=kept,
+        compatible=not known,
         offload=named is not None and named.offload,
         resident_layers=args.resident_layers,
         device_memory_gb=args.device_memory_gb,
         step_timeout_s=args.step_timeout,
     )
+
+
+def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:
+    """Raises UserError for what the compatibility runtime cannot do."""
+    if source.kind != SourceKind.HF:
+        raise UserError(
+            f"{spec.name} ({spec.family}) runs under the compatibility runtime, which wants a directory in the "
+            "Hugging Face layout; give one"
+        )
+    named = _named(args)
+    reason = why_not(spec, named or Layout(ParallelDims()))
+    if reason is not None:
+        raise UserError(reason)
 
 
 def _kept_on(device: str, spec: ModelSpec) -> ModelSpec:

@@ -31,6 +31,7 @@ from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
+from strategies.runnable import compatibility
 from strategies.spec import Workload
 
 ACQUIRE_TIMEOUT_S = 60.0
@@ -171,6 +172,8 @@ def _made_ready(
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
     _join(placed, shards, engine_config(options, dims), dims, progress)
+    if options.compatible:
+        progress.say(f"{dims.name}: {compatibility(options.spec)}")
     weight_bytes = _load(placed, dims, progress)
     if options.offload:
         _tell_residence(placed, dims, progress)
@@ -244,6 +247,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         dtype=options.dtype,
         device=options.device,
         format=options.format,
+        compatible=options.compatible,
         offload=options.offload,
         resident_layers=options.resident_layers,
         offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
@@ -337,7 +341,7 @@ def _fit(
         least = replace(options, max_model_len=as_before.max_model_len)
         limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
     results(everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
-    if options.device == "cuda" and not options.enforce_eager:
+    if options.device == "cuda" and not options.enforce_eager and not options.compatible:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
@@ -363,7 +367,7 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
         max_model_len=context,
         groups=dims.pp,
         prefix_caching=options.prefix_caching,
-        run_ahead=options.device == "cuda" and options.dtype != "float64",
+        run_ahead=options.device == "cuda" and options.dtype != "float64" and not options.compatible,
     )
 
 

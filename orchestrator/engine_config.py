@@ -19,6 +19,7 @@ class EngineConfig:
     dtype: str
     device: str  # "cpu" or "cuda"
     format: str = ""  # of the linear layers' weights, by its name; none: the dtype
+    compatible: bool = False  # transformers' own model in place of the engine's
     dummy_weights: bool = False
     block_size: int = 16
     max_num_seqs: int = 256

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 
 import msgspec
 import torch
+from torch import nn
 
 from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
@@ -77,6 +78,7 @@ class Worker:
         self._results_in: Reader | None = None  # its other end, on the leader
         self._prompt_attention: PromptAttention | None = None  # Triton's
         self._cap: Cap | None = None
+        self._compatible: nn.Module | None = None  # in place of `model`
         self.runner: StepRunner
 
     def stacks(self) -> str:
@@ -127,6 +129,11 @@ class Worker:
     def load(self) -> int:
         """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""
         spec, shard = self.config.spec, self.shard
+        if self.config.compatible:
+            from orchestrator.engine.compatible import compatible  # brings transformers' models
+
+            self._compatible = compatible(self.config, shard, self.device)
+            return self.weight_bytes()
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
         self.model, self._residence = loaded(
             self.config, shard, self._checkpoint(), self.device, free, self._note_loaded
@@ -138,7 +145,7 @@ class Worker:
         return self.weight_bytes()
 
     def weight_bytes(self) -> int:
-        return resident_bytes(self.model)
+        return resident_bytes(self._compatible or self.model)
 
     def residence(self) -> Residence:
         """Of this rank's layers: all, those on the device; and bytes that come from the host at every step."""
@@ -163,6 +170,8 @@ class Worker:
         dtype = getattr(torch, config.dtype)
         if dtype == torch.float64:
             return "torch's SDPA", "float64 has no kernels"
+        if self._compatible is not None:
+            return "transformers' own", "the compatibility runtime"
         from orchestrator.engine.prefill_choice import choose  # brings Triton
 
         choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
@@ -173,7 +182,12 @@ class Worker:
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
-        block = block_bytes(self.model.spec, self.config.block_size, getattr(torch, self.config.dtype))
+        local = tensor.local_spec(self.config.spec, self.shard)
+        block = block_bytes(local, self.config.block_size, getattr(torch, self.config.dtype))
+        if (
+            self._compatible is not None
+        ):  # a cache is copied to become longer, and ended ones stay for a while
+            block *= 3
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap) - needed
         return max(0, free // block - 1)  # one is scratch
 
@@ -195,8 +209,13 @@ class Worker:
         """Make the KV cache; every rank of the replica gets the same `limits`."""
         self.limits = limits
         dtype = getattr(torch, self.config.dtype)
-        cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
+        if self._compatible is not None:
+            from orchestrator.engine.compatible_runner import CompatibleRunner
+
+            self.runner = CompatibleRunner(self._compatible, slots, self.shard, self.device)
+            return
+        cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
         vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
         parts = self.model, cache, slots, self.shard, self.collectives, vocabulary
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels

@@ -18,7 +18,7 @@ from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
 from strategies.quantize import native
-from strategies.runnable import why_not
+from strategies.runnable import is_known, why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
 
@@ -215,6 +215,8 @@ def over_limits(made: Estimate | None, workload: Workload) -> list[str]:
 
 def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator[str]:
     spec, dims = placement.spec, placement.dims
+    if not is_known(spec):
+        yield "under the compatibility runtime: slower than this"
     if spec.latent is None and dims.tp > spec.kv_heads:
         yield f"{spec.kv_heads} KV heads on {dims.tp} ranks: replicated"
     elif spec.latent is None and spec.kv_heads % dims.tp:

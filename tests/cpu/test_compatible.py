@@ -1,0 +1,85 @@
+"""The compatibility runtime: transformers' own models, split by DeepSpeed's AutoTP, answer as one process does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from cluster.errors import BadLayout
+from orchestrator.request import SamplingParams
+from tests.cpu.test_layouts import prompts
+from tests.oracle import greedy
+from tests.serving import Pool, answers, assert_logits_agree, options, served
+
+OUTPUT_TOKENS = 8
+SIZES: dict[str, Any] = {
+    "vocab_size": 131,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "eos_token_id": None,
+    "bos_token_id": None,
+    "pad_token_id": None,
+}
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[Pool]:
+    made = Pool(2)
+    yield made
+    made.gang.kill()
+
+
+def made(directory: Path, kind: str, **changes: object) -> transformers.PreTrainedModel:
+    """A tiny model of transformers' class `kind`, saved, random enough that greedy tokens vary."""
+    config = getattr(transformers, f"{kind}Config")(**SIZES | changes)
+    config.dtype = torch.float32
+    torch.manual_seed(1)
+    model = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(directory)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("kind", "layout", "changes"),
+    [
+        ("Mixtral", "tp2", {"num_local_experts": 4}),
+        pytest.param("Llama", "tp2", {"hidden_act": "gelu"}, marks=pytest.mark.slow),
+        pytest.param("Gemma2", "tp2", {"head_dim": 16, "sliding_window": 8}, marks=pytest.mark.slow),
+        pytest.param("Olmo", "dp2", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_what_the_engine_does_not_know_answers_as_transformers_does(
+    kind: str, layout: str, changes: dict[str, object], pool: Pool, tmp_path: Path
+) -> None:
+    model = made(tmp_path, kind, **changes)
+    asked = options(tmp_path, num_blocks=18, compatible=True, prefix_caching=False)
+    given = prompts(model.config.vocab_size)
+    with served(layout, asked, pool) as found:
+        done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
+        seen = pool.seen_logits()
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
+    for prompt, completion in zip(given, done, strict=True):
+        assert_logits_agree(model, prompt, completion.token_ids, seen)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "changes"), [("Phi3", {}), ("Olmo2", {})])
+def test_an_architecture_that_autotp_splits_wrongly_is_refused(
+    kind: str, changes: dict[str, object], pool: Pool, tmp_path: Path
+) -> None:
+    made(tmp_path, kind, **changes)
+    asked = options(tmp_path, num_blocks=18, compatible=True, prefix_caching=False)
+    with pytest.raises(BadLayout, match="AutoTP"), served("tp2", asked, pool):
+        pass

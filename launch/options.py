@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from dataclasses import dataclass, replace
 
-from cluster.errors import BadLayout, UserError
+from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
 from strategies.plan import Layout, ParallelDims
@@ -249,6 +249,12 @@ def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: Model
         raise UserError(
             f"{spec.name} ({spec.family}) runs under the compatibility runtime, which wants a directory in the "
             "Hugging Face layout; give one"
+        )
+    assert source.path is not None, "only built-in specs have none"
+    if args.weights == "checkpoint" and not any(source.path.glob("*.safetensors")):
+        raise BadModel(
+            f"{source.path} has no .safetensors files, and other formats may hold code; convert it, or give "
+            "--weights dummy"
         )
     named = _named(args)
     reason = why_not(spec, named or Layout(ParallelDims()))

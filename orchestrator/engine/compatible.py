@@ -62,9 +62,14 @@ def _whole(config: EngineConfig) -> nn.Module:
             made = transformers.AutoConfig.from_pretrained(config.source.path, **given)
             whole: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)
         else:
-            whole = transformers.AutoModelForCausalLM.from_pretrained(
-                config.source.path, dtype=dtype, use_safetensors=True, **given
+            whole, told = transformers.AutoModelForCausalLM.from_pretrained(
+                config.source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **given
             )
+            if lost := sorted(told["missing_keys"]):  # which transformers fills at random
+                raise BadModel(
+                    f"{config.spec.name}: the checkpoint has no {lost[0]}, nor {len(lost) - 1} more of what "
+                    f"transformers' {type(whole).__name__} holds; fetch it again"
+                )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadModel(

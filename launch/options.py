@@ -47,6 +47,7 @@ class EngineOptions:
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
     compatible: bool = False  # transformers' own model, under the compatibility runtime
+    zero3: bool = False  # under which DeepSpeed keeps all weights in host memory
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
@@ -190,7 +191,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     address = _address(args.address)
     source = resolve(args.model)
     spec = spec_of(source)
-    known = is_known(spec)
+    named = _named(args)
+    zero3 = named is not None and named.zero3
+    known = is_known(spec) and not zero3
     if not known:
         _check_compatible(args, source, spec)
     if needs_weights and source.path is None and args.weights == "checkpoint":
@@ -206,7 +209,6 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         from orchestrator.engine.checkpoint import open_checkpoint
 
         open_checkpoint(source, spec).verify()
-    named = _named(args)
     is_elsewhere = (
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
@@ -236,6 +238,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         enforce_eager=args.enforce_eager,
         format=kept,
         compatible=not known,
+        zero3=zero3,
         offload=named is not None and named.offload,
         resident_layers=args.resident_layers,
         device_memory_gb=args.device_memory_gb,
@@ -247,7 +250,7 @@ def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: Model
     """Raises UserError for what the compatibility runtime cannot do."""
     if source.kind != SourceKind.HF:
         raise UserError(
-            f"{spec.name} ({spec.family}) runs under the compatibility runtime, which wants a directory in the "
+            f"{spec.name} ({spec.family}) would run under the compatibility runtime, which wants a directory in the "
             "Hugging Face layout; give one"
         )
     assert source.path is not None, "only built-in specs have none"

@@ -113,7 +113,9 @@ def planned(
         topology = capped(free_machine(options.address, options.device, progress), options.device_memory_gb)
     else:
         topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
-    layouts = None if dims is None else [Layout(dims, FORMATS[options.format], options.offload)]
+    layouts = (
+        None if dims is None else [Layout(dims, FORMATS[options.format], options.offload, options.zero3)]
+    )
     made = predict(options, topology, workload, layouts, kept=shelf_of(options, topology).read())
     if made.chosen is None:
         why = " ".join(made.explanation)

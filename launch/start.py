@@ -248,6 +248,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         device=options.device,
         format=options.format,
         compatible=options.compatible,
+        zero3=options.zero3,
         offload=options.offload,
         resident_layers=options.resident_layers,
         offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.discover import device_vitals
-from cluster.errors import BadLayout, GangDied, PlacementFailed
+from cluster.errors import BadLayout, BadModel, GangDied, PlacementFailed
 from cluster.topology import Topology
 from launch.compare_vitals import Health, joules_per_token, watched
 from launch.options import EngineOptions
@@ -120,6 +120,8 @@ def run_trials(
     """Start the layout, warm it up, put each load on it. `on_trial` is told of each as soon as it is done."""
     dims = candidate.dims
     options = replace(options, format=candidate.format.name, offload=candidate.offload)
+    if candidate.zero3:
+        options = replace(options, zero3=True, compatible=True, prefix_caching=False)
     if candidate.format.name:
         truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
@@ -143,7 +145,7 @@ def run_trials(
                     started, candidate.layout.name, options, loads, topology, checked, progress, tell
                 )
             )
-    except (BadLayout, PlacementFailed, GangDied) as error:
+    except (BadLayout, BadModel, PlacementFailed, GangDied) as error:
         for load in left:
             on_trial(load, Trial(None, failure=str(error)))
 

@@ -20,6 +20,7 @@ class EngineConfig:
     device: str  # "cpu" or "cuda"
     format: str = ""  # of the linear layers' weights, by its name; none: the dtype
     compatible: bool = False  # transformers' own model in place of the engine's
+    zero3: bool = False  # whose weights DeepSpeed's ZeRO-3 keeps in host memory
     dummy_weights: bool = False
     block_size: int = 16
     max_num_seqs: int = 256

@@ -132,7 +132,7 @@ class Worker:
         if self.config.compatible:
             from orchestrator.engine.compatible import compatible  # brings transformers' models
 
-            self._compatible = compatible(self.config, shard, self.device)
+            self._compatible, self._residence = compatible(self.config, shard, self.device)
             return self.weight_bytes()
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
         self.model, self._residence = loaded(
@@ -145,7 +145,7 @@ class Worker:
         return self.weight_bytes()
 
     def weight_bytes(self) -> int:
-        return resident_bytes(self._compatible or self.model)
+        return resident_bytes(self.model if self._compatible is None else self._compatible)
 
     def residence(self) -> Residence:
         """Of this rank's layers: all, those on the device; and bytes that come from the host at every step."""
@@ -182,7 +182,8 @@ class Worker:
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
-        local = tensor.local_spec(self.config.spec, self.shard)
+        whole = self.config.spec
+        local = whole if self.config.zero3 else tensor.local_spec(whole, self.shard)
         block = block_bytes(local, self.config.block_size, getattr(torch, self.config.dtype))
         if (
             self._compatible is not None

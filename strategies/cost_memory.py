@@ -124,9 +124,9 @@ def _streaming(place: Placement, shard: Shard, whole: Memory, sequences: int) ->
     layer = (whole.weights - tables) / len(shard.layers)
     cache = sequences * CACHED_TOKENS * whole.kv_per_token
     over = whole.fixed + cache - whole.free
-    if over <= 0:
+    if over <= 0 and not place.zero3:
         return whole
-    moved = min(len(shard.layers), math.ceil(over / layer) + BUFFERS)
+    moved = len(shard.layers) if place.zero3 else min(len(shard.layers), math.ceil(over / layer) + BUFFERS)
     kept = whole.weights - math.ceil((moved - min(moved, BUFFERS)) * layer)
     return Memory(
         whole.free,

@@ -56,7 +56,8 @@ def place(
     parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, layout.format)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
-    return Placement(spec, dims, dtype, parts, topology, devices, engine, layout.format, layout.offload)
+    how = layout.format, layout.offload, layout.zero3
+    return Placement(spec, dims, dtype, parts, topology, devices, engine, *how)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.errors import BadLayout
@@ -66,14 +66,20 @@ class ParallelDims:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model is split, in what it is kept, and whether what does not fit stays in host memory."""
+    """How a model is split, in what it is kept, and whether what does not fit stays in host memory.
+
+    `zero3`: all of it does, split over the ranks, and DeepSpeed's ZeRO-3 gathers it layer by layer: beside ours.
+    """
 
     dims: ParallelDims
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
 
     @property
     def name(self) -> str:
+        if self.zero3:
+            return f"zero3{self.dims.name if self.dims.world_size > 1 else ''}+offload"
         return f"{self.dims.name}{self.format.suffix}{'+offload' if self.offload else ''}"
 
     @property
@@ -83,8 +89,10 @@ class Layout:
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """`tp8ep8+fp8`, `tp2+int4+offload`. Raises BadLayout."""
+        """`tp8ep8+fp8`, `tp2+int4+offload`, `zero3tp2+offload`. Raises BadLayout."""
         base, *suffixes = name.strip().lower().split("+")
+        if base.startswith("zero3"):
+            return cls(_zero3_dims(name, base.removeprefix("zero3"), suffixes), offload=True, zero3=True)
         found = _NAME.findall(base)
         sizes = {key: int(n) for key, n in found}
         if not found or "".join(k + n for k, n in found) != base or len(sizes) != len(found):
@@ -101,6 +109,15 @@ class Layout:
         if len(formats) > 1:
             raise BadLayout(f"layout {name!r} names {len(formats)} formats; it may have one, such as +fp8")
         return cls(dims, format_named(formats[0], name) if formats else PLAIN, offload)
+
+
+def _zero3_dims(name: str, ranks: str, suffixes: Sequence[str]) -> ParallelDims:
+    found = Layout.parse(ranks or "tp1").dims
+    if suffixes != ["offload"] or found != ParallelDims(tp=found.tp):
+        raise BadLayout(
+            f"layout {name!r}: ZeRO-3 is zero3+offload on one device, zero3tp2+offload on two, and so on"
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +160,7 @@ class Placement:
     engine: Engine
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
 
     def device(self, replica: int, rank: int) -> Device:
         return self.topology.devices[self.devices[replica * self.dims.replica_size + rank]]
@@ -190,11 +208,12 @@ class Candidate:
     devices: tuple[int, ...] = ()  # indices in Topology.devices, by replica × replica_size + rank
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
     not_runnable: str | None = None  # why this version can plan it but not run it
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.dims, self.format, self.offload)
+        return Layout(self.dims, self.format, self.offload, self.zero3)
 
     @property
     def feasible(self) -> bool:

@@ -172,6 +172,7 @@ def _judge(
         None,
         format=layout.format,
         offload=layout.offload,
+        zero3=layout.zero3,
         not_runnable=why_not(spec, layout, topology.devices, named=named),
     )
     try:
@@ -215,7 +216,7 @@ def over_limits(made: Estimate | None, workload: Workload) -> list[str]:
 
 def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator[str]:
     spec, dims = placement.spec, placement.dims
-    if not is_known(spec):
+    if placement.zero3 or not is_known(spec):
         yield "under the compatibility runtime: slower than this"
     if spec.latent is None and dims.tp > spec.kv_heads:
         yield f"{spec.kv_heads} KV heads on {dims.tp} ranks: replicated"

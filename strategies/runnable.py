@@ -21,8 +21,8 @@ def is_known(spec: ModelSpec) -> bool:
 def compatibility(spec: ModelSpec) -> str:
     """What a user is told of it."""
     return (
-        f"{spec.family} is not the engine's: it runs as transformers' own model under the compatibility runtime, "
-        "slower than planned, without paged KV cache, prefix caching, CUDA graphs, pp or fewer bits"
+        f"{spec.name} ({spec.family}) runs as transformers' own model under the compatibility runtime, slower than "
+        "planned, without paged KV cache, prefix caching, CUDA graphs, pp or fewer bits"
     )
 
 
@@ -33,19 +33,21 @@ def why_not(
 
     What changes a model's answers, or brings weights at every step, runs only where somebody `named` it.
     """
-    if not is_known(spec):
-        return _incompatible(spec, layout)
+    if layout.zero3 or not is_known(spec):
+        return _incompatible(spec, layout, named)
     reason = _beyond_this_version(layout) or _format(layout, devices, named)
     if reason is None and layout.offload and not named:
         return "+offload brings weights from host memory at every step: it runs where --layout names it"
     return reason
 
 
-def _incompatible(spec: ModelSpec, layout: Layout) -> str | None:
+def _incompatible(spec: ModelSpec, layout: Layout, named: bool) -> str | None:
     """Why the compatibility runtime does not run a layout; None if it does."""
     dims = layout.dims
     if spec.published is not None:
         return f"the compatibility runtime does not read weights in {spec.published.format or 'fewer bits'}"
+    if layout.zero3:
+        return None if named else "zero3+offload is there to be compared with: it runs where it is named"
     if dims.pp > 1 or dims.ep > 1 or layout.format.name or layout.offload:
         return f"the compatibility runtime, which {spec.name} ({spec.family}) runs under, has plain tp and dp alone"
     if dims.tp > 1 and (spec.latent is not None or spec.heads % dims.tp or spec.kv_heads % dims.tp):

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cluster.errors import BadLayout, BadModel
-from orchestrator.engine.autotp import split
+from orchestrator.engine.deepspeed_parts import split, zero3
 from orchestrator.engine.memory import available_host_bytes
+from orchestrator.engine.residence import Residence
 from orchestrator.engine_config import EngineConfig
 from strategies.plan import Shard
+from strategies.source import SourceKind
 from strategies.spec import BYTES_PER_ELEMENT
 
 PROBE_TOKENS = 12
@@ -24,12 +26,24 @@ WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
 """Of split logits beside whole ones, ‖difference‖ / ‖whole‖: rounding gives a tenth of it, a wrong split 1."""
 
 
-def compatible(config: EngineConfig, shard: Shard, device: torch.device) -> nn.Module:
+def compatible(config: EngineConfig, shard: Shard, device: torch.device) -> tuple[nn.Module, Residence]:
     """transformers' model on the device, this rank's part of it. Raises BadModel and BadLayout."""
+    if config.source.kind != SourceKind.HF:
+        raise BadModel(
+            f"the compatibility runtime wants a directory in the Hugging Face layout; {config.spec.name} is none"
+        )
     _check_host(config, shard)
-    model, dtype = _whole(config), getattr(torch, config.dtype)
+    model, layers = _whole(config), len(shard.layers)
+    if config.zero3:
+        streamed = zero3(model, shard.tp_rank, shard.tp, device, getattr(torch, config.dtype))
+        return streamed.eval(), Residence(layers, 0, _all_bytes(config) // shard.tp)
+    return _on_device(model, config, shard, device).eval(), Residence(layers, layers, 0)
+
+
+def _on_device(model: nn.Module, config: EngineConfig, shard: Shard, device: torch.device) -> nn.Module:
+    dtype = getattr(torch, config.dtype)
     if shard.tp == 1:
-        return model.to(device).eval()
+        return model.to(device)
     probe = [7 * i % config.spec.vocab for i in range(1, PROBE_TOKENS + 1)]
     wanted = _logits(model, probe, torch.device("cpu")) if shard.tp_rank == 0 else None
     part = split(model, config.spec.name, shard.tp, device, dtype).to(device).eval()
@@ -52,7 +66,7 @@ def _whole(config: EngineConfig) -> nn.Module:
     """As transformers makes it, in host memory."""
     import transformers
 
-    assert config.source.path is not None, "built-in specs are refused before"
+    assert config.source.path is not None
     transformers.utils.logging.disable_progress_bar()
     dtype: Any = getattr(torch, config.dtype)
     given: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -80,13 +94,17 @@ def _whole(config: EngineConfig) -> nn.Module:
 
 def _check_host(config: EngineConfig, shard: Shard) -> None:
     """Raises BadLayout."""
-    each = config.spec.total_params * BYTES_PER_ELEMENT.get(config.dtype, 8)
-    need, free = each * shard.tp, available_host_bytes()
+    each = _all_bytes(config)
+    need, free = each * (shard.tp + config.zero3), available_host_bytes()
     if need > free:
         raise BadLayout(
-            f"the compatibility runtime reads {config.spec.name} whole on every rank: {shard.tp} × {each / 1e9:.1f} GB "
-            f"of host memory, of which {free / 1e9:.1f} GB is available; use fewer ranks"
+            f"the compatibility runtime reads {config.spec.name} whole on every rank: {need / 1e9:.1f} GB "
+            f"of host memory in all, of which {free / 1e9:.1f} GB is available; use fewer ranks"
         )
+
+
+def _all_bytes(config: EngineConfig) -> int:
+    return config.spec.total_params * BYTES_PER_ELEMENT.get(config.dtype, 8)
 
 
 @torch.no_grad()

@@ -43,10 +43,11 @@ class CompatibleRunner:
 
     def __init__(self, model: nn.Module, slots: Slots, shard: Shard, device: torch.device) -> None:
         self._model, self.slots, self._shard, self._device = model, slots, shard, device
-        takes = inspect.signature(model.forward).parameters
+        inner: Any = getattr(model, "module", model)  # DeepSpeed's engine passes on what it is given
+        takes = inspect.signature(inner.forward).parameters
         self._takes_positions = "position_ids" in takes
         self._keeps_last = "logits_to_keep" in takes
-        self._vocab: int = model.config.vocab_size  # type: ignore[union-attr, assignment]
+        self._vocab: int = inner.config.vocab_size
         self._cached: list[Cached] = []
 
     def capture(self) -> None:

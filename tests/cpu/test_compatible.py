@@ -12,6 +12,7 @@ import transformers
 
 from cluster.errors import BadLayout
 from orchestrator.request import SamplingParams
+from strategies.plan import Layout
 from tests.cpu.test_layouts import prompts
 from tests.oracle import greedy
 from tests.serving import Pool, answers, assert_logits_agree, options, served
@@ -58,15 +59,18 @@ def made(directory: Path, kind: str, **changes: object) -> transformers.PreTrain
         pytest.param("Llama", "tp2", {"hidden_act": "gelu"}, marks=pytest.mark.slow),
         pytest.param("Gemma2", "tp2", {"head_dim": 16, "sliding_window": 8}, marks=pytest.mark.slow),
         pytest.param("Olmo", "dp2", {}, marks=pytest.mark.slow),
+        pytest.param("Llama", "zero3tp2+offload", {}, marks=pytest.mark.slow),
     ],
 )
 def test_what_the_engine_does_not_know_answers_as_transformers_does(
     kind: str, layout: str, changes: dict[str, object], pool: Pool, tmp_path: Path
 ) -> None:
     model = made(tmp_path, kind, **changes)
-    asked = options(tmp_path, num_blocks=18, compatible=True, prefix_caching=False)
+    named = Layout.parse(layout)
+    runs = {"compatible": True, "zero3": named.zero3, "offload": named.offload}
+    asked = options(tmp_path, num_blocks=18, prefix_caching=False, **runs)
     given = prompts(model.config.vocab_size)
-    with served(layout, asked, pool) as found:
+    with served(named.dims.name, asked, pool) as found:
         done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
         seen = pool.seen_logits()
     assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]

@@ -1,4 +1,4 @@
-"""DeepSpeed's AutoTP: splits transformers' model over the ranks of a stage, by the names of its layers.
+"""What DeepSpeed does to transformers' models: AutoTP splits their layers, by name; ZeRO-3 keeps them in host memory.
 
 Nothing is compiled: DeepSpeed's own collectives for CPUs would take minutes at their first use, and are left out.
 """
@@ -6,13 +6,18 @@ Nothing is compiled: DeepSpeed's own collectives for CPUs would take minutes at 
 from __future__ import annotations
 
 import logging
+import os
 from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
+from torch._C._distributed_c10d import HashStore
 
 from cluster.errors import BadLayout
+
+PREFETCHED = 600_000_000  # weights that are sent for ahead
+LIVE = 3_000_000_000  # weights that may be on a device at once
 
 
 def split(model: nn.Module, name: str, tp: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -32,6 +37,34 @@ def split(model: nn.Module, name: str, tp: int, device: torch.device, dtype: tor
         ) from error
     part: nn.Module = engine.module
     return part
+
+
+def zero3(model: nn.Module, rank: int, ranks: int, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """The same model, whose weights lie split over the ranks in pinned host memory, and come together layer by layer.
+
+    All ranks must run it as often.
+    """
+    if not torch.distributed.is_initialized():  # a rank alone meets nobody
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        torch.distributed.init_process_group(backend, store=HashStore(), rank=rank, world_size=ranks)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    deepspeed = ready(device, ranks)
+    largest = max(parameter.numel() for parameter in model.parameters())
+    layer = max(sum(p.numel() for p in part.parameters()) for part in model.modules() if part is not model)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "bf16": {"enabled": dtype == torch.bfloat16},
+        "fp16": {"enabled": dtype == torch.float16},
+        "zero_optimization": {
+            "stage": 3,
+            "offload_param": {"device": "cpu", "pin_memory": device.type == "cuda"},
+            "stage3_prefetch_bucket_size": min(PREFETCHED, layer),
+            "stage3_max_live_parameters": max(LIVE, 2 * largest),
+        },
+    }
+    engine = deepspeed.initialize(model=model, config=config)[0]
+    streamed: nn.Module = engine
+    return streamed
 
 
 def ready(device: torch.device, ranks: int) -> Any:

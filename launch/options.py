@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
@@ -50,12 +51,18 @@ class EngineOptions:
     zero3: bool = False  # under which DeepSpeed keeps all weights in host memory
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
+    offload_dir: Path | None = None  # a disk's, on which they lie instead
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
     step_timeout_s: float | None = None  # a replica that needs longer for one is stuck; None: by device
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are CUDA graphs, where there are any: a graph cannot wait for a disk."""
+        return not self.enforce_eager and not self.compatible and self.offload_dir is None
 
     @property
     def most_context(self) -> int:
@@ -115,6 +122,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=float,
         metavar="GB",
         help="of each GPU's memory, that a process may take, CUDA's context and NCCL in it; in place of the share",
+    )
+    engine.add_argument(
+        "--offload-dir",
+        type=Path,
+        metavar="FOLDER",
+        help="where what +offload does not keep on the device lies on a disk, in place of host memory",
     )
     engine.add_argument(
         "--resident-layers",
@@ -215,10 +228,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     device = args.device if is_elsewhere else choose_device(args.device)
     spec = _kept_on(device, spec)
     kept = _format(named, spec)
-    if args.resident_layers is not None and (named is None or not named.offload):
-        raise UserError(
-            "--resident-layers is of offloaded layouts; add --layout tp1+offload, or leave it away"
-        )
+    for flag, value in (("resident-layers", args.resident_layers), ("offload-dir", args.offload_dir)):
+        if value is not None and (named is None or not named.offload or named.zero3):
+            raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
     return EngineOptions(
         source=source,
         spec=spec,
@@ -241,6 +253,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         zero3=zero3,
         offload=named is not None and named.offload,
         resident_layers=args.resident_layers,
+        offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
         device_memory_gb=args.device_memory_gb,
         step_timeout_s=args.step_timeout,
     )

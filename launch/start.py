@@ -251,6 +251,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         zero3=options.zero3,
         offload=options.offload,
         resident_layers=options.resident_layers,
+        offload_dir=options.offload_dir,
         offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
         memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
         dummy_weights=options.dummy_weights,
@@ -258,7 +259,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         max_num_seqs=options.max_num_seqs,
         max_num_batched_tokens=options.max_num_batched_tokens,
         threads=max(1, cores // dims.world_size),
-        graphs=not options.enforce_eager,
+        graphs=options.captures,
         memory_utilization=options.gpu_memory_utilization,
         seed=options.seed,
         grammars=options.grammars,
@@ -306,13 +307,8 @@ def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> l
 
 def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
     """One line for all ranks that have the same."""
-    for layers, resident, step_bytes in dict.fromkeys(
-        results(everywhere(placed, "residence"), CALL_TIMEOUT_S)
-    ):
-        progress.say(
-            f"{dims.name}: {resident} of a rank's {layers} layers stay on its device; "
-            f"{step_bytes / 1e9:.2f} GB come from host memory at every step"
-        )
+    for found in dict.fromkeys(results(everywhere(placed, "residence"), CALL_TIMEOUT_S)):
+        progress.say(f"{dims.name}: {found.told}")
 
 
 def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
@@ -342,7 +338,7 @@ def _fit(
         least = replace(options, max_model_len=as_before.max_model_len)
         limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
     results(everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
-    if options.device == "cuda" and not options.enforce_eager and not options.compatible:
+    if options.device == "cuda" and options.captures:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from cluster.collectives.protocols import ANY_WAY
 from strategies.source import ModelSource
@@ -28,6 +29,7 @@ class EngineConfig:
     threads: int = 1  # of a CPU rank
     offload: bool = False  # layers that do not fit stay in host memory
     resident_layers: int | None = None  # of each rank's, where they are offloaded; None: as many as fit
+    offload_dir: Path | None = None  # on whose disk streamed layers lie; None: in host memory
     offload_kv_tokens: int = 8192  # of cache, that offloading leaves room for
     graphs: bool = True  # decode steps as CUDA graphs, where there are any
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else

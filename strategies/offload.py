@@ -36,6 +36,12 @@ class Streaming:
         """Where the streamed layer of this position in `streamed` comes to."""
         return position % BUFFERS
 
+    @property
+    def order(self) -> list[int]:
+        """The positions that are sent for in a step, one after another."""
+        every = range(self.layers - self.resident)
+        return [self.after(position) for position in every if self.after(position) != position]
+
     def after(self, position: int) -> int:
         """The position that comes next to the same buffer, in this step or as the next one's first."""
         following = position + BUFFERS
@@ -61,5 +67,14 @@ def check_host(needed: int, available: int) -> None:
     if needed > available:
         raise BadLayout(
             f"+offload keeps {needed / 1e9:.1f} GB of weights in host memory, of which {available / 1e9:.1f} GB is "
-            "available; use more devices, or weights in fewer bits such as +int8+offload"
+            "available; use more devices, weights in fewer bits such as +int8+offload, or a disk: --offload-dir FOLDER"
+        )
+
+
+def check_disk(needed: int, free: int, folder: str) -> None:
+    """Raises BadLayout."""
+    if needed > free:
+        raise BadLayout(
+            f"+offload keeps {needed / 1e9:.1f} GB of a rank's weights in {folder}, which has room for "
+            f"{free / 1e9:.1f} GB; use another --offload-dir, or more devices"
         )

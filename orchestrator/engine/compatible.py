@@ -36,7 +36,8 @@ def compatible(config: EngineConfig, shard: Shard, device: torch.device) -> tupl
     model, layers = _whole(config), len(shard.layers)
     if config.zero3:
         streamed = zero3(model, shard.tp_rank, shard.tp, device, getattr(torch, config.dtype))
-        return streamed.eval(), Residence(layers, 0, _all_bytes(config) // shard.tp)
+        streamed.eval()  # which returns nothing: DeepSpeed's engine has its own
+        return streamed, Residence(layers, 0, _all_bytes(config) // shard.tp)
     return _on_device(model, config, shard, device).eval(), Residence(layers, layers, 0)
 
 

@@ -38,12 +38,13 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     kept: Format = PLAIN,
     streamed: Sequence[int] = (),
+    allocate: Callable[[str], Tensor | None] | None = None,
 ) -> None:
     """Replaces every parameter of `model`, which may be on the meta device, by its weights. Raises BadModel.
 
     `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all. Layers that `kept`
     has in fewer bits are replaced whole; of their weights in `dtype` no more is ever in memory than the chunks at hand.
-    The weights of layers that are `streamed` stay in host memory.
+    The weights of layers that are `streamed` stay in host memory, those that `allocate` has memory for in that.
     """
     tied = spec.tied and shard.is_first and shard.is_last
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -54,7 +55,10 @@ def load(
     homes = {name: _home(name, streamed, device) for name in shapes}
     small = _replace_quantized(model, spec, kept, homes, device, dtype, checkpoint, sources)
     shapes = {name: shape for name, shape in shapes.items() if name not in small}
-    empty = {name: torch.empty(shape, device=homes[name], dtype=dtype) for name, shape in shapes.items()}
+    empty = {}
+    for name, shape in shapes.items():
+        given = allocate(name) if allocate is not None else None
+        empty[name] = torch.empty(shape, device=homes[name], dtype=dtype) if given is None else given
     chunks: list[_Chunk | _QuantizedChunk | _StoredChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]

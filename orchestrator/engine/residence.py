@@ -10,10 +10,11 @@ import torch
 from cluster.discover import read_cpu
 from cluster.errors import BadLayout
 from orchestrator.engine.checkpoint import Checkpoint
+from orchestrator.engine.disk import READERS, LayerFile
 from orchestrator.engine.loader import load
 from orchestrator.engine.memory import available_host_bytes, multiplies_float8
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.offload import stream
+from orchestrator.engine.offload import spots, stream
 from orchestrator.engine_config import EngineConfig
 from strategies import tensor
 from strategies.cost_memory import work_bytes
@@ -22,10 +23,34 @@ from strategies.offload import Streaming, check_host, resident_layers
 from strategies.plan import Shard
 
 
+class DiskRate(NamedTuple):
+    bytes_per_s: float
+    is_direct: bool  # past the page cache
+
+    def told(self, step_bytes: int) -> str:
+        how = (
+            "directly"
+            if self.is_direct
+            else "through the page cache, for the file system refuses direct reads"
+        )
+        most = f", which allows {self.bytes_per_s / step_bytes:.2f} steps a second" if step_bytes else ""
+        return f"a disk (read {how} by {READERS} threads, {self.bytes_per_s / 1e9:.2f} GB/s{most})"
+
+
 class Residence(NamedTuple):
     layers: int  # of the rank
     resident: int  # of them, on the device
-    step_bytes: int  # that come from host memory at every step
+    step_bytes: int  # that come from host memory, or a disk, at every step
+    disk: DiskRate | None = None  # None: from host memory
+
+    @property
+    def told(self) -> str:
+        """What a user is told of it."""
+        came = "host memory" if self.disk is None else self.disk.told(self.step_bytes)
+        return (
+            f"{self.resident} of a rank's {self.layers} layers stay on its device; {self.step_bytes / 1e9:.2f} GB come "
+            f"from {came} at every step"
+        )
 
 
 def loaded(
@@ -45,9 +70,23 @@ def loaded(
         raise BadLayout("+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8")
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
-    load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed)
-    streams = stream(model, streaming, device)
-    return model, Residence(layers, streaming.resident, streams.step_bytes if streams else 0)
+    file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
+    given = None if file is None else file.allocate
+    load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, given)
+    streams = stream(model, streaming, device, file)
+    if streams is None:
+        return model, Residence(layers, layers, 0)
+    rate = None if file is None else DiskRate(streams.disk.bytes_per_s, file.is_direct)
+    return model, Residence(layers, streaming.resident, streams.step_bytes, rate)
+
+
+def _file(model: Transformer, streaming: Streaming, config: EngineConfig, dtype: torch.dtype) -> LayerFile:
+    """For the layers that are streamed, empty yet. Raises BadLayout."""
+    if config.format:
+        raise BadLayout(f"--offload-dir keeps weights in the model's dtype; leave +{config.format} away")
+    parts = [spots(model.layers[i], f"layers.{i}", dtype.itemsize) for i in streaming.streamed]
+    assert config.offload_dir is not None
+    return LayerFile(config.offload_dir, [part for part, _ in parts], [size for _, size in parts], dtype)
 
 
 def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: int) -> int:
@@ -68,6 +107,8 @@ def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: 
     )
     resident = resident_layers(layers, needs.layer, free - needs.beside_layers)
     ranks = shard.tp * shard.pp  # on this host, as far as a rank knows
+    if config.offload_dir is not None:  # whose room is looked at when the file is made
+        return resident
     # A control group counts pages of files that were read as used: its limit alone says something.
     check_host(
         (layers - resident) * needs.layer * ranks, min(available_host_bytes(), read_cpu().memory_bytes)

@@ -57,6 +57,17 @@ def test_offloaded_layers_answer_as_transformers_does(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "pp2"])
+def test_layers_on_a_disk_answer_as_resident_ones_do(layout: str, pool: Pool, tmp_path: Path) -> None:
+    model = make_model(tmp_path, "qwen2", num_key_value_heads=2, num_hidden_layers=LAYERS)
+    given = prompts(model.config.vocab_size)[:3]
+    asked = options(tmp_path, num_blocks=18, offload=True, resident_layers=1, offload_dir=tmp_path / "disk")
+    with served(layout, asked, pool) as found:
+        done = answers(found, asked, [(p, SamplingParams(max_tokens=OUTPUT_TOKENS)) for p in given])
+    assert [c.token_ids for c in done] == [greedy(model, p, OUTPUT_TOKENS) for p in given]
+
+
+@pytest.mark.slow
 def test_offloaded_layers_in_four_bits_answer_as_resident_ones_do(pool: Pool, tmp_path: Path) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
     model = make_model(tmp_path, "llama", std=0.1, num_hidden_layers=5, **sizes)

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 Progress = Callable[[str], None]
 T = TypeVar("T")
 
-PROBE_LIMIT_S = 120.0  # of what one device does alone: seconds, on a slow CPU a minute
+PROBE_LIMIT_S = 240.0  # of what one device does alone: seconds, on a busy CPU minutes
 SWEEP_LIMIT_S = 60.0
 QUICK_PROBE_S = 0.2
 FULL_PROBE_S = 0.05  # of each of some hundred probes
@@ -295,4 +295,8 @@ def _sum_rates(parts: Sequence[Rates]) -> Rates:
         {d: sum(p.bandwidth_bytes_per_s[d] for p in parts) for d in parts[0].bandwidth_bytes_per_s},
         {d: sum(p.flops_per_s[d] for p in parts) for d in parts[0].flops_per_s},
         max(p.layer_overhead_s for p in parts),
+        {
+            dtype: {rows: sum(p.products[dtype][rows] for p in parts) for rows in by_rows}
+            for dtype, by_rows in parts[0].products.items()
+        },
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,11 @@ from cluster.profile import Detail, Rates
 LEAST_REPEATS = 3
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 
-MATRIX = {"cpu": 2048, "cuda": 8192}
+MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of a probed weight: like a layer's of a model that fits such a device."""
+
+FEW_ROWS = (2, 4, 8, 16, 64)
+"""Of products on a CPU, whose libraries take up to three times as long for four or eight rows as for one."""
 
 PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
 
@@ -62,27 +65,49 @@ def rates(target: Target) -> Rates:
     """Of one device, with whatever else runs at the time."""
     device = target.open()
     dtypes = DTYPES[device.type]
-    return Rates(
-        {name: _read_bytes_per_s(target, device, getattr(torch, name)) for name in dtypes},
-        {name: _flops_per_s(target, device, getattr(torch, name)) for name in dtypes},
-        _layer_s(target, device),
-    )
+    read = {name: _read_bytes_per_s(target, device, getattr(torch, name)) for name in dtypes}
+    flops = {name: _flops_per_s(target, device, getattr(torch, name)) for name in dtypes}
+    products = {}
+    if device.type == "cpu":  # in what it computes in unless told otherwise
+        one = read["float32"] / 2  # two FLOPs by a weight of four bytes
+        few = {rows: min(rate, rows * one) for rows, rate in _few_rows(target, device).items()}
+        products["float32"] = {1: one, **few, PREFILL_TOKENS["cpu"]: flops["float32"]}
+    return Rates(read, flops, _layer_s(target, device), products)
 
 
 def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> float:
     """Weights beyond the caches, each read once a pass by a product with one row."""
+    weights = _beyond_caches(target, device, dtype)
+    in_all = sum(weight.nbytes for weight in weights)
+    return in_all / _repeated_s(_with_each(weights, 1), device, target.probe_s)
+
+
+def _few_rows(target: Target, device: torch.device) -> dict[int, float]:
+    """FLOP/s by rows, in float32, where the weights come from no further than caches."""
+    weights = _beyond_caches(target, device, torch.float32)
+    weights = weights[: max(2, READ_BYTES["cpu"] // 2 // target.ranks // weights[0].nbytes)]
+    flops = 2 * sum(weight.numel() for weight in weights)
+    return {
+        rows: rows * flops / _typical_s(_with_each(weights, rows), device, LEAST_REPEATS) for rows in FEW_ROWS
+    }
+
+
+def _beyond_caches(target: Target, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
     n = MATRIX[device.type]
     size = torch.empty((), dtype=dtype).element_size()
     in_all = max(READ_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
     count = max(2, in_all // (target.ranks * n * n * size))
-    weights = [torch.full((n, n), 0.01, dtype=dtype, device=device) for _ in range(count)]
-    x = torch.full((1, n), 0.01, dtype=dtype, device=device)
+    return [torch.full((n, n), 0.01, dtype=dtype, device=device) for _ in range(count)]
 
-    def read() -> None:
+
+def _with_each(weights: Sequence[torch.Tensor], rows: int) -> Callable[[], None]:
+    x = weights[0].new_full((rows, weights[0].shape[1]), 0.01)
+
+    def run() -> None:
         for weight in weights:
             functional.linear(x, weight)
 
-    return count * n * n * size / _repeated_s(read, device, target.probe_s)
+    return run
 
 
 def _flops_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> float:
@@ -142,16 +167,18 @@ def _typical_s(run: Callable[[], object], device: torch.device, repeats: int) ->
     """Of one run, after one that does not count: the time that a quarter of the repeats beat.
 
     Noise is one-sided: what else runs here only ever adds. The quartile leaves it out and is no lucky single
-    run.
+    run. Of a CPU, where one thread works, the time that it ran counts.
     """
+    alone = device.type == "cpu" and torch.get_num_threads() == 1
+    clock = time.thread_time if alone else time.perf_counter
     run()
     times = []
     for _ in range(repeats):
         _finish(device)
-        start = time.perf_counter()
+        start = clock()
         run()
         _finish(device)
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
     return sorted(times)[repeats // 4]
 
 

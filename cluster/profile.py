@@ -41,6 +41,9 @@ class Rates:
     bandwidth_bytes_per_s: Mapping[str, float]  # dtype -> weights read by a product with one row
     flops_per_s: Mapping[str, float]  # dtype -> a product with many rows, as in prefill
     layer_overhead_s: float  # a layer whose sizes are next to nothing
+    products: Mapping[str, Mapping[int, float]] = field(
+        default_factory=dict
+    )  # of a CPU: dtype -> rows -> FLOP/s with weights beyond the caches
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,7 +196,8 @@ def read(path: File) -> MachineProfile | None:
 def changes(profile: MachineProfile, topology: Topology) -> list[str]:
     """What is no longer as it was when the profile was taken, in words; empty: it holds."""
     if profile.fingerprint == fingerprint_of(topology):
-        return []
+        on_cpu = topology.devices[0].kind == "cpu"
+        return ["products of few rows were not timed"] if on_cpu and not profile.rates[0].products else []
     software = {
         "torch": (profile.torch_version, version("torch")),
         "driver": (profile.driver, topology.driver),
@@ -254,7 +258,7 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
         ),
         flops_per_s={**device.flops_per_s, **rates.flops_per_s},
         layer_overhead_s=rates.layer_overhead_s,
-        products=detail.products if detail else {},
+        products=rates.products or (detail.products if detail else {}),
         host_bytes_per_s=min(to_device, default=None),
         provenance=Provenance.MEASURED,
     )
@@ -275,6 +279,10 @@ def _pool_rates(profile: MachineProfile) -> Rates:
         {dtype: max(r.bandwidth_bytes_per_s[dtype] for r in seen) for dtype in seen[0].bandwidth_bytes_per_s},
         {dtype: max(r.flops_per_s[dtype] for r in seen) for dtype in seen[0].flops_per_s},
         min(r.layer_overhead_s for r in seen),
+        {
+            dtype: {rows: max(r.products[dtype][rows] for r in seen) for rows in by_rows}
+            for dtype, by_rows in seen[0].products.items()
+        },
     )
 
 

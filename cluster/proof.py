@@ -31,6 +31,7 @@ class Outcome(StrEnum):
     HUNG = "hung"
     CRASHED = "crashed"
     UNUSABLE = "unusable"
+    MEMORY = "out of memory"  # which says nothing of the links: somebody else may hold it
     SKIPPED = "skipped"
 
 

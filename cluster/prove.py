@@ -94,7 +94,7 @@ def proved(
         return Children(count, environment, progress, own)
 
     proof = prove(topology, ladder(topology), start, progress)
-    if cache_dir is not None and not any(_passes(step) for step in proof.steps):
+    if cache_dir is not None and not any(step.outcome is Outcome.MEMORY for step in proof.steps):
         keep(proof, cache_dir, topology)
     return proof
 
@@ -116,7 +116,7 @@ def proved_further(
 
     steps = prove(few, rungs, start, progress).steps
     longer = replace(proof, steps=(*proof.steps, *steps))
-    if cache_dir is not None and not any(_passes(step) for step in steps):
+    if cache_dir is not None and not any(step.outcome is Outcome.MEMORY for step in steps):
         keep(longer, cache_dir, topology)
     return longer
 
@@ -194,10 +194,19 @@ def _try(rung: Rung, ranks: Ranks, topology: Topology) -> Step:
 
 def _outcome(error: ChildFailed) -> Outcome:
     if error.failure is Failure.RAISED:
+        if any(words in error.words for words in _NO_MEMORY):
+            return Outcome.MEMORY
         return Outcome.WRONG if "corrupt" in error.words else Outcome.UNUSABLE
     return Outcome.HUNG if error.failure is Failure.HUNG else Outcome.CRASHED
 
 
+_NO_MEMORY = (
+    "CUDA out of memory",
+    "CUDA error: out of memory",
+    "cuMemAlloc",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "can't allocate memory",  # the host's
+)
 _UNTIL = "turn off ACS and the IOMMU's translation (BIOS; iommu=pt on the kernel's command line) or update the driver"
 _FIX = {
     "peers that are wrong": f"{_UNTIL}; until then traffic goes another way, as with NCCL_P2P_DISABLE=1 "
@@ -207,6 +216,7 @@ _FIX = {
     "no mapped memory": "see dmesg: the host ran short of memory, or a sandbox keeps it from GPUs; NCCL serves",
     "NCCL": "give a container --shm-size=8g or --ipc=host, and see what NCCL_DEBUG=INFO prints; the next way is tried",
     "no NCCL": "no way between these GPUs works: use a replica a GPU (dp), and see what NCCL_DEBUG=INFO prints",
+    "no memory": "free it (`shardwise doctor` says who holds a GPU's); of the links this says nothing",
     "gloo": "see that the loopback interface is up, and that GLOO_SOCKET_IFNAME, if set, names one that is",
 }
 
@@ -214,6 +224,8 @@ _FIX = {
 def advice(rung: Rung, outcome: Outcome) -> str:
     """What to do about a rung that failed, in one line."""
     unusable = outcome is Outcome.UNUSABLE
+    if outcome is Outcome.MEMORY:
+        return _FIX["no memory"]
     if rung.path is None or rung.path is Path.PEER:
         return _FIX["no peers" if unusable else "peers that are wrong"]
     if rung.path is Path.MAPPED:
@@ -223,8 +235,3 @@ def advice(rung: Rung, outcome: Outcome) -> str:
     if rung.environment == SOCKETS:
         return _FIX["no NCCL"]
     return _FIX["NCCL" if unusable or rung.environment == NO_PEERS else "peers that are wrong"]
-
-
-def _passes(step: Step) -> bool:
-    """A failure that says nothing of the links: somebody else held the GPUs' memory."""
-    return any(words in step.evidence for words in ("CUDA out of memory", "cuMemAlloc"))

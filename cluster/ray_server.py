@@ -121,14 +121,15 @@ def _set_environment(values: Mapping[str, str | None]) -> dict[str, str | None]:
 
 
 def _init(**settings: Any) -> None:
-    """ray.init that leaves the process its SIGTERM handler, and its standard output to results.
+    """ray.init that leaves the process its SIGTERM handler all the while, and its standard output to results.
 
-    Ray sets a handler that exits with code 15, and prints the news of every dead worker. We raise it.
+    Ray sets handlers that exit with codes 1 and 15, and prints the news of every dead worker. We raise it.
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        ray.init(**settings, **_QUIET)
-    finally:
+        with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+            ray.init(**settings, **_QUIET)
+    finally:  # also from a Ray that sets it in another way
         signal.signal(signal.SIGTERM, on_sigterm)
     ray._private.worker._worker_logs_enabled = False
 

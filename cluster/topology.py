@@ -49,6 +49,7 @@ class Device:
     uuid: str = ""
     pci: str = ""
     numa: int = 0
+    free_share: float = 1.0  # of a CPU's time, that other programs leave
     usd_per_hour: float | None = None  # rented, or owned over three years; None where unknown
     products: Mapping[str, Mapping[int, float]] = field(
         default_factory=dict

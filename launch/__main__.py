@@ -6,13 +6,13 @@ import argparse
 import difflib
 import importlib
 import os
-import select
 import signal
 import sys
 from types import FrameType
 from typing import NoReturn
 
 from cluster.errors import ShardwiseError, UserError
+from launch.outputs import drop_if_gone, hung_up
 
 COMMANDS = {
     "plan": "pick the layout for a model on a machine, and say why the others lost",
@@ -69,17 +69,22 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    """The exit code. Ctrl-C and SIGTERM end what was started, in the same order as if it had come to its end."""
+    """The exit code. Ctrl-C, SIGTERM and SIGHUP end what was started, in the same order as if it had come to its
+    end."""
     ended_by = signal.SIGINT
 
     def terminate(number: int, frame: FrameType | None) -> None:
         nonlocal ended_by
-        ended_by = signal.SIGTERM
+        ended_by = signal.Signals(number)
+        if number == signal.SIGHUP:
+            hung_up()
         # asyncio has its own; a shell's background job ignores it.
         interrupt = signal.getsignal(signal.SIGINT)
         (interrupt if callable(interrupt) else signal.default_int_handler)(number, frame)
 
     signal.signal(signal.SIGTERM, terminate)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # under nohup a terminal may go
+        signal.signal(signal.SIGHUP, terminate)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # warnings meant for those who write with torch
     try:
         code = int(args.run(args))
@@ -92,19 +97,9 @@ def _run(args: argparse.Namespace) -> int:
         print("interrupted", file=sys.stderr)
         return 128 + ended_by
     except BrokenPipeError:
-        if not _reader_is_gone():
+        if not drop_if_gone(sys.stdout):
             raise
         return 128 + signal.SIGPIPE
-
-
-def _reader_is_gone() -> bool:
-    """Whether nobody reads our standard output any more, as after `| head`. Then what is left goes nowhere."""
-    look = select.poll()
-    look.register(sys.stdout, 0)
-    gone = bool(look.poll(0))  # an error or a hang-up, which nobody need ask for
-    if gone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return gone
 
 
 if __name__ == "__main__":

@@ -124,9 +124,9 @@ def _server(args: argparse.Namespace) -> Server:
 
     key = os.environ.get("OPENAI_API_KEY")
     if args.api_key_file is not None:
-        from launch.serve import read_keys
+        from launch.keys import own_key
 
-        key = read_keys(args.api_key_file)[0]
+        key = own_key(args.api_key_file)
     return open_server(args.address, key, args.name, args.dashboard, _progress(args))
 
 

@@ -24,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "url", metavar="URL", help="of an endpoint: http://127.0.0.1:8000, with or without /v1"
     )
     parser.add_argument("--model", metavar="NAME", help="default: the first that it serves")
-    parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="whose first line is the key")
+    parser.add_argument(
+        "--api-key-file", type=Path, metavar="FILE", help="whose first key it shows: one a line"
+    )
     parser.add_argument("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
     load = parser.add_argument_group("load")
@@ -116,21 +118,12 @@ def _check(args: argparse.Namespace) -> None:
             raise UserError(f"--{flag.replace('_', '-')} is {value:g}; it must be above 0")
 
 
-def read_key(path: Path | None) -> str | None:
-    """Raises UserError."""
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8").split()[0]
-    except (OSError, UnicodeDecodeError, IndexError):
-        raise UserError(f"--api-key-file {path} has no key; its first line must be one") from None
-
-
 async def _load(args: argparse.Namespace, progress: Progress) -> tuple[str, list[Answer]]:
     from launch.bench_load import check_any, closed_loop, connected, random_prompts
+    from launch.keys import own_key
 
     as_text = args.text or args.chat
-    key = read_key(args.api_key_file)
+    key = own_key(args.api_key_file)
     asked = connected(args.url, model=args.model, key=key, chat=args.chat, ignore_eos=not args.keep_eos)
     async with asked as endpoint:
         if not args.no_warm_up:

@@ -186,8 +186,8 @@ def find_recipe(recipe: str) -> Path:
     shipped = {p.stem: p for p in sorted(RECIPES.glob("*.yaml"))}
     if recipe in shipped:
         return shipped[recipe]
-    what = "is a directory" if path.is_dir() else "does not exist"
-    raise BadRecipe(f"recipe {recipe} {what}; give a YAML file, or one that ships: {', '.join(shipped)}")
+    what = f"{recipe} {'is a directory' if path.is_dir() else 'does not exist'}" if recipe else "has no name"
+    raise BadRecipe(f"recipe {what}; give a YAML file, or one that ships: {', '.join(shipped)}")
 
 
 def _load(path: Path) -> object:

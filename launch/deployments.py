@@ -137,10 +137,10 @@ class Here:
         return since is not None and since == state["keeper_started"]
 
     def _key(self, order: Mapping[str, Any]) -> str | None:
-        from launch.serve import read_keys
+        from launch.keys import own_key
 
         path = order.get("key_file")
-        return read_keys(Path(path))[0] if path else None
+        return own_key(Path(path)) if path else None
 
 
 @dataclass(frozen=True, slots=True)

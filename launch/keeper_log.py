@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -39,41 +40,53 @@ class Log:
 
 def read_log(directory: Path, cursor: Cursor | None, *, last_lines: int = 0) -> tuple[Cursor, bytes]:
     """What came after `cursor`, or from its beginning the last lines: a piece of it, and where the next begins."""
-    files = [(_inode(path), path) for path in (directory / OLDER, directory / LOG) if path.exists()]
-    if not files:
-        return (0, 0), b""
-    if cursor is None:
-        inode, path = files[-1]
-        return _piece(inode, path, _start_of_last(path, last_lines))
-    known = [inode for inode, _ in files]
-    at = known.index(cursor[0]) if cursor[0] in known else len(files) - 1
-    offset = cursor[1] if cursor[0] in known else 0
-    while True:
-        found, text = _piece(*files[at], offset)
-        if text or at == len(files) - 1:
-            return found, text
-        at, offset = at + 1, 0
+    with ExitStack() as opened:
+        files = _opened(directory, opened)
+        if not files:
+            return (0, 0), b""
+        if cursor is None:
+            inode, file = files[-1]
+            return _piece(inode, file, _start_of_last(file, last_lines))
+        known = [inode for inode, _ in files]
+        at = known.index(cursor[0]) if cursor[0] in known else len(files) - 1
+        offset = cursor[1] if cursor[0] in known else 0
+        while True:
+            found, text = _piece(*files[at], offset)
+            if text or at == len(files) - 1:
+                return found, text
+            at, offset = at + 1, 0
 
 
-def _inode(path: Path) -> int:
-    return path.stat().st_ino
+def _opened(directory: Path, owner: ExitStack) -> list[tuple[int, BinaryIO]]:
+    """The older first, each by its inode. What is open stays what it is while the writer sets the log aside.
+
+    The newer is opened first: set aside between the two, it is found again as the older, and none is missed.
+    """
+    found: dict[int, BinaryIO] = {}
+    for name in (LOG, OLDER):
+        with contextlib.suppress(FileNotFoundError):
+            file = owner.enter_context((directory / name).open("rb"))
+            found.setdefault(os.fstat(file.fileno()).st_ino, file)
+    return list(found.items())[::-1]
 
 
-def _piece(inode: int, path: Path, offset: int) -> tuple[Cursor, bytes]:
-    with path.open("rb") as file:
-        file.seek(offset)
-        text = file.read(MOST_READ)
+def _piece(inode: int, file: BinaryIO, offset: int) -> tuple[Cursor, bytes]:
+    if offset > file.seek(
+        0, os.SEEK_END
+    ):  # another file by now, which got the number of one that was removed
+        offset = 0
+    file.seek(offset)
+    text = file.read(MOST_READ)
     return (inode, offset + len(text)), text
 
 
-def _start_of_last(path: Path, lines: int) -> int:
-    with path.open("rb") as file:
-        end = at = file.seek(0, os.SEEK_END)
-        found = b""
-        while at and found.count(b"\n") <= lines:
-            start = max(0, at - _BLOCK)
-            file.seek(start)
-            found = file.read(at - start) + found
-            at = start
+def _start_of_last(file: BinaryIO, lines: int) -> int:
+    end = at = file.seek(0, os.SEEK_END)
+    found = b""
+    while at and found.count(b"\n") <= lines:
+        start = max(0, at - _BLOCK)
+        file.seek(start)
+        found = file.read(at - start) + found
+        at = start
     kept = b"".join(found.splitlines(keepends=True)[-lines:]) if lines else b""
     return end - len(kept)

@@ -6,9 +6,9 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 
-from cluster.errors import GangDied
+from cluster.errors import GangDied, PlacementFailed
 from cluster.paths import ONE_SHOT_PATHS, Path, gains_up_to
 from cluster.profile import kept as kept_profile
 from cluster.proof import Outcome, kept
@@ -28,7 +28,13 @@ def linked(options: EngineOptions, devices: int) -> Topology | None:
     """The GPUs here; None where there is nothing to prove: CPUs, one GPU, or a cluster elsewhere."""
     if options.device != "cuda" or devices < 2 or options.address is not None:
         return None
-    return found_here("cuda", peer_access=options.peer_access)
+    return _gpus(options.peer_access)
+
+
+@cache
+def _gpus(peer_access: bool) -> Topology:
+    """Read once: a tenth of a second each, and what a start goes by must not change on its way."""
+    return found_here("cuda", peer_access=peer_access)
 
 
 @contextmanager
@@ -54,7 +60,8 @@ def prove_first_layer(
     options: EngineOptions, dims: ParallelDims, config: EngineConfig, progress: Progress
 ) -> None:
     """Once for each model, dtype and tp on this machine: over the ways that `config` has, and where its first layer
-    comes out wrong over the fastest, over the next. What fails is trusted no more. Raises GangDied where all fail.
+    comes out wrong over the fastest, over the next. What fails is trusted no more. Raises GangDied where all fail,
+    PlacementFailed where one has no memory.
     """
     topology = linked(options, dims.world_size)
     if topology is None or dims.tp == 1 or options.compatible:
@@ -71,7 +78,13 @@ def prove_first_layer(
         rungs.append(Rung(f"{name}, {path}", path, job, instead_of=before, limit_s=LAYER_LIMIT_S))
     if rungs[0].name not in {step.rung for step in proof.steps}:
         proof = proved_further(proof, topology, dims.tp, rungs, cache_directory(), progress.say)
-    last = [step for step in proof.steps if step.rung.startswith(f"{name}, ")][-1]
+    steps = [step for step in proof.steps if step.rung.startswith(f"{name}, ")]
+    if (full := next((step for step in steps if step.outcome is Outcome.MEMORY), None)) is not None:
+        raise PlacementFailed(
+            f"no memory for the {name}: {full.evidence}; free it (`shardwise doctor` says who holds it), "
+            "or take a layout that needs less of each GPU"
+        )
+    last = steps[-1]
     if last.outcome is not Outcome.PASSED:
         raise GangDied(f"{last.rung}: {last.evidence}; use a replica a GPU (--layout dp{dims.world_size})")
 

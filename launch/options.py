@@ -9,9 +9,11 @@ from pathlib import Path
 from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
+from strategies.formats import FORMATS, PLAIN
 from strategies.plan import Layout, ParallelDims
-from strategies.quantize import native
+from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, is_known, why_not
+from strategies.scheme import GGUF
 from strategies.source import ModelSource, SourceKind, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
@@ -226,7 +228,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
     device = args.device if is_elsewhere else choose_device(args.device)
-    spec = _kept_on(device, spec)
+    spec = kept_on(device, spec)
+    if args.weights == "dummy" and can_remake(spec):
+        spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
     for flag, value in (("resident-layers", args.resident_layers), ("offload-dir", args.offload_dir)):
         if value is not None and (named is None or not named.offload or named.zero3):
@@ -235,7 +239,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=bool(kept)),
+        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights not in ("", GGUF)),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
@@ -278,20 +282,13 @@ def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: Model
         raise UserError(reason)
 
 
-def _kept_on(device: str, spec: ModelSpec) -> ModelSpec:
-    """A CPU does not multiply float8: it is widened there."""
-    if device != "cpu" or spec.published is None or spec.published.format != "fp8":
-        return spec
-    return replace(spec, published=replace(spec.published, format=""))
-
-
 def _format(named: Layout | None, spec: ModelSpec) -> str:
     """That weights are kept in: the layout's, or the checkpoint's own. Raises BadLayout."""
-    asked = "" if named is None else named.format.name
-    stored = native(spec).name
-    if asked and stored and asked != stored:
-        raise BadLayout(f"{spec.name} is stored in {stored} already; leave +{asked} away")
-    return asked or stored
+    asked = PLAIN if named is None else as_kept(spec, named.format)
+    stored = native(spec)
+    if asked.weights and stored.weights not in ("", asked.weights) and not can_remake(spec):
+        raise BadLayout(f"{spec.name} is stored in {stored.weights} already; leave +{asked.weights} away")
+    return or_native(spec, asked).name
 
 
 def _check_sizes(args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ from launch.machine import as_measured, cache_directory, found_here
 from launch.models import spec_of
 from strategies.engines import CPU, OURS, engine
 from strategies.explain import ms
+from strategies.intervals import ends
 from strategies.kept import MODEL, Kept
 from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
@@ -110,13 +111,14 @@ def run(args: argparse.Namespace) -> int:
     rate = rate_of(args)
     alone = workload if rate is None else replace(workload, most_ttft_s=None, most_tpot_s=None)
     layouts = named_layouts(args.layouts)
-    topology = read_machine(args.on) if args.on else found_here()
+    here = args.on is None
+    topology = found_here() if here else read_machine(args.on)
     spec = spec_of(args.model)
     check_lengths(spec, workload, args.max_model_len)
     dtype = choose_dtype(args.dtype, spec, topology)
-    if not args.on:
+    if here:
         topology = as_measured(topology, dtype)
-    kept = () if args.on else kept_here(topology, spec, dtype)
+    kept = kept_here(topology, spec, dtype) if here else ()
     longest = args.max_model_len
     made = plan(spec, topology, alone, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
     simulated = None
@@ -223,6 +225,7 @@ def candidate_to_json(candidate: Candidate) -> dict[str, object]:
         "reason": candidate.reason,
         "predicted": _predicted(candidate),
         "breakdown": _shares(candidate),
+        "interval": _interval(candidate),
     }
     if candidate.estimate is not None and candidate.estimate.source != MODEL:
         made["source"] = candidate.estimate.source
@@ -243,6 +246,23 @@ def _predicted(candidate: Candidate) -> Mapping[str, float | None] | None:
         "share_of_limit": round(made.share_of_limit, 6),
         "usd_per_million_tokens": None if usd is None else round(usd, 6),
     }
+
+
+def _interval(candidate: Candidate) -> Mapping[str, Mapping[str, float]] | None:
+    """Low and high of each predicted figure that may be off."""
+    predicted = _predicted(candidate)
+    if predicted is None or candidate.estimate is None:
+        return None
+    most = {"share_of_limit": 1.0}
+    return {
+        name: {"low": _rounded(low * value), "high": _rounded(min(most.get(name, math.inf), high * value))}
+        for name, (low, high) in ends(candidate.estimate.spread).items()
+        if (value := predicted[name]) is not None
+    }
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")
 
 
 def _shares(candidate: Candidate) -> Mapping[str, float] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from cluster.busy import with_what_is_left
 from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
 from cluster.profile import apply
@@ -32,8 +33,12 @@ def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topolo
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
     """The same, measured now if it never was."""
     found = _found(options)
-    made = apply(measure(found, cache_directory(), progress.say), found, options.dtype)
-    return capped(made, options.device_memory_gb)
+    now = with_what_is_left(apply(measure(found, cache_directory(), progress.say), found, options.dtype))
+    if now.devices[0].free_share < 1:
+        progress.say(
+            f"other programs leave {now.devices[0].free_share:.0%} of the cores' time: predictions are for that much"
+        )
+    return capped(now, options.device_memory_gb)
 
 
 def capped(topology: Topology, most_gb: float | None) -> Topology:

@@ -102,7 +102,12 @@ def _config(options: EngineOptions) -> EngineConfig:
 
 
 def precision(options: EngineOptions) -> str:
-    return options.dtype + (f" with {options.format} weights" if options.format else "")
+    from strategies.formats import FORMATS
+
+    kept = FORMATS[options.format]
+    parts = [f"{kept.weights} weights"] if kept.weights else []
+    parts += ["a cache in float8"] if kept.has_float8_kv else []
+    return options.dtype + (f" with {' and '.join(parts)}" if parts else "")
 
 
 def sentence(found: Quality, asked: EngineOptions, of: EngineOptions, layout: str, text: str) -> str:

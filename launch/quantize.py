@@ -59,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
     from launch.progress import Progress
     from orchestrator.engine.checkpoint import open_checkpoint
     from orchestrator.text import text_of
-    from strategies.quantize import one_group
+    from strategies.quantize import can_remake, one_group
     from strategies.runnable import check_known
     from strategies.source import spec_of
 
     source = resolve(args.model)
     spec = spec_of(source)
     check_known(spec)
-    if spec.published is not None:
+    if not can_remake(spec):
         raise BadModel(f"{spec.name} is in fewer bits already; start from its source")
     if args.out.exists():
         raise BadRequest(f"{args.out} is there already; give a directory that is not")

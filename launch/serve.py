@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
 MOST_FILES = 65_536
 _LAYOUT = "layout"  # a file of --batch-dir: what a server that was killed ran
-LEAST_KEY = 16  # characters: shorter ones can be guessed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.api.tools import form_of
     from launch.generation_config import GenerationConfig
     from launch.generation_config import read as read_generation
+    from launch.keys import read_keys
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
     from launch.predict import planned
@@ -176,26 +176,6 @@ def _check_bounds(args: argparse.Namespace) -> None:
         raise UserError("--served-model-name has an empty name; give what clients are to call the model")
     if not 0 <= args.port <= 65_535:
         raise UserError(f"--port is {args.port}; it must be from 0 to 65535")
-
-
-def read_keys(path: Path | None) -> list[str]:
-    """The keys of the file. Raises UserError."""
-    if path is None:
-        return []
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"--api-key-file {path}: {reason}; give a file with an API key a line") from None
-    keys = [line.strip() for line in lines if line.strip() and not line.startswith("#")]
-    if not keys:
-        raise UserError(f"--api-key-file {path} holds no key; give an API key a line")
-    short = next((i for i, key in enumerate(keys, 1) if len(key) < LEAST_KEY), None)
-    if short is not None:
-        raise UserError(
-            f"--api-key-file {path}: key {short} is shorter than {LEAST_KEY} characters; try `openssl rand -hex 32`"
-        )
-    return keys
 
 
 def listen(host: str, port: int, *, is_open: bool) -> socket.socket:

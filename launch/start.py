@@ -178,7 +178,7 @@ def _made_ready(
     if options.offload:
         _tell_residence(placed, dims, progress)
     if options.device == "cuda":
-        _choose_attention(placed, dims, progress)
+        _choose_kernels(placed, dims, progress)
     return _fit(placed, dims, options, progress), weight_bytes
 
 
@@ -231,7 +231,7 @@ class Restarting:
             _join(placed, self._shards, engine_config(options, dims), dims, quiet)
             _load(placed, dims, quiet)
             if options.device == "cuda":
-                _choose_attention(placed, dims, quiet)
+                _choose_kernels(placed, dims, quiet)
             _fit(placed, dims, options, quiet, as_before=self._limits)
             return _serve(placed[0], self._shards, options)
         except BaseException:
@@ -311,11 +311,12 @@ def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Prog
         progress.say(f"{dims.name}: {found.told}")
 
 
-def _choose_attention(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
-    """Every rank times its own GPU; one line, unless they choose differently."""
-    chosen = results(everywhere(placed, "choose_attention"), LOAD_TIMEOUT_S)
-    for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
-        progress.say(f"{dims.name}: attention by {path}: {reason}")
+def _choose_kernels(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+    """Every rank times its own GPU; one line each, unless they choose differently."""
+    for what in ("attention", "products"):
+        chosen = results(everywhere(placed, f"choose_{what}"), LOAD_TIMEOUT_S)
+        for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
+            progress.say(f"{dims.name}: {what} by {path}: {reason}")
 
 
 def _fit(

@@ -108,7 +108,7 @@ def _here(wanted: Wanted, progress: Progress) -> Deployment:
         }
     )
     if keys is not None:
-        from launch.serve import read_keys
+        from launch.keys import read_keys
 
         read_keys(keys)  # raises where they cannot be read
     told = {"digest": digest, "key_file": None if keys is None else str(keys), "gpus": taken or []}
@@ -222,7 +222,7 @@ def bring_up(wanted: Wanted, progress: Progress, *, replace: bool) -> There:
     from cluster import detached
     from launch.gateway import Gateway
     from launch.head import versions
-    from launch.serve import read_keys
+    from launch.keys import read_keys
 
     keys, where = read_keys(wanted.key_file), str(wanted.address)
     device = wanted.device or ("cuda" if detached.has_gpus() else "cpu")

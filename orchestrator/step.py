@@ -49,10 +49,13 @@ class StepResult(msgspec.Struct, frozen=True, array_like=True):
     logprobs: list[TokenLogprobs | None] | None = None
 
 
-def halves(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows' tokens in two parts of about the same size, in their order; a row that lies across is cut."""
+def halves(rows: Sequence[Row], first: int | None = None) -> tuple[list[Row], list[Row]]:
+    """The rows' tokens in two parts, in their order; a row that lies across is cut.
+
+    `first`: tokens of the first part; None: about half of them.
+    """
     parts: tuple[list[Row], list[Row]] = [], []
-    left = sum(row.count for row in rows) // 2
+    left = sum(row.count for row in rows) // 2 if first is None else first
     for row in rows:
         if 0 < left < row.count:
             parts[0].append(Row(row.slot, row.start, left, False, row.token_id, row.new_block))

@@ -1,8 +1,8 @@
 """One device's part of a replica. Rank 0 leads: it schedules and tells; the others follow. No Ray in here.
 
 A gang hosts this class in processes of its own and calls its methods by name, in this order: `free_port` (rank 0),
-`join`, `load`, `choose_attention` (on a GPU), `fit_blocks`, `allocate`; then the channels are opened and `lead` or
-`follow` runs until `stop`.
+`join`, `load`, `choose_attention` and `choose_products` (on a GPU), `fit_blocks`, `allocate`; then the channels are
+opened and `lead` or `follow` runs until `stop`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from cluster.errors import BadRequest, GangDied
 from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
-from orchestrator.engine.kv_cache import KVCache, block_bytes
+from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
 from orchestrator.engine.memory import Cap, free_for_kv, peak_of
 from orchestrator.engine.offload import resident_bytes
 from orchestrator.engine.residence import Residence, loaded
@@ -39,6 +39,7 @@ from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult, whole_prompts
 from orchestrator.text import text_of
 from strategies import tensor
+from strategies.formats import FORMATS
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 
@@ -172,6 +173,8 @@ class Worker:
             return "torch's SDPA", "float64 has no kernels"
         if self._compatible is not None:
             return "transformers' own", "the compatibility runtime"
+        if FORMATS[config.format].has_float8_kv:
+            return "Triton", "FlashInfer's kernels are not asked for a cache in float8"
         from orchestrator.engine.prefill_choice import choose  # brings Triton
 
         choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
@@ -179,16 +182,27 @@ class Worker:
         return choice.path, choice.reason
 
     @_on_its_device
+    def choose_products(self) -> tuple[str, str]:
+        """Time what there is for the linear layers on this GPU, and take the fastest. → what it is, and why."""
+        if self._compatible is not None:
+            return "transformers' own", "the compatibility runtime"
+        from orchestrator.engine.product_choice import choose  # brings Triton
+
+        config, alone = self.config, self.shard.tp == 1
+        dtype = getattr(torch, config.dtype)
+        choice = choose(self.model, config.max_num_batched_tokens, dtype, self.device, alone=alone)
+        return choice.path, choice.reason
+
+    @_on_its_device
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
+        dtype = kept_dtype(getattr(torch, self.config.dtype), FORMATS[self.config.format].has_float8_kv)
         whole = self.config.spec
         local = whole if self.config.zero3 else tensor.local_spec(whole, self.shard)
-        block = block_bytes(local, self.config.block_size, getattr(torch, self.config.dtype))
-        if (
-            self._compatible is not None
-        ):  # a cache is copied to become longer, and ended ones stay for a while
-            block *= 3
+        block = block_bytes(local, self.config.block_size, dtype)
+        if self._compatible is not None:
+            block *= 3  # a cache is copied to become longer, and ended ones stay for a while
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap) - needed
         return max(0, free // block - 1)  # one is scratch
 
@@ -216,13 +230,21 @@ class Worker:
 
             self.runner = CompatibleRunner(self._compatible, slots, self.shard, self.device)
             return
-        cache = KVCache(self.model.spec, limits.num_blocks, limits.block_size, dtype, self.device)
+        cache = KVCache(
+            self.model.spec,
+            limits.num_blocks,
+            limits.block_size,
+            dtype,
+            self.device,
+            float8=FORMATS[self.config.format].has_float8_kv,
+        )
         vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
         parts = self.model, cache, slots, self.shard, self.collectives, vocabulary
         if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
             from orchestrator.engine.cuda_runner import CudaRunner
 
-            self.runner = CudaRunner(*parts, self._overlap, self._prompt_attention)
+            step_tokens = self.config.max_num_batched_tokens
+            self.runner = CudaRunner(*parts, self._overlap, step_tokens, self._prompt_attention)
         else:
             self.runner = Runner(*parts)
 

@@ -160,7 +160,7 @@ def work_bytes(
     layer = math.ceil(common / layers * kept.bytes_per_weight(dtype))
     activations = tokens * (2 * spec.hidden + 3 * len(shard.mlp)) * size
     logits = rows * spec.vocab * (size + 4) if shard.is_last else 0
-    cache = cached * 2 * layers * len(shard.kv_heads) * spec.head_dim * size
+    cache = math.ceil(cached * 2 * layers * len(shard.kv_heads) * spec.head_dim * kept.bytes_per_kv(dtype))
     tables = table_params(spec, shard) * size
     ours = WORK_BYTES + (NCCL_BYTES if shard.tp * shard.pp > 1 else 0)
     return WorkBytes(layer, tables + activations + logits + cache + ours)

@@ -7,7 +7,9 @@ constant however small it is.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 
 from cluster.topology import Device, Provenance
 from strategies.engines import Engine, Kernels
@@ -69,6 +71,7 @@ class Rates:
     of_bandwidth: float  # shares of these rates per share of the data sheet's
     of_compute: float
     reads: float  # times the share of bandwidth that products reach on others
+    products: Mapping[str, Mapping[int, float]]  # dtype -> rows -> FLOP/s, where a CPU's were timed
 
     def reading(self, share: float) -> float:
         return self.bandwidth * min(MOST, share) * self.of_bandwidth
@@ -86,13 +89,19 @@ def full_rates(device: Device) -> tuple[float, float]:
 def rates(place: Placement, device: Device, at_work: float) -> Rates:
     """Threads of a pool are given out at the start, one share a rank; bandwidth goes to whoever works."""
     sharers = place.pool_ranks(device)
+    left = device.free_share
     return Rates(
-        device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
-        {dtype: rate / sharers for dtype, rate in device.flops_per_s.items()},
+        left * device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
+        {dtype: left * rate / sharers for dtype, rate in device.flops_per_s.items()},
         *full_rates(device),
         1.0
         if device.provenance is Provenance.MEASURED
         else place.engine.kernels.reads_on.get(device.name, 1.0),
+        {
+            dtype: {rows: left * rate / sharers for rows, rate in by_rows.items()}
+            for dtype, by_rows in device.products.items()
+            if device.pool
+        },
     )
 
 
@@ -144,10 +153,25 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
     read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads * r.reads)
     slower = 1 + (engine.prompts - 1) * prompt_share
     share = k.compute[p.width]
+    if p.width is Width.FULL and p.compute in r.products:
+        whole = p.n * p.k * weight_s(r.products[p.compute], rows) * slower / (share * r.of_compute)
+        return min(read, whole), max(0.0, whole - read)
     if p.width is not Width.FULL and p.compute in BYTES_PER_ELEMENT:  # small weights, widened in the kernel
         share = k.compute[Width.FULL] * WIDENED
     computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, share / slower)
     return joined(read, computed)
+
+
+def weight_s(flops_per_s: Mapping[int, float], rows: float) -> float:
+    """Of one weight in a product of so many rows: along a line between those timed, beyond at the last rate."""
+    timed = sorted((n, 2 * n / rate) for n, rate in flops_per_s.items())
+    (first, first_s), (last, last_s) = timed[0], timed[-1]
+    if rows <= first:
+        return first_s
+    if rows >= last:
+        return last_s * rows / last
+    (a, a_s), (b, b_s) = next(pair for pair in pairwise(timed) if pair[1][0] > rows)
+    return a_s + (b_s - a_s) * (rows - a) / (b - a)
 
 
 def joined(read: float, computed: float) -> tuple[float, float]:
@@ -217,7 +241,7 @@ def rank_s(place: Placement, replica: int, rank: int, work: Pass, at_work: float
     gap = k.attention_gap_s * engine.launches + (k.latent_gap_s if spec.latent is not None else 0.0)
     host += layers * gap
     if device.kind == "cpu":
-        host += layers * device.layer_overhead_s
+        host += layers * engine.eager_layers * device.layer_overhead_s / device.free_share
     # Norms, rotation and residual sums read and write the hidden states; sampling reads the logits.
     other = layers * k.residual_passes * 2 * work.tokens * spec.hidden * BYTES_PER_ELEMENT[dtype]
     if shard.is_last:

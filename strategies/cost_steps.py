@@ -113,7 +113,7 @@ def step_host_s(place: Placement, replica: int, work: Pass, chunks: float = 0.0)
     held = engine.step_s + engine.sequence_s * work.decodes + engine.prompt_s * min(1.0, chunks)
     if work.decodes > 1:
         held += engine.ungraphed_s.get(device.name, 0.0)
-    return device.step_overhead_s + held
+    return device.step_overhead_s / device.free_share + held
 
 
 def offload_s(place: Placement, replica: int, needs: Sequence[Memory]) -> float:

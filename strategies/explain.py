@@ -11,7 +11,7 @@ from strategies.cost import estimate, score
 from strategies.intervals import FIRST_TOKEN
 from strategies.place import count
 from strategies.plan import Candidate, Estimate, Placement
-from strategies.quantize import MADE_AT_LOAD
+from strategies.quantize import RUNS
 from strategies.spec import Objective, Workload
 
 _CAUSES = {
@@ -104,7 +104,8 @@ def explain_planned_only(
 
 
 def _why_apart(candidate: Candidate) -> str:
-    if candidate.format.name in MADE_AT_LOAD and not candidate.offload and candidate.dims.ep == 1:
+    runs = candidate.format.weights in ("", *RUNS)
+    if candidate.format.name and runs and not candidate.offload and candidate.dims.ep == 1:
         return "Not chosen, since it changes the model's answers"
     return "Planned only, this version does not run it"
 

@@ -1,7 +1,7 @@
 """In what weights, products and KV cache are kept: bytes with their scales, and the rate that products run at.
 
-A format's name is what stands after `+` in a layout's name. Plain is the model's own dtype and has no name. `kv8`
-beside a format, or alone, keeps the KV cache in 8 bits.
+A format's name is what stands after `+` in a layout's name. Plain is the model's own dtype and has no name. `kvfp8`
+behind a format (`+int4+kvfp8`), or alone, keeps the KV cache in float8.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from cluster.errors import BadLayout
+from strategies.scheme import GGUF
 from strategies.spec import BYTES_PER_ELEMENT
 
 
@@ -25,7 +26,7 @@ class Width(IntEnum):
 class Format:
     """How linear layers are kept. Embedding, head, norms and router stay in the model's dtype."""
 
-    name: str = ""
+    weights: str = ""  # its name, without the cache's
     weight_bytes: float | None = None  # of one weight; None: the dtype's
     width: Width = Width.FULL
     compute: str | None = None  # what products run in on devices that can; None, or elsewhere: the dtype
@@ -40,6 +41,17 @@ class Format:
         size = BYTES_PER_ELEMENT[dtype]
         return size if self.weight_bytes is None else self.weight_bytes + self.scales * size
 
+    @property
+    def name(self) -> str:
+        return "+".join(part for part in (self.weights, KV_FLOAT8 if self.has_float8_kv else "") if part)
+
+    @property
+    def has_float8_kv(self) -> bool:
+        return self.kv_bytes is not None
+
+    def with_float8_kv(self) -> Format:
+        return replace(self, kv_bytes=1.0)
+
     def bytes_per_kv(self, dtype: str) -> float:
         return BYTES_PER_ELEMENT[dtype] if self.kv_bytes is None else self.kv_bytes
 
@@ -48,28 +60,27 @@ class Format:
         return f"+{self.name}" if self.name else ""
 
 
+KV_FLOAT8 = "kvfp8"
 PLAIN = Format()
 
 # Scales: fp8 and int8 one float a block of 128 × 128 or a channel (nothing to speak of); int4 a scale and a zero
 # point each 128 weights (quantized.py); fp4 a byte each 16 (NVFP4). int4 is kept in 4 bits and multiplied in the dtype.
+# gguf stands for what a file has, by which quantize.py's `as_kept` replaces it.
 _WEIGHTS = (
     Format("fp8", 1.0, Width.EIGHT, "float8"),
     Format("int8", 1.0, Width.EIGHT, "int8"),
     Format("int4", 0.5, Width.FOUR, scales=2 / 128),
     Format("fp4", 0.5 + 1 / 16, Width.FOUR, "float4", experts_only=True),
+    Format(GGUF, 0.75, Width.FOUR),
 )
-FORMATS = {
-    kept.name: kept
-    for weights in (PLAIN, *_WEIGHTS)
-    for kept in (weights, replace(weights, name=f"{weights.name}kv8", kv_bytes=1.0))
-}
+FORMATS = {kept.name: kept for weights in (PLAIN, *_WEIGHTS) for kept in (weights, weights.with_float8_kv())}
 
 
 def format_named(name: str, layout: str) -> Format:
     """Raises BadLayout, which names `layout`."""
     if name in FORMATS and name:
         return FORMATS[name]
-    known = ", ".join(f"+{known}" for known in FORMATS if known)
+    known = ", ".join(f"+{known}" for known in (KV_FLOAT8, *(kept.weights for kept in _WEIGHTS)))
     raise BadLayout(
         f"layout {layout!r}: +{name} is not a format; formats are {known}, and +offload comes last"
     )

@@ -39,3 +39,16 @@ def spread(placement: Placement, made: Estimate) -> float:
     if not placement.spec.is_dense:
         parts.append(MIXTURES)
     return math.hypot(*parts)
+
+
+def ends(spread: float) -> dict[str, tuple[float, float]]:
+    """Times a predicted figure, by the name that it is printed by: what nine of ten measured ones lie between."""
+    later, first = min(0.99, spread), min(0.99, FIRST_TOKEN * spread)
+    about = (1 - later, 1 + later)
+    return {
+        "ttft_ms": (1 - first, 1 + first),
+        "tpot_ms": about,
+        "output_tokens_per_s": about,
+        "share_of_limit": about,
+        "usd_per_million_tokens": (1 / (1 + later), 1 / (1 - later)),
+    }

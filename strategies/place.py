@@ -14,6 +14,7 @@ from strategies.engines import engine as engine_named
 from strategies.formats import PLAIN, Format
 from strategies.pipeline import shard_replica
 from strategies.plan import Layout, ParallelDims, Placement, Shard
+from strategies.quantize import as_kept
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
@@ -36,7 +37,7 @@ def place(
     `engine`: ours by default. `workload` decides what the head weighs where stages are cut.
     """
     layout = Layout(layout) if isinstance(layout, ParallelDims) else layout
-    dims = layout.dims
+    dims, kept = layout.dims, as_kept(spec, layout.format)
     if dims.ep > 1 and (spec.experts is None or dims.ep > spec.experts.count):
         experts = "no experts" if spec.experts is None else f"{spec.experts.count} experts a layer"
         raise BadLayout(f"ep={dims.ep} splits experts; {spec.name} has {experts}")
@@ -53,10 +54,10 @@ def place(
     speeds = tuple(max(rates) if rate > EQUAL_SPEED * max(rates) else rate for rate in rates)
     sequences = -(-workload.concurrency // dims.dp)
     of_replica = Workload(workload.prompt_tokens, workload.output_tokens, sequences)
-    parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, layout.format)
+    parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, kept)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
-    how = layout.format, layout.offload, layout.zero3
+    how = kept, layout.offload, layout.zero3
     return Placement(spec, dims, dtype, parts, topology, devices, engine, *how)
 
 
@@ -132,7 +133,7 @@ def gb(n_bytes: float) -> str:
 def _weights(placement: Placement, needs: Sequence[Memory]) -> str:
     """Of the model once: replicated KV heads are the ranks' own affair."""
     size = sum(need.weights for need in needs[: placement.dims.replica_size])
-    return f"{gb(size)} of {placement.format.name.removesuffix('kv8') or placement.dtype} weights"
+    return f"{gb(size)} of {placement.format.weights or placement.dtype} weights"
 
 
 def _noun(placement: Placement) -> str:

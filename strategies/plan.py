@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
 from strategies.engines import Engine
-from strategies.formats import PLAIN, Format, format_named
+from strategies.formats import KV_FLOAT8, PLAIN, Format, format_named
 from strategies.spec import ModelSpec
 
 _NAME = re.compile(r"(tp|pp|dp|ep)(\d+)")
@@ -106,9 +106,13 @@ class Layout:
             )
         offload = bool(suffixes) and suffixes[-1] == "offload"
         formats = suffixes[:-1] if offload else suffixes
-        if len(formats) > 1:
-            raise BadLayout(f"layout {name!r} names {len(formats)} formats; it may have one, such as +fp8")
-        return cls(dims, format_named(formats[0], name) if formats else PLAIN, offload)
+        of_weights = [kept for kept in formats if kept != KV_FLOAT8]
+        if len(of_weights) > 1 or len(formats) > len(of_weights) + 1:
+            raise BadLayout(
+                f"layout {name!r} names {len(formats)} formats; it may have one, such as +fp8, and +{KV_FLOAT8}"
+            )
+        kept = format_named(of_weights[0], name) if of_weights else PLAIN
+        return cls(dims, kept.with_float8_kv() if KV_FLOAT8 in formats else kept, offload)
 
 
 def _zero3_dims(name: str, ranks: str, suffixes: Sequence[str]) -> ParallelDims:

@@ -17,7 +17,7 @@ from strategies.intervals import spread
 from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
-from strategies.quantize import native
+from strategies.quantize import can_remake, kept_on, native, or_native
 from strategies.runnable import is_known, why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
@@ -28,7 +28,7 @@ MOST_TP = 16
 MOST_EP = 64
 """Ranks that experts are spread over: beyond, each holds few experts and all wait for the fullest."""
 
-_SEARCHED = ("fp8", "int8", "int4", "fp4", "fp8kv8", "int4kv8")
+_SEARCHED = ("fp8", "int8", "int4", "fp4", "fp8+kvfp8", "int4+kvfp8")
 _SEARCHED_WIDELY = ("fp8", "int4")  # on machines of over 64 devices
 
 
@@ -53,8 +53,10 @@ def plan(
     ours as it comes by default. `cut_for`: stages are cut as for this workload, by default the one that is planned for.
     `kept`: what was measured of this model on this machine.
     """
+    spec = kept_on(topology.devices[0].kind, spec)
     if layouts is not None:
-        tried = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
+        named_ones = [item if isinstance(item, Layout) else Layout(item) for item in layouts]
+        tried = [replace(layout, format=or_native(spec, layout.format)) for layout in named_ones]
     else:
         tried = [Layout(dims, native(spec)) for dims in enumerate_layouts(len(topology.devices))]
 
@@ -64,10 +66,12 @@ def plan(
         return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
 
     judged = [judge(layout) for layout in tried]
-    if wide and layouts is None and spec.published is None:
+    if wide and layouts is None and can_remake(spec):
         others = beyond_plain(spec, topology, [layout.dims for layout in tried])
         judged += [judge(layout) for layout in others]
-        if not any(c.feasible and c.layout.is_plain for c, _ in judged):
+        if not any(
+            c.feasible and (c.layout.is_plain or c.format.name == native(spec).name) for c, _ in judged
+        ):
             streamed = offloaded([c for c, _ in judged if not c.feasible])
             judged += [judge(layout) for layout in streamed]
     feasible = [(c, p) for c, p in judged if p is not None and c.feasible]

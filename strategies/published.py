@@ -20,6 +20,7 @@ class Stored(StrEnum):
     BLOCKS = "blocks"  # float8 weights with weight_scale_inv of blocks (DeepSeek)
     GPTQ = "gptq"
     AWQ = "awq"
+    GGUF = "gguf"  # blocks of a GGUF file; strategies/gguf_kept.py
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,8 @@ class Published:
     format: str = ""  # that it keeps in memory; none: it is widened
     block: tuple[int, int] = (0, 0)  # rows and columns
     zero_offset: int = 0  # GPTQ's first format stores zero points less one
+    kept_bytes: float = 0.0  # of a weight of a GGUF file's linear layers, where they stay codes; their mean
+    kept_bytes_on_cpu: float = 0.0
 
 
 _KNOWN = "compressed-tensors (W4A16, W8A16, INT8, FP8), gptq, awq and fp8"

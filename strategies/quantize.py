@@ -8,59 +8,66 @@ straddle two ranks, so columns are split by whole groups. orchestrator/engine/qu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 
 from cluster.errors import BadLayout
-from strategies.formats import FORMATS, PLAIN, Format
+from strategies.formats import FORMATS, PLAIN, Format, Width
 from strategies.plan import Shard
+from strategies.published import Stored
+from strategies.scheme import GGUF, Scheme
 from strategies.spec import ModelSpec
 
 MADE_AT_LOAD = frozenset({"int8", "int4", "fp8"})
+RUNS = MADE_AT_LOAD | {GGUF}
+"""What weights are kept in, by this version's engine."""
+
 GROUPS = (128, 64, 32)
+_GGUF_GROUP = 32  # columns that ranks have together: a group, or two
 LINEARS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down")
 """Of a layer; embedding, head and norms stay in the model's dtype, as the cost model has them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Scheme:
-    """How one linear layer is kept. `group`: columns that share a scale and a zero point; 0: a scale a channel."""
-
-    format: str
-    group: int = 0
-
-
 def scheme(spec: ModelSpec, kept: Format, name: str) -> Scheme | None:
-    """Of the parameter `name` of a rank's transformer; None: it stays as it is."""
+    """Of the parameter `name` of a rank's transformer, made at load; None: it stays as it is."""
     linear = name.removesuffix(".weight").split(".", 2)
-    if kept.name not in MADE_AT_LOAD or not name.endswith(".weight") or linear[-1] not in LINEARS:
+    if kept.weights not in MADE_AT_LOAD or not name.endswith(".weight") or linear[-1] not in LINEARS:
         return None
-    return Scheme(kept.name, _group(spec, linear[-1]) if kept.name == "int4" else 0)
+    return Scheme(kept.weights, _group(spec, linear[-1]) if kept.weights == "int4" else 0)
 
 
 def mlp_unit(spec: ModelSpec, kept: Format) -> int:
     """The columns of gate and up that a rank has are a multiple of it."""
+    if kept.weights == GGUF:
+        return _GGUF_GROUP if spec.intermediate % _GGUF_GROUP == 0 else 1
     return _group(spec, "mlp.down") if _has_groups(spec, kept) else 1
 
 
 def check(spec: ModelSpec, kept: Format, shards: Sequence[Shard]) -> None:
     """Raises BadLayout where groups do not divide what a rank has."""
+    if kept.weights == GGUF and spec.latent is None:
+        _check_columns(spec, kept, shards, _GGUF_GROUP)
     if not _has_groups(spec, kept):
         return
     group = _group(spec, "attention.o")
     for linear in LINEARS:
         _group(spec, linear)
+    _check_columns(spec, kept, shards, group)
+
+
+def _check_columns(spec: ModelSpec, kept: Format, shards: Sequence[Shard], group: int) -> None:
     for shard in shards:
         first, size = shard.heads.start * spec.head_dim, len(shard.heads) * spec.head_dim
         if first % group or size % group:
             raise BadLayout(
-                f"+int4 of {spec.name} at tp={shard.tp}: rank {shard.tp_rank} has columns {first} to {first + size} "
-                f"of the attention's output, and groups are {group}; use tp{spec.kv_heads} or less, or +int8"
+                f"+{kept.weights} of {spec.name} at tp={shard.tp}: rank {shard.tp_rank} has columns {first} to "
+                f"{first + size} of the attention's output, and groups are {group}; use tp{spec.kv_heads} or less, "
+                "or +int8"
             )
 
 
 def _has_groups(spec: ModelSpec, kept: Format) -> bool:
     """Mixtures of experts and latent attention are planned only, by their bytes."""
-    return kept.name == "int4" and spec.experts is None and spec.latent is None
+    return kept.weights == "int4" and spec.experts is None and spec.latent is None
 
 
 def _group(spec: ModelSpec, linear: str) -> int:
@@ -82,6 +89,40 @@ def _group(spec: ModelSpec, linear: str) -> int:
 def native(spec: ModelSpec) -> Format:
     """What layouts have that name no format: what the checkpoint stores, or nothing."""
     return FORMATS[spec.published.format] if spec.published is not None else PLAIN
+
+
+def or_native(spec: ModelSpec, kept: Format) -> Format:
+    """The native format for one that says nothing of weights."""
+    if kept.weights:
+        return kept
+    return native(spec).with_float8_kv() if kept.has_float8_kv else native(spec)
+
+
+def can_remake(spec: ModelSpec) -> bool:
+    """Whether other formats may be made of what the checkpoint stores, as they are of weights in full."""
+    return spec.published is None or spec.published.stored is Stored.GGUF
+
+
+def kept_on(kind: str, spec: ModelSpec) -> ModelSpec:
+    """What devices of a kind keep by themselves. CPUs do not multiply float8, and a GGUF file's blocks they widen
+    faster once than at every step: there float8 is widened, and so are blocks unless +gguf is named."""
+    if kind != "cpu" or spec.published is None or spec.published.format not in ("fp8", GGUF):
+        return spec
+    stored = spec.published
+    return replace(spec, published=replace(stored, format="", kept_bytes=stored.kept_bytes_on_cpu))
+
+
+def as_kept(spec: ModelSpec, kept: Format) -> Format:
+    """With the bytes that the model's weights take in it. Raises BadLayout."""
+    if kept.weights != GGUF:
+        return kept
+    stored = spec.published
+    if stored is None or stored.stored is not Stored.GGUF:
+        raise BadLayout(
+            f"+{GGUF} keeps the blocks of a GGUF file, and {spec.name} has none; use +int8 or +int4"
+        )
+    width = Width.FOUR if stored.kept_bytes < 1 else Width.EIGHT
+    return replace(kept, weight_bytes=stored.kept_bytes, width=width)
 
 
 def one_group(spec: ModelSpec, asked: int | None = None) -> int:

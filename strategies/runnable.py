@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from cluster.errors import BadLayout, BadModel
 from cluster.topology import Device
+from strategies.formats import KV_FLOAT8
 from strategies.plan import Layout
-from strategies.quantize import MADE_AT_LOAD
+from strategies.quantize import RUNS
 from strategies.spec import ModelSpec
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -61,8 +62,8 @@ def _incompatible(spec: ModelSpec, layout: Layout, named: bool) -> str | None:
 
 
 def _beyond_this_version(layout: Layout) -> str | None:
-    if layout.format.name and layout.format.name not in MADE_AT_LOAD:
-        return f"+{layout.format.name} is planned only"
+    if layout.format.weights and layout.format.weights not in RUNS:
+        return f"+{layout.format.weights} is planned only"
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None
 
 
@@ -70,13 +71,19 @@ def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | Non
     kept = layout.format
     if not kept.name:
         return None
-    if kept.name == "fp8":
-        for device in devices:
-            if "float8" not in device.flops_per_s:
-                return (
-                    f"+fp8 is multiplied in float8, which the {device.name} does not compute "
-                    "(GPUs do from compute capability 8.9 on); use +int8"
-                )
+    for device in devices:
+        if "float8" in device.flops_per_s:
+            continue
+        if kept.weights == "fp8":
+            return (
+                f"+fp8 is multiplied in float8, which the {device.name} does not compute "
+                "(GPUs do from compute capability 8.9 on); use +int8"
+            )
+        if kept.has_float8_kv and device.kind != "cpu":
+            return (
+                f"+{KV_FLOAT8} is read in float8, which the {device.name} does not convert "
+                f"(GPUs do from compute capability 8.9 on); leave +{KV_FLOAT8} away"
+            )
     return None if named else f"+{kept.name} changes a model's answers: it runs where --layout names it"
 
 

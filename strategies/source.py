@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from pathlib import Path
 
 from cluster.errors import BadModel
 from strategies.gguf_header import GgufHeader, read_header
+from strategies.gguf_kept import of_tensors
 from strategies.other_spec import sizes_of
 from strategies.read_gguf import from_gguf_metadata
 from strategies.read_spec import Unsupported, builtin, from_hf_config
@@ -39,7 +40,9 @@ def spec_of(source: ModelSource) -> ModelSpec:
     if source.kind == SourceKind.GGUF:
         header = read_header(source.path)
         shapes = {name: tensor.shape for name, tensor in header.tensors.items()}
-        return from_gguf_metadata(header.metadata, shapes, source.name, _rope_factors(header, source.path))
+        factors = _rope_factors(header, source.path)
+        spec = from_gguf_metadata(header.metadata, shapes, source.name, factors)
+        return replace(spec, published=of_tensors(header.tensors))
     config = dict(read_json(source.path / "config.json"))
     generation = source.path / "generation_config.json"
     if generation.is_file():  # where a chat model lists every token that ends a turn

@@ -85,9 +85,9 @@ class Pool:
             self.given.append(Slice(self, taken))
         return self.given
 
-    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
-        """Of the newest deployment: token ids so far → logits of the next."""
-        seen: dict[tuple[int, ...], list[float]] = {}
+    def seen_logits(self) -> dict[tuple[int, ...], bytes]:
+        """Of the newest deployment: token ids so far → logits of the next, float32."""
+        seen: dict[tuple[int, ...], bytes] = {}
         for part in self.given:
             for found in results(part.call_all("seen_logits"), 30):
                 seen |= found
@@ -211,10 +211,11 @@ def struck(
 
 
 def assert_logits_agree(
-    model: Any, prompt: Sequence[int], output: Sequence[int], seen: dict[tuple[int, ...], list[float]]
+    model: Any, prompt: Sequence[int], output: Sequence[int], seen: dict[tuple[int, ...], bytes]
 ) -> None:
     """float32 logits that the ranks saw, against transformers' on the same tokens: relative L2 under 1e-4."""
     tokens = [*prompt, *output]
-    ours = torch.tensor([seen[tuple(tokens[:end])] for end in range(len(prompt), len(tokens))])
+    found = b"".join(seen[tuple(tokens[:end])] for end in range(len(prompt), len(tokens)))
+    ours = torch.frombuffer(bytearray(found), dtype=torch.float32).view(len(output), -1)
     expected = next_logits(model, prompt, output)
     assert (ours - expected).norm() / expected.norm() < 1e-4

@@ -18,7 +18,7 @@ class ReusedWorker(Worker):
 
     def allocate(self, limits: SchedulerConfig) -> None:
         super().allocate(limits)
-        self.seen: dict[tuple[int, ...], list[float]] = {}
+        self.seen: dict[tuple[int, ...], bytes] = {}
         forward = self.runner.forward
 
         def remembering(step: Step) -> torch.Tensor | None:
@@ -26,12 +26,14 @@ class ReusedWorker(Worker):
             sampling = [row for row in step.rows if row.samples]
             if logits is not None and self.shard.tp_rank == 0:
                 for row, values in zip(sampling, logits, strict=True):
-                    self.seen[tuple(self.runner.slots.history(row.slot).token_ids)] = values.tolist()
+                    told = tuple(self.runner.slots.history(row.slot).token_ids)
+                    self.seen[told] = values.float().numpy().tobytes()
             return logits
 
         self.runner.forward = remembering  # type: ignore[method-assign]
 
-    def seen_logits(self) -> dict[tuple[int, ...], list[float]]:
+    def seen_logits(self) -> dict[tuple[int, ...], bytes]:
+        """float32: of SmolLM2 they are millions, and lists of them take seconds to send."""
         return self.seen
 
     def start_afresh(self) -> None:

@@ -7,17 +7,32 @@ A call that fails raises RuntimeError with its name and the driver's words; a mi
 from __future__ import annotations
 
 import ctypes
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_ubyte, c_uint, c_uint64, c_void_p
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from cluster.collectives import nvrtc
+
+if TYPE_CHECKING:
+    Argument: TypeAlias = ctypes._CDataType  # of a kernel
+
+CHILDREN = 12  # that compile at once, some 0.5 s and 0.1 GB each
 IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE, cuda.h
 _HOST_REGISTER = 1 | 2  # CU_MEMHOSTREGISTER_PORTABLE | CU_MEMHOSTREGISTER_DEVICEMAP
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 _WAIT_VALUE_GEQ, _WRITE_VALUE_DEFAULT = 0, 0  # CU_STREAM_WAIT_VALUE_GEQ; with a barrier for what came before
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _BFLOAT16
+_SWIZZLE_128B, _PROMOTE_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
 
 
@@ -28,7 +43,13 @@ class _IpcHandle(ctypes.Structure):
 class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute of cuda.h: 8 bytes for the id, and a union of 64."""
 
-    _fields_ = [("id", c_int), ("_padding", c_int), ("value", c_int), ("_rest", c_char * 60)]
+    _fields_ = [("id", c_int), ("_padding", c_int), ("value", c_uint * 3), ("_rest", c_char * 52)]
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap of cuda.h: how a kernel copies boxes of a tensor to its shared memory."""
+
+    _fields_ = [("bytes", c_char * 128)]
 
 
 class _LaunchConfig(ctypes.Structure):
@@ -61,6 +82,13 @@ _DRIVER_CALLS = {
     "cuModuleLoadData": (POINTER(c_void_p), c_char_p),
     "cuModuleGetFunction": (POINTER(c_void_p), c_void_p, c_char_p),
     "cuLaunchKernelEx": (POINTER(_LaunchConfig), c_void_p, POINTER(c_void_p), c_void_p),
+    "cuFuncSetAttribute": (c_void_p, c_int, c_int),
+    "cuOccupancyMaxActiveClusters": (POINTER(c_int), c_void_p, POINTER(_LaunchConfig)),
+    "cuTensorMapEncodeTiled": (
+        *(c_void_p, c_int, c_uint, c_uint64),
+        *(POINTER(c_uint64), POINTER(c_uint64), POINTER(c_uint), POINTER(c_uint)),
+        *(c_int, c_int, c_int, c_int),
+    ),
 }
 
 
@@ -147,9 +175,12 @@ def write_number(stream: int, address: int, number: int) -> None:
 class Kernel:
     """A function of a loaded module. The module stays loaded as long as the process lives."""
 
-    def __init__(self, module: c_void_p, name: str) -> None:
-        self._function = c_void_p()
+    def __init__(self, module: c_void_p, name: str, shared_bytes: int = 0) -> None:
+        """`shared_bytes`: of dynamic shared memory that each block gets."""
+        self._function, self._shared_bytes = c_void_p(), shared_bytes
         _call("cuModuleGetFunction", byref(self._function), module, name.encode())
+        if shared_bytes:
+            _call("cuFuncSetAttribute", self._function, _MOST_DYNAMIC_SHARED, shared_bytes)
 
     def launch(
         self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, overlap: bool
@@ -160,11 +191,42 @@ class Kernel:
         Needs compute capability 9.0 (CUDA programming guide, programmatic dependent launch).
         """
         pointers = (c_void_p * len(arguments))(*[ctypes.addressof(a) for a in arguments])
-        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _LaunchConfig(
-            (blocks, 1, 1), (threads, 1, 1), 0, stream, ctypes.pointer(attribute), int(overlap)
-        )
+        attribute = _LaunchAttribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1, 0, 0))
+        config = self._config(blocks, threads, stream, attribute, int(overlap))
         _call("cuLaunchKernelEx", byref(config), self._function, pointers, None)
+
+    def clusters_at_once(self, blocks: int, threads: int, cluster: int) -> int:
+        """How many clusters of so many blocks the idle device runs at the same time, of a grid of `blocks`."""
+        most = c_int()
+        attribute = _LaunchAttribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1))
+        config = self._config(blocks, threads, 0, attribute, 1)
+        _call("cuOccupancyMaxActiveClusters", byref(most), self._function, byref(config))
+        return most.value
+
+    def _config(
+        self, blocks: int, threads: int, stream: int, attribute: _LaunchAttribute, attributes: int
+    ) -> _LaunchConfig:
+        shape = (blocks, 1, 1), (threads, 1, 1)
+        return _LaunchConfig(*shape, self._shared_bytes, stream, ctypes.pointer(attribute), attributes)
+
+
+def tensor_map(
+    base: torch.Tensor, sizes: Sequence[int], strides: Sequence[int], box: Sequence[int]
+) -> TensorMap:
+    """Of 16-bit floats, the first dimension contiguous; what lies outside of it counts as zero.
+
+    Strides of the other dimensions in elements. A box's rows, of 128 bytes, are swizzled by 128 bytes.
+    """
+    rank = len(sizes)
+    room = ctypes.create_string_buffer(128 + 64)
+    address = (ctypes.addressof(room) + 63) & ~63  # the driver wants it so
+    _call(
+        "cuTensorMapEncodeTiled",
+        *(address, _MAP_TYPES[base.dtype], rank, base.data_ptr(), (c_uint64 * rank)(*sizes)),
+        (c_uint64 * (rank - 1))(*[stride * base.element_size() for stride in strides]),
+        *((c_uint * rank)(*box), (c_uint * rank)(*[1] * rank), 0, _SWIZZLE_128B, _PROMOTE_256B, 0),
+    )
+    return TensorMap.from_buffer_copy(ctypes.string_at(address, 128))
 
 
 def load(binary: bytes) -> c_void_p:
@@ -176,32 +238,36 @@ def load(binary: bytes) -> c_void_p:
 
 def compile_source(source: str, architecture: str, defines: dict[str, int]) -> bytes:
     """CUDA C++ → the binary for `architecture` ("sm_90"). Raises RuntimeError with the compiler's log."""
-    nvrtc = _nvrtc()
-    options = [f"--gpu-architecture={architecture}", "--std=c++17"]
-    options += [f"-D{name}={value}" for name, value in defines.items()]
-    program = c_void_p()
-    _check(nvrtc.nvrtcCreateProgram(byref(program), source.encode(), b"source.cu", 0, None, None))
     try:
-        argv = (c_char_p * len(options))(*[option.encode() for option in options])
-        if nvrtc.nvrtcCompileProgram(program, len(options), argv):
-            log = _text(nvrtc, "ProgramLog", program).rstrip(b"\0\n").decode()
-            raise RuntimeError(f"NVRTC for {architecture}: {log}")
-        return _text(nvrtc, "CUBIN", program)
-    finally:
-        nvrtc.nvrtcDestroyProgram(byref(program))
+        return nvrtc.compile_text(_nvrtc(), source.encode(), _options(architecture, defines))
+    except RuntimeError as error:
+        raise RuntimeError(f"NVRTC for {architecture}: {error}") from None
 
 
-def _text(nvrtc: ctypes.CDLL, what: str, program: c_void_p) -> bytes:
-    size = c_size_t()
-    _check(getattr(nvrtc, f"nvrtcGet{what}Size")(program, byref(size)))
-    text = ctypes.create_string_buffer(size.value)
-    _check(getattr(nvrtc, f"nvrtcGet{what}")(program, text))
-    return text.raw
+def compile_sources(sources: Sequence[str], architecture: str) -> list[bytes]:
+    """The same of many, each in a process of its own: NVRTC compiles one at a time in a process."""
+    command = [sys.executable, "-S", nvrtc.__file__, _where(_nvrtc()), *_options(architecture, {})]
+
+    def compiled(source: str) -> bytes:
+        child = subprocess.run(command, input=source.encode(), capture_output=True)
+        if child.returncode:
+            raise RuntimeError(f"NVRTC for {architecture}: {child.stderr.decode().strip()}")
+        return child.stdout
+
+    with ThreadPoolExecutor(CHILDREN) as pool:
+        return list(pool.map(compiled, sources))
 
 
-def _check(error: int) -> None:
-    if error:
-        raise RuntimeError(f"NVRTC: error {error}")
+def _options(architecture: str, defines: dict[str, int]) -> list[str]:
+    named = [f"-D{name}={value}" for name, value in defines.items()]
+    return [f"--gpu-architecture={architecture}", "--std=c++17", *named]
+
+
+def _where(library: ctypes.CDLL) -> str:
+    """The file that was loaded: another process may not find it by its name."""
+    with open("/proc/self/maps") as maps:
+        loaded = (line[line.index("/") :].strip() for line in maps if "/" in line)
+        return next((path for path in loaded if Path(path).name.startswith("libnvrtc.so")), library._name)
 
 
 @cache

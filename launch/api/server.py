@@ -17,11 +17,12 @@ from launch.api.batches import Batches
 from launch.api.connection import BoundedConnection
 from launch.api.files import FileStore
 from launch.api.service import Service
+from launch.outputs import hung_up
 from launch.progress import Progress
 
 KEEP_ALIVE_S = 75  # longer than a load balancer's 60: else it sends into a connection that we are closing
 LAST_WRITES_S = 5.0  # for answers that are finished and not yet read
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 class _Server(uvicorn.Server):
@@ -43,7 +44,7 @@ async def serve_http(
     batches: Batches | None = None,
     takes_signals: bool = True,
 ) -> None:
-    """Returns once everything in flight has ended, `drain_s` after the first SIGTERM or SIGINT at the latest."""
+    """Returns once everything in flight has ended, `drain_s` after the first of our signals at the latest."""
     # Else a connection's second answer has its first token 40 ms late: Nagle waits for the client's delayed ACK.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     host, port = listener.getsockname()[:2]
@@ -102,11 +103,19 @@ async def _drain(service: Service, stopping: asyncio.Event, progress: Progress, 
 
 @contextlib.contextmanager
 def _signals(stopping: asyncio.Event) -> Iterator[None]:
-    """They set `stopping`; afterwards they do what they did before."""
+    """They set `stopping`, but for a hang-up that is ignored, as under nohup; afterwards they do what they did."""
     loop = asyncio.get_running_loop()
     before = {number: signal.getsignal(number) for number in _SIGNALS}
-    for number in _SIGNALS:
-        loop.add_signal_handler(number, stopping.set)
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
+
+    def stop(number: signal.Signals) -> None:
+        if number == signal.SIGHUP:
+            hung_up()
+        stopping.set()
+
+    for number in before:
+        loop.add_signal_handler(number, stop, number)
     try:
         yield
     finally:

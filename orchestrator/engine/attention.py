@@ -57,7 +57,7 @@ class SdpaContext:
         self._heads = spec.heads, spec.kv_heads, spec.head_dim
         self._windows = spec.windows or (None,) * spec.layers
         self._positions_T = torch.from_numpy(batch.positions_T).to(device)
-        self._rotation = rope(self._positions_T, cache.keys[0].dtype)
+        self._rotation = rope(self._positions_T, cache.dtype)
         self._rows_T = torch.from_numpy(batch.cache_rows(cache.block_size)).to(device)
         offsets = np.cumsum(batch.counts) - batch.counts
         lengths = batch.starts + batch.counts
@@ -115,8 +115,8 @@ class SdpaContext:
         if self._decodes is not None:
             out_THD[self._decodes] = self._decode(q_THD[self._decodes], keys, values, window)
         for index, prompt in enumerate(self._prompts):
-            k_KLD = keys.index_select(0, prompt.seen_rows).transpose(0, 1)
-            v_KLD = values.index_select(0, prompt.seen_rows).transpose(0, 1)
+            k_KLD = self.cache.read(keys, prompt.seen_rows).transpose(0, 1)
+            v_KLD = self.cache.read(values, prompt.seen_rows).transpose(0, 1)
             q_HTD = q_THD[prompt.tokens].transpose(0, 1)
             mask = self._prompt_mask(index, window)
             out = F.scaled_dot_product_attention(
@@ -147,8 +147,8 @@ class SdpaContext:
     def _seen_by_decodes(self, cached: Tensor) -> Tensor:
         """[B × L, K, D]"""
         if self._piece is not None:
-            return cached[self._piece]
-        return cached.index_select(0, self._decode_rows_BL.flatten())
+            return self.cache.read(cached, self._piece)
+        return self.cache.read(cached, self._decode_rows_BL.flatten())
 
     def _decode_mask(self, longest: int, window: int | None) -> Tensor | None:
         """[B, 1, 1, L], true where seen; None where every row sees everything."""

@@ -1,6 +1,6 @@
-"""Runs steps on a GPU. What is captured as CUDA graphs: a decode step of every size, and steps with short prompts.
+"""Runs steps on a GPU. What is captured as CUDA graphs: a decode step of every size, and steps with prompts of some.
 
-Longer steps go through the same kernels one by one: they keep the GPU busy for longer than it takes to launch them.
+Other steps go through the same kernels one by one: they keep the GPU busy for longer than it takes to launch them.
 Nothing here waits for the device. Sampled tokens stay on it, so that the next step may start before the host has seen
 them: a row whose token the host does not know takes its slot's newest.
 """
@@ -8,8 +8,10 @@ them: a row whose token the host does not know takes its slot's newest.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
+from typing import NamedTuple, cast
 
 import numpy as np
 import torch
@@ -17,6 +19,15 @@ from torch import Tensor
 
 from cluster.collectives import Collectives, Incoming
 from orchestrator.engine import ops
+from orchestrator.engine.captured import (
+    chunk_sizes,
+    decode_sizes,
+    fitting,
+    numbers_of_parts,
+    shapes_of,
+    told_of_parts,
+)
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.paged_attention import (
@@ -24,7 +35,7 @@ from orchestrator.engine.paged_attention import (
     PagedBatch,
     PagedContext,
     PromptAttention,
-    Prompts,
+    batch_in_graph,
     batch_of,
     pinned,
     to_device,
@@ -34,22 +45,16 @@ from orchestrator.engine.sampler import sample
 from orchestrator.engine.slots import Slots, sampling_ends
 from orchestrator.engine.told import (
     FIELDS,
+    Block,
     Ints32,
-    padded_prompts,
-    prompt_numbers,
+    Shape,
     told_of_decodes,
-    told_of_rows,
 )
 from orchestrator.engine.warm_up import compile_kernels
 from orchestrator.step import Row, Step, halves, whole_prompts
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 from strategies.tensor import Vocabulary
-
-CHUNK_ROWS = 8
-CHUNK_TOKENS = (16, 32, *range(64, 513, 64))
-"""Steps of up to so many rows, which compute several tokens, are captured too: 512 tokens of Llama-3.1-8B take an
-H100 some 12 ms, no longer than launching 300 kernels one by one takes the host."""
 
 OVERLAP_TOKENS = 8192
 """Steps of so many tokens run in two parts where ranks sum up, so that one's sums travel while the other computes.
@@ -59,10 +64,10 @@ Twice the launches: at 2048 tokens the host took 97 ms for what two H100s comput
 MOST_ON_THEIR_WAY = 16  # steps whose tokens the first stage has not looked at: no step needed them
 
 
-def decode_sizes(max_num_seqs: int) -> list[int]:
-    """Rows of the decode steps that are captured; a step is padded to the next of them, by an eighth from 64 on."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, max_num_seqs + 1, 16)]
-    return [size for size in sizes if size < max_num_seqs] + [max_num_seqs]
+class _Pool(NamedTuple):
+    """What use_mem_pool reads of a MemPool. One of torch's own must outlive all graphs that were captured into it."""
+
+    id: tuple[int, int]
 
 
 class CudaRunner:
@@ -77,9 +82,10 @@ class CudaRunner:
         collectives: Collectives,
         vocabulary: Vocabulary,
         overlap: Overlap,
+        step_tokens: int,
         prompt_attention: PromptAttention | None = None,
     ) -> None:
-        """`overlap` is what the model's sums go through.
+        """`overlap` is what the model's sums go through; a step has at most `step_tokens`.
 
         `prompt_attention` serves steps that are not captured; without one Triton's does.
         """
@@ -91,38 +97,55 @@ class CudaRunner:
         self._max_num_seqs, blocks = slots.tables.shape
         self._on_device = DeviceSlots(self._max_num_seqs, blocks * slots.block_size, cache)
         self._sizes = decode_sizes(self._max_num_seqs)
+        self._chunks = {size: self._parts_of(size) for size in chunk_sizes(step_tokens, shard.tp)}
         self._graphs: dict[tuple[str, int], torch.cuda.CUDAGraph] = {}
+        self._stream: torch.cuda.Stream | None = None  # that graphs are captured on
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         self._make_buffers()
         # Tokens from the last stage, and their slots.
         self._on_their_way: deque[tuple[list[int], Incoming]] = deque()
 
     def _make_buffers(self) -> None:
         """What captured steps read and write: always at the same places, since graphs hold them."""
-        rows, spec, shard = max(self._max_num_seqs, CHUNK_ROWS), self.model.spec, self.shard
-        tokens = max(rows, *CHUNK_TOKENS)
+        rows, spec, shard = self._max_num_seqs, self.model.spec, self.shard
+        tokens = max(rows, *self._chunks)
+        numbers = [sum(sum(part.sizes) for part in parts) + 2 * rows for parts in self._chunks.values()]
         with torch.device(self._device):
             self._told = torch.zeros(FIELDS * tokens, dtype=torch.int32)
-            self._prompts = torch.zeros(prompt_numbers(CHUNK_ROWS), dtype=torch.int32)
+            self._numbers = torch.zeros(max(numbers), dtype=torch.int32)
             self._hidden_TE = torch.zeros((tokens if shard.pp > 1 else 0, spec.hidden), dtype=self._dtype)
             self._sampled_R = torch.zeros(rows, dtype=torch.int64)
             self._logits_RV = torch.zeros((rows if shard.is_last else 0, spec.vocab), dtype=self._dtype)
 
+    def _parts_of(self, tokens: int) -> list[Shape]:
+        """How a captured step of so many tokens runs: in two parts where one's sums are to travel beside the other."""
+        spec, several = self.model.spec, self.shard.tp > 1 and tokens >= OVERLAP_TOKENS
+        block = Block(query_rows(spec.head_dim, self._dtype, self._device), spec.heads // spec.kv_heads)
+        sizes = [tokens // 2, tokens - tokens // 2] if several else [tokens]
+        return shapes_of(sizes, self._max_num_seqs, block)
+
     def capture(self) -> None:
         """Every step that is replayed; all ranks of a stage call it at once, after `graph_bytes`."""
-        self._capture_some(self._sizes, CHUNK_TOKENS)
+        self._capture_some(self._sizes, list(self._chunks))
 
     def graph_bytes(self) -> int:
         """What all graphs will take: the largest, whose memory the others share, and what each takes for itself."""
         compile_kernels(self.model, self.cache, self._on_device)
         others = self._sizes[-5:-1]
-        before, _ = torch.cuda.mem_get_info(self._device)
-        self._capture_some(self._sizes[-1:], CHUNK_TOKENS[-1:])
-        between, _ = torch.cuda.mem_get_info(self._device)
+        before = self._free_bytes()
+        self._capture_some(self._sizes[-1:], list(self._chunks)[-1:])
+        between = self._free_bytes()
         self._capture_some(others, ())
-        after, _ = torch.cuda.mem_get_info(self._device)
-        rest = len(self._sizes) + len(CHUNK_TOKENS) - 2
+        after = self._free_bytes()
+        rest = len(self._sizes) + len(self._chunks) - 2
         each = (between - after) / len(others) if others else 0.0
         return max(0, before - between) + max(0, int(each * rest))
+
+    def _free_bytes(self) -> int:
+        """Without what torch keeps of the runs before captures: that serves other steps."""
+        torch.cuda.empty_cache()
+        return torch.cuda.mem_get_info(self._device)[0]
 
     @torch.inference_mode()
     def _capture_some(self, sizes: Sequence[int], chunks: Sequence[int]) -> None:
@@ -130,7 +153,7 @@ class CudaRunner:
             self._tell(told_of_decodes([], self.slots, size, self._on_device.scratch))
             self._capture(("decode", size), partial(self._decode, size))
         for tokens in reversed(chunks):
-            self._tell_chunk([], tokens)
+            self._tell_chunk(tokens, [[] for _ in self._chunks[tokens]])
             self._capture(("chunk", tokens), partial(self._chunk, tokens))
 
     def _capture(self, key: tuple[str, int], run: Callable[[], None]) -> None:
@@ -139,7 +162,7 @@ class CudaRunner:
         graph = torch.cuda.CUDAGraph()
         pool = next(iter(self._graphs.values())).pool() if self._graphs else None
         # Other threads (NCCL's watchdog) may ask the driver things meanwhile.
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
             run()
         self._graphs[key] = graph
 
@@ -182,9 +205,8 @@ class CudaRunner:
         tokens = sum(row.count for row in rows)
         if tokens == len(rows) and all(row.samples for row in rows):
             return self._run_decodes(rows)
-        if len(rows) <= CHUNK_ROWS and tokens <= CHUNK_TOKENS[-1]:
-            return self._run_chunk(rows, tokens)
-        return self._run_any(rows)
+        captured = fitting(self._chunks, rows, tokens)
+        return self._run_any(rows) if captured is None else self._run_chunk(*captured)
 
     # -- steps that only decode --
 
@@ -203,25 +225,40 @@ class CudaRunner:
         hidden_TE = self._layers(PagedBatch(told, size, None), self._hidden_TE[:size])
         self._finish(hidden_TE, told[0])
 
-    # -- steps with short prompts --
+    # -- steps with prompts, of a captured size --
 
-    def _run_chunk(self, rows: Sequence[Row], tokens: int) -> tuple[Tensor, Tensor] | None:
-        size = next(size for size in CHUNK_TOKENS if size >= tokens)
-        self._tell_chunk(rows, size)
-        sampling = sum(row.samples for row in rows)
+    def _run_chunk(self, size: int, parts: Sequence[Sequence[Row]]) -> tuple[Tensor, Tensor] | None:
+        self._tell_chunk(size, parts)
+        tokens = sum(row.count for part in parts for row in part)
+        sampling = sum(row.samples for part in parts for row in part)
         return self._replay(("chunk", size), partial(self._chunk, size), tokens, sampling)
 
-    def _chunk(self, tokens: int) -> None:
-        prompts = Prompts.of(self._prompts, CHUNK_ROWS, tokens)
-        told = self._told[: FIELDS * tokens].view(FIELDS, tokens)
-        wanted_R = prompts.ends_R if self.shard.is_last else None
-        hidden_XE = self._layers(PagedBatch(told, 0, prompts), self._hidden_TE[:tokens], wanted_R)
-        self._finish(hidden_XE, prompts.keep_R)
+    def _tell_chunk(self, size: int, parts: Sequence[Sequence[Row]]) -> None:
+        shapes, scratch = self._chunks[size], self._on_device.scratch
+        self._tell(told_of_parts(parts, shapes, self.slots, scratch))
+        numbers = numbers_of_parts(parts, shapes, min(size, self._max_num_seqs), scratch)
+        self._numbers[: numbers.size].copy_(pinned(numbers, self._device), non_blocking=True)
 
-    def _tell_chunk(self, rows: Sequence[Row], tokens: int) -> None:
-        self._tell(told_of_rows(rows, self.slots, tokens, self._on_device.scratch))
-        numbers = padded_prompts(rows, CHUNK_ROWS, self._on_device.scratch)
-        self._prompts.copy_(pinned(numbers, self._device), non_blocking=True)
+    def _chunk(self, size: int) -> None:
+        """What a graph holds."""
+        shapes, seats = self._chunks[size], min(size, self._max_num_seqs)
+        sizes = [seats, seats, *(sum(shape.sizes) for shape in shapes)]
+        keep_S, pick_S, *numbers = torch.split(self._numbers[: sum(sizes)], sizes)
+        tokens = [shape.tokens for shape in shapes]
+        told = torch.split(self._told[: FIELDS * size], [FIELDS * count for count in tokens])
+        received = torch.split(self._hidden_TE[:size], tokens) if self.shard.pp > 1 else [None] * len(shapes)
+        found = self._overlap.run(
+            [partial(self._chunk_part, *of) for of in zip(shapes, told, numbers, received, strict=True)]
+        )
+        hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
+        if self.shard.is_last and len(found) > 1:
+            hidden_XE = hidden_XE[pick_S]
+        self._finish(hidden_XE, keep_S)
+
+    def _chunk_part(self, shape: Shape, told: Tensor, numbers: Tensor, received_TE: Tensor | None) -> Tensor:
+        """Hidden states of all tokens; on the last stage, of those that are sampled after, and some more."""
+        batch, ends_S = batch_in_graph(told.view(FIELDS, shape.tokens), numbers, shape)
+        return self._layers(batch, received_TE, ends_S if self.shard.is_last else None)
 
     # -- both of these --
 
@@ -263,10 +300,11 @@ class CudaRunner:
         sizes = [sum(row.count for row in part) for part in parts]
         received_TE = self._received(tokens)
         received = [None] * len(parts) if received_TE is None else torch.split(received_TE, sizes)
-        found = self._overlap.run([partial(self._part, *of) for of in zip(parts, received, strict=True)])
-        hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
+        with self._memory_of_graphs():
+            found = self._overlap.run([partial(self._part, *of) for of in zip(parts, received, strict=True)])
+            hidden_XE = found[0] if len(found) == 1 else torch.cat(found)
         if not self.shard.is_last:
-            self._send(hidden_XE)
+            self._send(hidden_XE.clone())  # the next step may write over them
             return None
         count = len(hidden_XE)
         if not count:
@@ -276,6 +314,25 @@ class CudaRunner:
         tokens_R = self._vocabulary.likeliest(logits_RV, ops.argmax)
         self._keep(tokens_R, self._sampling_slots(rows))
         return logits_RV, tokens_R
+
+    @contextmanager
+    def _memory_of_graphs(self) -> Iterator[None]:
+        """Where a step's intermediate results go, too: graphs leave nothing there from one step to the next.
+
+        torch gives memory to the stream that had it before, so this is graphs' own.
+        """
+        if self._stream is None or not self._graphs:
+            yield
+            return
+        pool = _Pool(next(iter(self._graphs.values())).pool())
+        current = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(current)
+        with (
+            torch.cuda.stream(self._stream),
+            torch.cuda.use_mem_pool(cast(torch.cuda.MemPool, pool), self._device),
+        ):
+            yield
+        current.wait_stream(self._stream)
 
     def _part(self, rows: Sequence[Row], received_TE: Tensor | None) -> Tensor:
         """Hidden states of all tokens; on the last stage, of those that are sampled after."""

@@ -1,9 +1,9 @@
-"""Weights from a GGUF file, dequantized: a rank touches only the blocks that hold its rows and columns."""
+"""Weights from a GGUF file, dequantized or as codes: a rank touches only the blocks that hold its rows and columns."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
@@ -15,7 +15,11 @@ from gguf.quants import dequantize
 from torch import Tensor
 
 from cluster.errors import BadModel
+from orchestrator.engine.gguf_blocks import taken_apart
+from orchestrator.engine.stored import StoredCodes
 from strategies.gguf_header import GgufTensor, read_header
+from strategies.gguf_kept import together
+from strategies.scheme import Scheme
 from strategies.spec import ModelSpec
 from strategies.tensor_shapes import check_shape, tensor_shapes
 
@@ -75,6 +79,29 @@ class GgufCheckpoint:
         blocks = lines[chosen, first * tensor.format.bytes : last * tensor.format.bytes]
         values = _dequantized(blocks, tensor)[:, cols.start - first * size : cols.stop - first * size]
         return torch.from_numpy(values)
+
+    def scheme(self, names: Sequence[str]) -> Scheme | None:
+        """What keeps the rows of these tensors in one layer as they are stored; None: some are in full."""
+        return together([self._checked(name).format.name for name in names])
+
+    def codes(self, name: str, rows: range, cols: range, group: int) -> StoredCodes:
+        """Of some rows and columns, with a scale every `group` columns, which divide the tensor's own groups."""
+        tensor = self._checked(name)
+        lines = self._file[tensor.offset : tensor.offset + tensor.bytes].reshape(-1, tensor.row_bytes)
+        size, n_bytes = tensor.format.elements, tensor.format.bytes
+        first, last = cols.start // size, -(-cols.stop // size)
+        chosen = np.array(lines[self._stored_rows(name, rows), first * n_bytes : last * n_bytes])
+        found = taken_apart(chosen, tensor.format.name, n_bytes)
+        own = (last - first) * size // found.scales_RG.shape[1]
+        assert own % group == 0 and cols.start % group == 0, f"{name}: groups of {own} told as {group}"
+        inside = slice(cols.start - first * size, cols.stop - first * size)
+        at = np.arange(inside.start, inside.stop, group) // own
+        return StoredCodes(
+            torch.from_numpy(np.ascontiguousarray(found.codes_RK[:, inside])),
+            torch.from_numpy(found.scales_RG[:, at]),
+            None,
+            None if found.least_RG is None else torch.from_numpy(found.least_RG[:, at]),
+        )
 
     def verify(self) -> None:
         """Raises BadModel unless every tensor of the spec is there, in its shape."""

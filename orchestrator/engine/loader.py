@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from orchestrator.engine.checkpoint import Checkpoint
+from orchestrator.engine.gguf_checkpoint import GgufCheckpoint
 from orchestrator.engine.model import GateUp
 from orchestrator.engine.published import PublishedCheckpoint
 from orchestrator.engine.quantized import Quantized, QuantizedGateUp
 from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
 from strategies.quantize import native, scheme
+from strategies.scheme import GGUF, Scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import Piece, pieces
 
@@ -63,7 +65,7 @@ def load(
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
     for name, layer in small.items():
-        if _is_stored(checkpoint, sources[name]):
+        if layer.how.format == GGUF or _is_stored(checkpoint, sources[name]):
             chunks += _stored_chunks(layer, sources[name])
         else:
             chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
@@ -147,7 +149,7 @@ class _StoredChunk:
         assert self.source.rows is not None
         return len(self.source.rows) * self.to.row_bytes
 
-    def fill_from(self, checkpoint: PublishedCheckpoint) -> None:
+    def fill_from(self, checkpoint: PublishedCheckpoint | GgufCheckpoint) -> None:
         rows, cols = self.source.rows, self.source.cols
         assert rows is not None
         cols = range(self.to.in_features) if cols is None else cols
@@ -187,7 +189,7 @@ def _replace_quantized(
     """By the names of the weights that they keep. What a published checkpoint has in full stays so."""
     found: dict[str, Quantized] = {}
     for name, weight in list(model.named_parameters()):
-        how = scheme(spec, kept, name)
+        how = _scheme(spec, kept, name, checkpoint, sources.get(name, ()), device)
         if how is None:
             continue
         is_stored = _is_stored(checkpoint, sources[name])
@@ -203,6 +205,22 @@ def _replace_quantized(
         setattr(model.get_submodule(parent), leaf, layer)
         found[name] = layer
     return found
+
+
+def _scheme(
+    spec: ModelSpec,
+    kept: Format,
+    name: str,
+    checkpoint: Checkpoint,
+    parts: tuple[Piece, ...],
+    device: torch.device,
+) -> Scheme | None:
+    """How a rank's parameter is kept; None: in full."""
+    if kept.weights != GGUF or not isinstance(checkpoint, GgufCheckpoint):
+        return scheme(spec, kept, name)
+    is_linear = bool(parts) and parts[0].name.endswith("_proj.weight")
+    how = checkpoint.scheme([part.name for part in parts]) if is_linear else None
+    return replace(how, bits=8) if how is not None and device.type == "cpu" else how
 
 
 def _quantized_chunks(
@@ -248,7 +266,7 @@ def _fill(
 ) -> int:
     """In a reader's thread. → bytes. On a GPU the copy may still be under way: all are in one stream's order."""
     if isinstance(chunk, _StoredChunk):
-        assert isinstance(checkpoint, PublishedCheckpoint)
+        assert isinstance(checkpoint, PublishedCheckpoint | GgufCheckpoint)
         chunk.fill_from(checkpoint)
         return chunk.nbytes
     source = chunk.source

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import torch
 
+from cluster.errors import BadLayout
+from strategies.formats import KV_FLOAT8, Format
+
 CPU_SHARE = 0.1
 CPU_KV_BYTES = 2**30
 """The KV of one CPU rank: a GiB, or a tenth of what the host has to give, since other ranks want theirs too."""
@@ -78,6 +81,16 @@ def peak_of(device: torch.device) -> Iterator[list[int]]:
 
 def multiplies_float8(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def check_float8(kept: Format, device: torch.device) -> None:
+    """Raises BadLayout where a device cannot do what a format wants of it."""
+    if kept.weights == "fp8" and not multiplies_float8(device):
+        raise BadLayout("+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8")
+    if kept.has_float8_kv and device.type == "cuda" and not multiplies_float8(device):
+        raise BadLayout(
+            f"+{KV_FLOAT8} wants GPUs of compute capability 8.9 on, and this device has less; leave it away"
+        )
 
 
 def available_host_bytes() -> int:

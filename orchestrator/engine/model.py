@@ -52,15 +52,19 @@ class Unfilled:
 
 
 class Linear(Unfilled, nn.Linear):
+    ways: ops.Ways = ()  # chosen by measurement, where there is a choice
+
     def forward(self, x_TE: Tensor) -> Tensor:
-        return ops.linear(x_TE, self.weight, self.bias)
+        return ops.linear(x_TE, self.weight, self.bias, self.ways)
 
 
 class GateUp(Unfilled, nn.Linear):
     """Both halves of a gated MLP's first product, and what joins them: silu(gate) · up."""
 
+    ways: ops.Ways = ()
+
     def forward(self, x_TE: Tensor) -> Tensor:
-        return ops.gate_up(x_TE, self.weight, self.bias)
+        return ops.gate_up(x_TE, self.weight, self.bias, self.ways)
 
 
 class Embedding(Unfilled, nn.Embedding):

@@ -6,6 +6,8 @@ other dtypes are measured against, always goes through torch.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from typing import Any
@@ -14,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strategies.quantize import Scheme
+from strategies.scheme import Scheme
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -58,16 +60,35 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return normed.to(x.dtype) * weight
 
 
-def linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
-    """A few rows are bound by reading the weights, where our kernel is faster than cuBLAS."""
+@dataclass(frozen=True, slots=True)
+class Way:
+    """What makes a layer's product, of so many rows of x and a weight without bias (product_choice.py)."""
+
+    rows: range
+    product: Callable[[Tensor, Tensor], Tensor]
+
+
+Ways = tuple[Way, ...]
+
+
+def _way(ways: Ways, x_TE: Tensor) -> Way | None:
+    return next((way for way in ways if len(x_TE) in way.rows), None)
+
+
+def linear(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, ways: Ways = ()) -> Tensor:
+    """One or two rows are bound by reading the weights, where our kernel is faster than cuBLAS; more, by `ways`."""
     if has_kernels(x_TE) and len(x_TE) <= _kernels().MAX_ROWS:
         out: Tensor = _kernels().gemv(x_TE, weight_NE, bias_N, pdl=overlaps(x_TE))
         return out
-    return F.linear(x_TE, weight_NE, bias_N)
+    way = _way(ways, x_TE)
+    return F.linear(x_TE, weight_NE, bias_N) if way is None else way.product(x_TE, weight_NE)
 
 
-def gate_up(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None) -> Tensor:
+def gate_up(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, ways: Ways = ()) -> Tensor:
     """silu(gate) · up, where gate is the first half of the product's columns and up the second."""
+    way = _way(ways, x_TE)
+    if way is not None:
+        return way.product(x_TE, weight_NE)
     if has_kernels(x_TE):
         few = len(x_TE) <= _kernels().MAX_ROWS
         out: Tensor = (
@@ -84,6 +105,9 @@ def quantized_linear(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
 ) -> Tensor:
     """On a GPU, by weights as quantized.py keeps them."""
+    if how.group and how.bits == 8:
+        of_groups: Tensor = _kernels().groups_of_8(x_MK, codes, scales, bias_N, pdl=overlaps(x_MK))
+        return of_groups
     out: Tensor = _kernels().quantized(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
     return out
 

@@ -19,7 +19,7 @@ from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import RMSNorm
 from orchestrator.engine.rope import Rope
 from orchestrator.engine.slots import Slots
-from orchestrator.engine.told import padded_prompts, told_of_rows
+from orchestrator.engine.told import Shape, decodes_of, prompts_of, told_of_rows
 from orchestrator.step import Admit, Row
 from strategies.spec import ModelSpec
 
@@ -73,16 +73,10 @@ class Prompts:
 
     slots_R: Tensor
     starts_R: Tensor
-    offsets_R1: Tensor  # into the prompts' tokens
-    ends_R: Tensor  # the last token of each row that samples
-    keep_R: Tensor  # and its slot
-    longest: int  # tokens that the longest row has at most
-
-    @staticmethod
-    def of(numbers: Tensor, rows: int, longest: int) -> Prompts:
-        """From the numbers of told.padded_prompts."""
-        slots, starts, offsets, ends, keep = torch.split(numbers, [rows, rows, rows + 1, rows, rows])
-        return Prompts(slots, starts, offsets, ends, keep, longest)
+    offsets_R1: Tensor  # into the tokens from `first` on
+    first: int
+    longest: int | None  # tokens that the longest row has; None: any, as in a graph, where `blocks` tell
+    blocks: tuple[Tensor, Tensor] | None = None  # see told.blocks_of
 
 
 class PromptAttention(Protocol):
@@ -112,6 +106,10 @@ class PagedBatch:
     told_4T: Tensor  # int32, see kernels/inputs.py
     decodes: int  # how many rows of one token lead
     prompts: Prompts | None
+    decode_slots: Tensor | None = (
+        None  # of the rows that decode, and their positions; None: as their tokens are told
+    )
+    decode_positions: Tensor | None = None
     prompt_attention: PlannedAttention | None = None  # None: Triton's
 
 
@@ -121,15 +119,25 @@ def batch_of(
     """Any rows, in their order."""
     tokens = sum(row.count for row in rows)
     told = told_of_rows(rows, slots, tokens, scratch=0)
-    decodes = next((i for i, row in enumerate(rows) if row.count > 1), len(rows))
+    decodes = decodes_of(rows)
     prompts, planned = None, None
     if decodes < len(rows):
         several = rows[decodes:]
-        numbers = to_device(padded_prompts(several, len(several), scratch=0), device)
-        prompts = Prompts.of(numbers, len(several), max(row.count for row in several))
+        count = len(several)
+        numbers = to_device(prompts_of(several), device)
+        slots_R, starts_R, offsets_R1 = torch.split(numbers, [count, count, count + 1])
+        longest = max(row.count for row in several)
+        prompts = Prompts(slots_R, starts_R, offsets_R1, first=decodes, longest=longest)
         if prompt_attention is not None:
             planned = prompt_attention.plan(several, slots)
-    return PagedBatch(to_device(told, device), decodes, prompts, planned)
+    return PagedBatch(to_device(told, device), decodes, prompts, prompt_attention=planned)
+
+
+def batch_in_graph(told_4T: Tensor, numbers: Tensor, shape: Shape) -> tuple[PagedBatch, Tensor]:
+    """Of what `numbers_of` tells → and the last tokens of the rows that sample."""
+    slots_D, positions_D, slots_R, starts_R, offsets_R1, ends_S, *blocks = torch.split(numbers, shape.sizes)
+    prompts = Prompts(slots_R, starts_R, offsets_R1, first=0, longest=None, blocks=(blocks[0], blocks[1]))
+    return PagedBatch(told_4T, shape.decodes, prompts, slots_D, positions_D), ends_S
 
 
 class PagedContext:
@@ -179,8 +187,8 @@ class PagedContext:
                 keys,
                 values,
                 self._slots.tables,
-                self._slots_T,
-                self._positions_T,
+                self._slots_T if self._batch.decode_slots is None else self._batch.decode_slots,
+                self._positions_T if self._batch.decode_positions is None else self._batch.decode_positions,
                 block_size=self._cache.block_size,
                 scale=spec.head_dim**-0.5,
                 window=self._windows[layer],
@@ -188,8 +196,9 @@ class PagedContext:
                 out=out_THD[:decodes],
                 pdl=ops.overlaps(qkv_TN),
             )
-        if self._batch.prompts is not None:
-            self.prefill(layer, q_THD[decodes:], out_THD[decodes:])
+        if self._batch.prompts is not None:  # after the decodes, whose padding may lie where prompts are
+            first = self._batch.prompts.first
+            self.prefill(layer, q_THD[first:], out_THD[first:])
         return out_THD.flatten(1)
 
     def prefill(self, layer: int, q_THD: Tensor, out_THD: Tensor) -> None:
@@ -208,8 +217,8 @@ class PagedContext:
             prompts.slots_R,
             prompts.starts_R,
             prompts.offsets_R1,
-            rows=len(prompts.slots_R),
             longest=prompts.longest,
+            blocks=prompts.blocks,
             block_size=self._cache.block_size,
             scale=self._spec.head_dim**-0.5,
             window=window,

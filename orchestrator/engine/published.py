@@ -14,13 +14,14 @@ Dimensions: N output channels, K columns, G groups.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from cluster.errors import BadModel
 from orchestrator.engine.safetensors_files import FLOATS, SafetensorsFiles
+from orchestrator.engine.stored import StoredCodes
 from strategies.published import Stored
 from strategies.spec import ModelSpec
 from strategies.tensor_shapes import check_shape, tensor_shapes
@@ -33,23 +34,6 @@ _PARTS = {
     Stored.GPTQ: ("qweight", "qzeros", "scales"),
     Stored.AWQ: ("qweight", "qzeros", "scales"),
 }
-
-
-@dataclass(frozen=True, slots=True)
-class StoredCodes:
-    """Of some rows and columns. w = (code − zero point) × scale."""
-
-    codes_NK: Tensor  # uint8, or int8 or float8 without zero points
-    scales_NG: Tensor  # as stored; G may be 1
-    zero_points_NG: Tensor | None  # uint8
-
-    def dequantized(self) -> Tensor:
-        """float32."""
-        n, k = self.codes_NK.shape
-        groups = self.codes_NK.float().view(n, self.scales_NG.shape[1], -1)
-        if self.zero_points_NG is not None:
-            groups = groups - self.zero_points_NG.float()[:, :, None]
-        return (groups * self.scales_NG.float()[:, :, None]).view(n, k)
 
 
 class PublishedCheckpoint:
@@ -92,6 +76,7 @@ class PublishedCheckpoint:
         """Of some rows and columns, with a scale every `group` columns: a divisor of the group that is stored, which
         the columns begin and end with; by default the largest."""
         how, columns = self._how, self._shapes[name][1]
+        self._check_in_order(name)
         codes_NK = self._codes(name, rows)[:, cols.start : cols.stop]
         scales, points = self._scales(name, rows)
         own = how.group or columns
@@ -108,9 +93,21 @@ class PublishedCheckpoint:
                 for part, expected in self._expected(shape).items():
                     full = f"{name.removesuffix('weight')}{part}"
                     check_shape(self.spec, full, self._files.shape(full), expected)
+                self._verify_scales(name.removesuffix("weight"), *shape)
             else:
                 check_shape(self.spec, name, self._files.shape(name), shape)
                 self._files.check_float(name)
+
+    def _verify_scales(self, stem: str, n: int, k: int) -> None:
+        """What has several shapes that are right, or may be left away."""
+        scales, order = f"{stem}{_PARTS[self._how.stored][-1]}", f"{stem}g_idx"
+        self._files.check_float(scales)
+        if self._how.stored == Stored.CHANNELS:
+            found = self._files.shape(scales)
+            if math.prod(found) != 1 and found != (n,):
+                check_shape(self.spec, scales, found, (n, 1))
+        if self._how.stored == Stored.GPTQ and self._files.find(order):
+            check_shape(self.spec, order, self._files.shape(order), (k,))
 
     def _expected(self, shape: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
         n, k = shape
@@ -132,6 +129,8 @@ class PublishedCheckpoint:
                 return {"qweight": (k // per, n), "qzeros": (groups, n // per), "scales": (groups, n)}
             case Stored.AWQ:
                 return {"qweight": (k, n // per), "qzeros": (groups, n // per), "scales": (groups, n)}
+            case Stored.GGUF:
+                raise AssertionError("GgufCheckpoint reads these")
 
     def _part(self, name: str, part: str, rows: range | None = None) -> Tensor:
         return self._files.read(f"{name.removesuffix('weight')}{part}", rows).clone()
@@ -190,11 +189,29 @@ class PublishedCheckpoint:
         codes = self._part(name, "weight", rows)[:, cols.start : cols.stop]
         return codes.float() * wide
 
+    def _check_in_order(self, name: str) -> None:
+        """Raises BadModel where GPTQ's columns are not in the order of their groups, as codes are kept."""
+        if self._how.stored != Stored.GPTQ or not self._files.find(f"{name.removesuffix('weight')}g_idx"):
+            return
+        columns = self._shapes[name][1]
+        if not torch.equal(
+            self._part(name, "g_idx").long(), torch.arange(columns) // (self._how.group or columns)
+        ):
+            raise BadModel(
+                f"{self.spec.name}: {name.removesuffix('weight')}g_idx has an order of its own, but desc_act is false "
+                "by its config; take both from one release"
+            )
+
     def _in_own_order(self, name: str, rows: range, cols: range) -> Tensor:
         group_of_K = self._part(name, "g_idx").long()
         scales, points = self._scales(name, rows)
         codes = self._codes(name, rows)[:, cols.start : cols.stop].float()
         at = group_of_K[cols.start : cols.stop]
+        if int(at.max()) >= scales.shape[1] or int(at.min()) < -scales.shape[1]:
+            raise BadModel(
+                f"{self.spec.name}: {name.removesuffix('weight')}g_idx names group {int(at.max())}, but there are "
+                f"{scales.shape[1]}, of {self._how.group} columns by its config; take both from one release"
+            )
         assert points is not None
         return (codes - points.float()[:, at]) * scales.float()[:, at]
 

@@ -5,6 +5,9 @@ asymmetric: a group's own range takes all sixteen codes, where a symmetric one l
 groups of 128 the error is a tenth less). Scales and zeros are rounded to the model's dtype first, and codes are chosen
 for what they then come to.
 
+gguf: code × scale + least in groups of 32 or 16, as a GGUF file has them, of 4 bits kept like int4's, or of 8. A GPU's
+kernels of 4 bits read zero, least + 8 scale, in place of least: there `finish` makes it so.
+
 A byte of int4 has two codes, a word of eight: of a group's columns, word w of W has w (its lowest four bits), W + w,
 2 W + w, …, so that a kernel reads eight runs of x for a run of words, and ranks may have whole groups.
 
@@ -20,8 +23,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.engine import cpu_products, ops
-from orchestrator.engine.published import StoredCodes
-from strategies.quantize import Scheme
+from orchestrator.engine.stored import StoredCodes
+from strategies.scheme import GGUF, Scheme
 
 INT8_MOST = 127.0
 FP8_MOST = 448.0  # of e4m3
@@ -54,8 +57,10 @@ class Quantized(nn.Module):
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=home or device), requires_grad=False)
 
         if how.group:
-            self.codes = made(n, k // 2, dtype=torch.uint8)
-            self.scales = made(n, k // how.group, 2, dtype=scales_dtype or dtype)  # and zeros
+            self.codes = made(n, k // 2, dtype=torch.uint8) if how.bits == 4 else made(n, k, dtype=torch.int8)
+            of_gguf = torch.float16 if how.half else torch.float32
+            kept = of_gguf if how.format == GGUF else scales_dtype or dtype
+            self.scales = made(n, k // how.group, how.numbers, dtype=kept)  # and zeros
         else:
             kept = torch.int8 if how.format == "int8" else torch.float8_e4m3fn
             self.codes = made(n, k, dtype=kept)
@@ -92,6 +97,11 @@ class Quantized(nn.Module):
             self.codes.data[rows] = codes_NK
             self.scales.data[rows] = scales_NG.squeeze(1).to(self.scales.dtype)
             return
+        if self.how.format == GGUF:
+            codes_NK, scales_NG2 = as_gguf(codes_NK, scales_NG, stored.least_NG, self.how)
+            self.codes.data[rows] = pack(codes_NK, self.how.group) if self.how.bits == 4 else codes_NK
+            self.scales.data[rows] = scales_NG2.to(self.scales.dtype)
+            return
         assert stored.zero_points_NG is not None, "codes in groups have zero points"
         self.codes.data[rows] = pack(codes_NK, self.how.group)
         from_eight_NG = 8 - stored.zero_points_NG.to(device, torch.float32)
@@ -101,6 +111,10 @@ class Quantized(nn.Module):
     def finish(self) -> None:
         """All rows are there: bring them into the form that the fastest product wants."""
         codes, scales = self.codes.data, self.scales.data
+        if self.how.format == GGUF:
+            if codes.is_cuda and self.how.bits == 4:
+                scales[:, :, 1] += 8 * scales[:, :, 0]
+            return
         fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)
         if self.how.group and self.device.type != "cuda" and fits:
             cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
@@ -194,8 +208,32 @@ def unpack(packed: Tensor, group: int) -> Tensor:
     return torch.stack((bytes_ & 15, bytes_ >> 4), dim=3).view(n, k)
 
 
+def as_gguf(
+    codes_NK: Tensor, scales_NG: Tensor, least_NG: Tensor | None, how: Scheme
+) -> tuple[Tensor, Tensor]:
+    """As `how` keeps them: codes, and scales with their least values, float32 [N, G, 1 or 2]."""
+    if how.numbers == 1:
+        return codes_NK, scales_NG.unsqueeze(2)
+    if how.bits == 8:
+        least_NG = torch.zeros_like(scales_NG) if least_NG is None else least_NG
+    elif least_NG is None:  # codes from -8 on
+        codes_NK, least_NG = codes_NK + 8, -8 * scales_NG
+    return codes_NK.view(torch.uint8) if how.bits == 4 else codes_NK, torch.stack((scales_NG, least_NG), 2)
+
+
+def dequantize_gguf(codes: Tensor, scales: Tensor, how: Scheme) -> Tensor:
+    """[N, K] in float32, before `finish`."""
+    wide = (unpack(codes, how.group) if how.bits == 4 else codes).view(len(codes), -1, how.group).float()
+    wide *= scales[:, :, :1].float()
+    if how.numbers == 2:
+        wide += scales[:, :, 1:].float()
+    return wide.view(len(codes), -1)
+
+
 def dequantize(codes: Tensor, scales: Tensor, how: Scheme) -> Tensor:
     """[N, K] in the scales' dtype, computed in float32 and rounded once."""
+    if how.format == GGUF:
+        return dequantize_gguf(codes, scales, how)
     if not how.group:
         return (codes.float() * scales.float().unsqueeze(1)).to(scales.dtype)
     wide = unpack(codes, how.group).view(len(codes), -1, how.group).float() - 8

@@ -12,7 +12,7 @@ from cluster.errors import BadLayout
 from orchestrator.engine.checkpoint import Checkpoint
 from orchestrator.engine.disk import READERS, LayerFile
 from orchestrator.engine.loader import load
-from orchestrator.engine.memory import available_host_bytes, multiplies_float8
+from orchestrator.engine.memory import available_host_bytes, check_float8
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.offload import spots, stream
 from orchestrator.engine_config import EngineConfig
@@ -66,8 +66,7 @@ def loaded(
     with torch.device("meta"):
         model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
     kept = FORMATS[config.format]
-    if kept.name == "fp8" and not multiplies_float8(device):
-        raise BadLayout("+fp8 wants GPUs of compute capability 8.9 on, and this device has less; use +int8")
+    check_float8(kept, device)
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
     file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
@@ -82,8 +81,8 @@ def loaded(
 
 def _file(model: Transformer, streaming: Streaming, config: EngineConfig, dtype: torch.dtype) -> LayerFile:
     """For the layers that are streamed, empty yet. Raises BadLayout."""
-    if config.format:
-        raise BadLayout(f"--offload-dir keeps weights in the model's dtype; leave +{config.format} away")
+    if kept := FORMATS[config.format].weights:
+        raise BadLayout(f"--offload-dir keeps weights in the model's dtype; leave +{kept} away")
     parts = [spots(model.layers[i], f"layers.{i}", dtype.itemsize) for i in streaming.streamed]
     assert config.offload_dir is not None
     return LayerFile(config.offload_dir, [part for part, _ in parts], [size for _, size in parts], dtype)

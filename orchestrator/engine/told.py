@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from orchestrator.engine.slots import Slots, positions
+from orchestrator.engine.slots import Slots, positions, sampling_ends
 from orchestrator.step import Row
 
 Ints32 = NDArray[np.int32]
@@ -15,9 +16,86 @@ Ints32 = NDArray[np.int32]
 FIELDS = 4  # of a token: its slot, position, id (-1: the newest that the slot sampled), new block (-1: none)
 
 
-def prompt_numbers(rows: int) -> int:
-    """How many numbers describe so many prompts."""
-    return 5 * rows + 1
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What one program of prefill's attention works on: query rows, of which each token has `group`."""
+
+    rows: int
+    group: int
+
+    def count(self, tokens: int) -> int:
+        """Of programs for so many tokens of one sequence."""
+        return -(-tokens * self.group // self.rows)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """How much of everything a graph has room for, in one part of a step."""
+
+    tokens: int
+    decodes: int
+    prompts: int
+    samples: int
+    block: Block
+
+    @property
+    def sizes(self) -> list[int]:
+        """Of the numbers of `numbers_of`."""
+        decodes, prompts = self.decodes, self.prompts
+        blocks = self.block.count(self.tokens) + prompts  # each prompt's last one may be cut
+        return [decodes, decodes, prompts, prompts, prompts + 1, self.samples, blocks, blocks]
+
+    def takes(self, rows: Sequence[Row]) -> bool:
+        """Of rows whose tokens fit."""
+        leading = decodes_of(rows) if self.decodes else 0
+        fits = leading <= self.decodes and len(rows) - leading <= self.prompts
+        return fits and sum(row.samples for row in rows) <= self.samples
+
+
+def decodes_of(rows: Sequence[Row]) -> int:
+    """How many rows of one token lead."""
+    return next((i for i, row in enumerate(rows) if row.count > 1), len(rows))
+
+
+def numbers_of(rows: Sequence[Row], shape: Shape) -> Ints32:
+    """What a graph is told of a part's rows beside their tokens, in one array.
+
+    Slots and positions of the rows that decode (-1: nobody's); slots, starts and token offsets of those that compute
+    several tokens, empty ones behind them; the last tokens of those that sample, the first token behind them; rows of
+    the blocks of prompts' attention (-1: nobody's), and which of the row's blocks each is.
+    """
+    numbers = np.zeros(sum(shape.sizes), dtype=np.int32)
+    slots, positions_, prompt_slots, starts, offsets, ends, block_rows, blocks = np.split(
+        numbers, np.cumsum(shape.sizes)[:-1]
+    )
+    leading = decodes_of(rows) if shape.decodes else 0
+    decodes, prompts = rows[:leading], rows[leading:]
+    slots[:leading] = [row.slot for row in decodes]
+    positions_[:leading] = [row.start for row in decodes]
+    positions_[leading:] = -1
+    prompt_slots[: len(prompts)] = [row.slot for row in prompts]
+    starts[: len(prompts)] = [row.start for row in prompts]
+    after = np.cumsum([leading, *(row.count for row in prompts)])
+    offsets[: len(after)] = after
+    offsets[len(after) :] = after[-1]
+    sampled = sampling_ends(rows)
+    ends[: len(sampled)] = sampled
+    found = blocks_of(prompts, shape.block)
+    block_rows[:] = -1
+    block_rows[: len(found[0])], blocks[: len(found[1])] = found
+    return numbers
+
+
+def blocks_of(prompts: Sequence[Row], block: Block) -> tuple[Ints32, Ints32]:
+    """The rows of all blocks and which of the row's blocks each is, those with the most keys first: an even end."""
+    counts = np.array([row.count for row in prompts], dtype=np.int64)
+    starts = np.array([row.start for row in prompts], dtype=np.int64)
+    each = -(-counts * block.group // block.rows)
+    rows = np.repeat(np.arange(len(prompts)), each)
+    blocks = np.arange(len(rows)) - np.repeat(np.cumsum(each) - each, each)
+    keys = starts[rows] + np.minimum(counts[rows], (blocks + 1) * block.rows // block.group)
+    order = np.argsort(-keys, kind="stable")
+    return rows[order].astype(np.int32), blocks[order].astype(np.int32)
 
 
 def told_of_decodes(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -> Ints32:
@@ -46,20 +124,9 @@ def told_of_rows(rows: Sequence[Row], slots: Slots, pad_to: int, scratch: int) -
     return told
 
 
-def padded_prompts(rows: Sequence[Row], pad_to: int, scratch: int) -> Ints32:
-    """int32 [prompt_numbers(pad_to)]: slots, starts, offsets, last tokens and slots of those that sample.
-
-    Every row counts as a prompt; those that pad compute no token.
-    """
-    numbers = np.zeros(prompt_numbers(pad_to), dtype=np.int32)
-    slots, starts, offsets, ends, keep = np.split(numbers, np.cumsum([pad_to, pad_to, pad_to + 1, pad_to]))
-    after = np.cumsum([row.count for row in rows])
-    sampling = [i for i, row in enumerate(rows) if row.samples]
-    slots[:] = keep[:] = scratch
-    slots[: len(rows)] = [row.slot for row in rows]
-    starts[: len(rows)] = [row.start for row in rows]
-    offsets[1 : len(rows) + 1] = after
-    offsets[len(rows) + 1 :] = after[-1] if len(rows) else 0
-    ends[: len(sampling)] = after[sampling] - 1 if sampling else []
-    keep[: len(sampling)] = [rows[i].slot for i in sampling]
-    return numbers
+def prompts_of(rows: Sequence[Row]) -> Ints32:
+    """Slots, starts and token offsets of rows, in one array of 3 R + 1."""
+    offsets = np.cumsum([0, *(row.count for row in rows)])
+    return np.array(
+        [*(row.slot for row in rows), *(row.start for row in rows), *offsets.tolist()], dtype=np.int32
+    )

@@ -15,10 +15,19 @@ import torch
 from torch import Tensor
 
 from orchestrator.engine import ops
+from orchestrator.engine.captured import GRAPH_PROMPTS
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Layer, Transformer
-from orchestrator.engine.paged_attention import DeviceSlots, PagedBatch, PagedContext, Prompts
-from orchestrator.engine.told import FIELDS, prompt_numbers
+from orchestrator.engine.paged_attention import (
+    DeviceSlots,
+    PagedBatch,
+    PagedContext,
+    Prompts,
+    batch_in_graph,
+    to_device,
+)
+from orchestrator.engine.told import FIELDS, Block, Shape, numbers_of
 
 THREADS = 8  # at work at once; a kernel takes one of them 0.5 to 2 s
 ROWS = (1, 2, 64)  # the sizes of a step that choose different kernels
@@ -70,12 +79,13 @@ def _without_gradients(call: Callable[[], object]) -> None:
 
 def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[Callable[[], object]]:
     layer, spec = cast(Layer, model.layers[0]), model.spec
-    keys = cache.keys[0]
+    device = cache.keys[0].device
 
     def states(rows: int, width: int) -> Tensor:
-        return torch.zeros((rows, width), dtype=keys.dtype, device=keys.device)
+        return torch.zeros((rows, width), dtype=cache.dtype, device=device)
 
-    for batch in _batches(slots):
+    block = Block(query_rows(spec.head_dim, cache.dtype, device), spec.heads // spec.kv_heads)
+    for batch in _batches(slots, block):
         x_TN = states(batch.told_4T.shape[1], layer.attention.qkv.out_features)
         context = PagedContext(cache, slots, batch, spec, model.rope)
         yield partial(context.attend, 0, x_TN, layer.attention.q_norm, layer.attention.k_norm)
@@ -95,7 +105,7 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
         yield partial(layer.input_norm, x_TE, x_TE.clone())
 
 
-def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
+def _batches(slots: DeviceSlots, block: Block) -> Iterator[PagedBatch]:
     device = slots.tables.device
 
     def told(tokens: int) -> Tensor:
@@ -105,5 +115,7 @@ def _batches(slots: DeviceSlots) -> Iterator[PagedBatch]:
 
     for rows in (*ROWS, len(slots.tables) - 1):
         yield PagedBatch(told(rows), rows, None)
-    one_row = torch.zeros(prompt_numbers(1), dtype=torch.int32, device=device)
-    yield PagedBatch(told(16), 0, Prompts.of(one_row, 1, 16))
+    empty = torch.zeros(2, dtype=torch.int32, device=device)
+    yield PagedBatch(told(16), 0, Prompts(empty[:1], empty[:1], empty, first=0, longest=16))
+    shape = Shape(16, 0, GRAPH_PROMPTS, 16, block)
+    yield batch_in_graph(told(16), to_device(numbers_of([], shape), device), shape)[0]

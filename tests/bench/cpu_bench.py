@@ -32,7 +32,7 @@ from orchestrator.request import Completion, Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import StepResult
 from strategies.plan import ParallelDims
-from tests.oracle import greedy
+from tests.oracle import generated
 from tests.serving import options
 from tests.tiny import smollm2
 
@@ -61,9 +61,9 @@ def decode_rows() -> list[tuple[str, str, str]]:
 
     def ask_transformers() -> None:
         start = time.perf_counter()
-        greedy(model, prompts[0], 1)
+        generated(model, prompts[0], 1)
         first = time.perf_counter() - start
-        greedy(model, prompts[0], OUTPUT_TOKENS)
+        generated(model, prompts[0], OUTPUT_TOKENS)
         whole = time.perf_counter() - start - first
         theirs.append((whole - first) / (OUTPUT_TOKENS - 1))
 

@@ -72,6 +72,7 @@ ENGINES: Mapping[str, tuple[float, float, float]] = {
     "first_ms": (60.0, 0.7, 0.5),
     "token_out_us": (40.0, 0.5, 0.5),
     "burst": (0.3, 0.5, 0.5),
+    "eager_layer_us": (300.0, 0.7, 0.5),
 }
 
 
@@ -320,8 +321,8 @@ def _from_file(constants: Constants, x: np.ndarray) -> np.ndarray:
         elif name in KERNELS:
             x[j] = math.log(rows["kernels"][head][int(tail)] if head else rows["kernels"][tail])
         elif head == "default":
-            x[j] = math.log(default[tail])
-        else:
+            x[j] = math.log(default[tail]) if default[tail] else x[j]
+        elif default[tail]:
             x[j] = math.log(rows["engines"][head].get(tail, default[tail]) / default[tail])
     return x
 

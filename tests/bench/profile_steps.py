@@ -107,6 +107,8 @@ def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -
     worker.join(config, shards[rank], f"tcp://127.0.0.1:{port}", rank)
     worker.load()
     attention = worker.choose_attention() if on_gpu else ("torch's SDPA", "no GPU")
+    if on_gpu:
+        print("products by {}: {}".format(*worker.choose_products()), flush=True)
     blocks = worker.fit_blocks()
     limits = SchedulerConfig(
         min(blocks, args.requests * (args.prompt_tokens + 256) // 16),

@@ -23,7 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from strategies.plan import Layout, ParallelDims
 from strategies.source import spec_of
 from tests.bench import roofline
 from tests.bench.child import run_child
+from tests.bench.held import most_held, visible
 
 SINGLE_PROMPT_TOKENS, SINGLE_OUTPUT_TOKENS, SINGLE_RUNS = 512, 129, 3
 LIMIT_S = {"start": 45, "ours": 90, "vllm": 150}  # of a child; vLLM's start alone takes up to 90
@@ -68,6 +69,7 @@ METRICS = (
     Metric("single_tok_s", "single, tokens/s", 0, True),
     Metric("batch_out_tok_s", "batch, output tokens/s", 0, True),
     Metric("kv_tokens", "KV tokens that fit", 0, True),
+    Metric("held_gb", "most memory held on a GPU, GB", 1, False),
     Metric("start_s", "process start to first token, s", 1, False),
     Metric("load_s", "engine start, imports left out, s", 1, False),
 )
@@ -313,13 +315,20 @@ def main() -> None:
     for _ in range(args.rounds):
         if args.only != "vllm":
             waited = start_s(args) if (args.layout, "start_s") in TO_REACH else None
-            measured["ours"].append((ours(args) or {}) | ({"start_s": waited} if waited else {}))
+            measured["ours"].append(_with_held(ours, args) | ({"start_s": waited} if waited else {}))
         if args.only != "ours":
-            measured["vllm"].append(vllm(args) or {})
+            measured["vllm"].append(_with_held(vllm, args))
     show(args, median(measured["ours"]), median(measured["vllm"]))
     print(json.dumps({**provenance(args), **measured}))
     if not all("ttft_ms" in found for rounds in measured.values() for found in rounds):
         sys.exit(1)  # some run failed: its last lines are above
+
+
+def _with_held(run: Callable[[argparse.Namespace], Result | None], args: argparse.Namespace) -> Result:
+    """Both engines get the same share of the memory, and not all of what they hold counts as within it."""
+    with most_held(visible(dims_of(args.layout).world_size)) as held:
+        found = run(args) or {}
+    return found | ({"held_gb": held[0] / 1e9} if held[0] else {})
 
 
 def show(args: argparse.Namespace, own: Result, theirs: Result) -> None:

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import ray
 
-from cluster import guard
+from cluster import guard, ray_server
 from cluster.actors import Cluster
 from cluster.channel import Via
 from cluster.discover import discover
@@ -142,6 +143,27 @@ def test_one_death_ends_the_gang_with_its_last_words(pair, capfd, method, args, 
     (death,) = deaths
     assert death.was_killed == (method != "crash")  # Ray cannot tell a kill from an exit
     assert capfd.readouterr().out == ""
+
+
+def test_sigterm_in_the_middle_of_rays_start_ends_us_our_way(monkeypatch):
+    class Ended(Exception):
+        pass
+
+    def end(number, frame):
+        raise Ended
+
+    def init(**settings):  # as Ray's own does, before its servers answer
+        ray._private.utils.set_sigterm_handler(lambda *_: sys.exit(15))
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, end)
+    monkeypatch.setattr(ray, "init", init)
+    try:
+        with pytest.raises(Ended):
+            ray_server._init()
+        assert signal.getsignal(signal.SIGTERM) is end
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 OWNER = """

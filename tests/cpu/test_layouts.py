@@ -18,6 +18,12 @@ from tests.serving import Pool, answers, assert_logits_agree, options, served
 from tests.tiny import make_model
 
 LAYOUTS = ["tp1", "tp2", "tp3", "pp2", "pp3", "dp2", "tp2pp2", "tp2dp2"]
+REAL = (
+    "tp1",
+    "tp3",
+    "pp3",
+    "tp2pp2",
+)  # SmolLM2's in CI, of 9 heads in 3 groups, as one of the tiny models has
 EIGHT_RANKS = ["tp4", "tp8", "tp2pp2", "tp4dp2", "tp4pp2", "tp2pp4", "pp4", "pp8", "tp2pp2dp2", "tp3", "pp3"]
 UNEVEN = ["tp3", "tp4", "tp8", "tp3pp2", "tp2pp3", "tp2pp4", "pp3", "pp4", "pp8", "tp3dp2"]
 ROPE = {"rope_theta": 10000.0, "original_max_position_embeddings": 64}
@@ -137,7 +143,9 @@ def oracle() -> SmolLM2Oracle:
     return SmolLM2Oracle("cpu")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    "layout", [n if n in REAL else pytest.param(n, marks=pytest.mark.slow) for n in LAYOUTS]
+)
 def test_smollm2_itself(layout: str, oracle: SmolLM2Oracle, pool: Pool) -> None:
     asked = options("smollm2", max_model_len=256, max_num_batched_tokens=64, block_size=16)
     with served(layout, asked, pool) as found:

@@ -1,4 +1,4 @@
-"""SIGTERM under load: readiness goes at once, what is in flight ends whole, nothing new is taken, exit code 0."""
+"""SIGTERM or a hang-up under load: not ready at once, what is in flight ends, nothing new is taken, exit code 0."""
 
 from __future__ import annotations
 
@@ -7,9 +7,11 @@ import json
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx2
+import pytest
 
 from tests.hosts import PATIENCE_S, ROOT
 
@@ -29,14 +31,20 @@ async def text_of(http: httpx2.AsyncClient, started: asyncio.Semaphore) -> list[
     return lines
 
 
-async def under_load(url: str, process: subprocess.Popen[str]) -> list[list[str]]:
+async def under_load(
+    url: str, process: subprocess.Popen[str], how: Sequence[signal.Signals]
+) -> list[list[str]]:
+    """The last of the signals ends it; those before must not."""
     limits = httpx2.Limits(max_connections=2 * STREAMS)
     async with httpx2.AsyncClient(base_url=url, timeout=PATIENCE_S, limits=limits) as http:
         assert (await http.get("/readyz")).status_code == 200
         started = asyncio.Semaphore(0)
         asked = [asyncio.create_task(text_of(http, started)) for _ in range(STREAMS)]
         await started.acquire()
-        process.send_signal(signal.SIGTERM)
+        for number in how[:-1]:
+            process.send_signal(number)
+            assert (await http.get("/readyz")).status_code == 200
+        process.send_signal(how[-1])
         while (await http.get("/readyz")).status_code == 200:
             pass
         assert not all(task.done() for task in asked)
@@ -46,13 +54,18 @@ async def under_load(url: str, process: subprocess.Popen[str]) -> list[list[str]
         return await asyncio.gather(*asked)
 
 
-def test_sigterm_under_load(tmp_path: Path) -> None:
-    argv = [sys.executable, "-m", "tests.fake_server", str(tmp_path), "0.04"]
+@pytest.mark.parametrize(
+    ("how", "nohup"),
+    [([signal.SIGHUP, signal.SIGTERM], True), ([signal.SIGHUP], False)],
+    ids=["SIGTERM, and nohup before", "SIGHUP"],
+)
+def test_told_to_end_under_load(how: Sequence[signal.Signals], nohup: bool, tmp_path: Path) -> None:
+    argv = [*(["nohup"] * nohup), sys.executable, "-m", "tests.fake_server", str(tmp_path), "0.04"]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
             found = asyncio.run(
-                asyncio.wait_for(under_load(process.stdout.readline().strip(), process), PATIENCE_S)
+                asyncio.wait_for(under_load(process.stdout.readline().strip(), process, how), PATIENCE_S)
             )
             assert process.wait(PATIENCE_S) == 0
         finally:

@@ -7,7 +7,7 @@ import torch
 
 from orchestrator.engine.kernels import quantized as kernels
 from orchestrator.engine.quantized import Quantized
-from strategies.quantize import Scheme
+from strategies.scheme import Scheme
 
 SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4", 128), Scheme("int4", 64), Scheme("int4", 32)]
 ROWS = (1, kernels.MAX_ROWS, kernels.MAX_ROWS + 1, 17, 40, kernels.MIDDLE_ROWS, kernels.MIDDLE_ROWS + 1, 1000)

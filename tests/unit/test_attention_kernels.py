@@ -19,6 +19,8 @@ from orchestrator.engine.kernels.attention import (
     prefill_attention,
     prefill_tile,
 )
+from orchestrator.engine.told import Block, blocks_of
+from orchestrator.step import Row
 from tests.interpreted import *  # noqa: F403
 
 BLOCK_SIZE = 16
@@ -113,21 +115,28 @@ def prefill_error(
     window: int | None = None,
     tile: Tile | None = None,
     scale: float = 0.3,
+    empty_rows: int | None = None,
 ) -> float:
-    """Rows are the cache's slots in reverse order."""
+    """Rows are the cache's slots in reverse order. `empty_rows`: so many behind them, and blocks told by the host."""
     kv_heads, head_dim = cache.keys.shape[1:]
     q_THD = strided_queries(sum(counts), kv_heads * group, head_dim, cache.keys.dtype)
     slots = list(reversed(range(len(counts))))
+    offsets, beyond = [0, *torch.tensor(counts).cumsum(0).tolist()], [0] * (empty_rows or 0)
+    block = Block((tile or prefill_tile(head_dim, q_THD.dtype, hopper=False)).rows, group)
+    flat = blocks_of(
+        [Row(0, start, count, False, 0, -1) for start, count in zip(starts, counts, strict=True)], block
+    )
+    padded = [ints(*flat[0].tolist(), -1, -1), ints(*flat[1].tolist(), 0, 0)]
     out = prefill_attention(
         q_THD,
         cache.keys,
         cache.values,
         cache.tables,
-        ints(*slots),
-        ints(*starts),
-        ints(0, *torch.tensor(counts).cumsum(0).tolist()),
-        rows=len(counts),
-        longest=max(counts),
+        ints(*slots, *beyond),
+        ints(*starts, *beyond),
+        ints(*offsets, *[offsets[-1] for _ in beyond]),
+        longest=max(counts) if empty_rows is None else None,
+        blocks=None if empty_rows is None else (padded[0], padded[1]),
         block_size=BLOCK_SIZE,
         scale=scale,
         window=window,
@@ -211,6 +220,14 @@ def test_prefill_in_every_grouping(kv_heads: int, group: int, starts: tuple[int,
     lengths = [start + count for start, count in zip(starts, counts, strict=True)]
     cache = Cache.filled(lengths[::-1], kv_heads, 16)
     assert prefill_error(cache, starts, counts, group, tile=SMALL) < 2e-6
+
+
+@pytest.mark.parametrize(("group", "empty_rows"), [(1, 1), (4, 5), (7, 1)])
+def test_prefill_whose_blocks_are_counted_over_all_rows(group: int, empty_rows: int) -> None:
+    """As in graphs, which are made before anybody knows how the tokens will fall to the rows."""
+    counts, starts = [1, 37, 9], [30, 0, 5]
+    cache = Cache.filled([start + count for start, count in zip(starts, counts, strict=True)][::-1], 2, 16)
+    assert prefill_error(cache, starts, counts, group, tile=SMALL, empty_rows=empty_rows) < 2e-6
 
 
 @pytest.mark.parametrize("head_dim", [80, 128, 256])

@@ -228,7 +228,7 @@ def test_a_rate_on_a_server_and_chat(url: str, capsys: pytest.CaptureFixture[str
         (["--requests", "0"], "--requests is 0; it must be at least 1"),
         (["--request-rate", "nan"], "--request-rate is nan; it must be above 0"),
         (["--model", "other"], "serves bytes, alias, not other|serves bytes, not other"),
-        (["--api-key-file", "/nowhere"], "has no key; its first line must be one"),
+        (["--api-key-file", "/nowhere"], "--api-key-file /nowhere: No such file or directory; give a file"),
         (["--vocab", "100000"], "all .* requests failed: status 400: .*outside the vocabulary"),
     ],
 )

@@ -28,7 +28,7 @@ kinds = given(
     spec=st.sampled_from([SMOL, MIXTURE, LATENT]),
     key=st.sampled_from(["rtx-4090", "h100", "b200", "l40s"]),
     layout=st.sampled_from(["tp1", "tp2", "dp2", "pp2", "tp3", "tp2dp2", "dp4"]),
-    suffix=st.sampled_from(["", "+fp8", "+int8", "+int4", "+fp8kv8"]),
+    suffix=st.sampled_from(["", "+fp8", "+int8", "+int4", "+fp8+kvfp8"]),
     by=st.sampled_from(["shardwise", "vllm", "trtllm", "sglang", "unheard-of"]),
     workload=st.builds(
         Workload,
@@ -71,7 +71,7 @@ def test_fewer_bits_take_less_memory_and_no_longer_to_decode():
     plain, eight, four = (predict(LLAMA_8B, name, machine) for name in ("tp1", "tp1+fp8", "tp1+int4"))
     assert plain.tpot_s > eight.tpot_s > four.tpot_s
     assert plain.memory_bytes_per_device > eight.memory_bytes_per_device > four.memory_bytes_per_device
-    assert predict(LLAMA_8B, "tp1+kv8", machine, concurrency=64).breakdown["kv"] == pytest.approx(
+    assert predict(LLAMA_8B, "tp1+kvfp8", machine, concurrency=64).breakdown["kv"] == pytest.approx(
         predict(LLAMA_8B, "tp1", machine, concurrency=64).breakdown["kv"] / 2
     )
 

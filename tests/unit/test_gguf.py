@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,11 @@ def write_gguf(
     file: Path,
     spec: ModelSpec,
     weights: dict[str, Tensor],
-    kind: str,
+    kind: str | Callable[[str], str],
     rope_freqs: np.ndarray | None = None,
     **extra: Any,
 ) -> None:
-    """`extra` are methods of GGUFWriter, and what to call them with."""
+    """`kind`: of each matrix, or by name. `extra` are methods of GGUFWriter, and what to call them with."""
     arch = spec.family
     writer = gguf.GGUFWriter(file, arch)
     writer.add_block_count(spec.layers)
@@ -57,15 +58,16 @@ def write_gguf(
         getattr(writer, method)(value)
     if rope_freqs is not None:
         writer.add_tensor("rope_freqs.weight", rope_freqs)
-    quantization = gguf.GGMLQuantizationType[kind]
     for name in tensor_shapes(spec):
+        kind_here = kind if isinstance(kind, str) else kind(name)
+        quantization = gguf.GGMLQuantizationType[kind_here]
         values = weights[name].numpy()
         if arch == "llama" and (".q_proj." in name or ".k_proj." in name):
             values = permuted(values, spec.heads if ".q_proj." in name else spec.kv_heads)
         if values.ndim == 1:
             writer.add_tensor(gguf_name(name), values)
         else:
-            raw = _random_blocks(values.shape, quantization) if kind in K_QUANTS else None
+            raw = random_blocks(values.shape, quantization) if kind_here in K_QUANTS else None
             raw = gguf.quants.quantize(values, quantization) if raw is None else raw
             writer.add_tensor(gguf_name(name), raw, raw_dtype=quantization)
     writer.write_header_to_file()
@@ -74,7 +76,7 @@ def write_gguf(
     writer.close()
 
 
-def _random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
+def random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """Any bytes are a block, but for the float16 scales, which must be finite."""
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     rng = np.random.default_rng(0)
@@ -87,7 +89,9 @@ def _random_blocks(shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> n
     return blocks.reshape(shape[0], -1)
 
 
-def gguf_of(tmp_path: Path, family: str, kind: str, **overrides: Any) -> tuple[Path, dict[str, Tensor]]:
+def gguf_of(
+    tmp_path: Path, family: str, kind: str | Callable[[str], str], **overrides: Any
+) -> tuple[Path, dict[str, Tensor]]:
     """A GGUF file, and what transformers' model was before quantization."""
     weights = make_model(tmp_path, family, **overrides).state_dict()
     file = tmp_path / "m.gguf"

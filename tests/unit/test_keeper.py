@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -172,3 +173,41 @@ def test_a_log_is_read_on_from_where_one_was_though_it_was_set_aside(
         seen += text
     assert [line.split()[-1] for line in seen.decode().splitlines()] == ["3", "4", "5", "6"]
     assert read_log(tmp_path / "none", None) == ((0, 0), b"")
+
+
+@pytest.mark.parametrize("amid", [1, 2])
+def test_a_log_that_is_set_aside_amid_a_look_loses_no_line(
+    amid: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just before the look opens its first file, or its second."""
+    monkeypatch.setattr("launch.keeper_log.MOST_BYTES", 200)
+    log = Log(tmp_path)
+    for number in range(3):
+        log.write(f"line {number}")
+    cursor, _ = read_log(tmp_path, None)
+    opens, open_file = 0, Path.open
+
+    def opening(path: Path, *how: Any) -> Any:
+        nonlocal opens
+        opens += 1
+        if opens == amid:
+            for number in range(3, 9):
+                log.write(f"line {number}")
+            assert (tmp_path / "log.1").exists()
+        return open_file(path, *how)
+
+    monkeypatch.setattr(Path, "open", opening)
+    seen = b""
+    for _ in range(4):
+        cursor, text = read_log(tmp_path, cursor)
+        seen += text
+    assert [int(line.split()[-1]) for line in seen.decode().splitlines()] == [3, 4, 5, 6, 7, 8]
+
+
+def test_a_log_begun_anew_under_the_same_number_is_read_from_its_beginning(tmp_path: Path) -> None:
+    log = Log(tmp_path)
+    log.write("of the server before")
+    (inode, offset), _ = read_log(tmp_path, None)
+    os.truncate(tmp_path / "log", 0)
+    log.write("new")
+    assert read_log(tmp_path, (inode, offset))[1].endswith(b"new\n")

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from orchestrator.engine.kernels import gated as gated_module
 from orchestrator.engine.kernels import gemv as gemv_module
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.argmax import PART, argmax
+from orchestrator.engine.kernels.gated import gated_many
 from orchestrator.engine.kernels.gemv import MAX_ROWS, Tile, choose_tile, gate_up, gemv
 from orchestrator.engine.kernels.norm import FEW_TOKENS, add_rms_norm
 from orchestrator.engine.kernels.rope import rope_and_cache
@@ -97,6 +99,16 @@ def test_silu_mul(dtype: torch.dtype, tokens: int, rows: int) -> None:
     gate_up_TN = randn(tokens, rows, dtype=dtype)
     gate, up = gate_up_TN.float().chunk(2, dim=-1)
     assert_near(silu_mul(gate_up_TN), (torch.nn.functional.silu(gate) * up).to(dtype))
+
+
+def test_gated_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several tiles a program, ragged at all sides, groups of two row tiles of which the last has one."""
+    for name, size in {"ROWS": 32, "COLUMNS": 32, "DEPTH": 64, "GROUP": 2}.items():
+        monkeypatch.setattr(gated_module, name, size)
+    x = randn(70, 200, dtype=torch.float16)
+    weight = randn(2 * 72, 200, dtype=torch.float16, seed=1) / 200**0.5
+    gate, up = (x.float() @ weight.float().T).chunk(2, dim=-1)
+    assert_near(gated_many(x, weight), (torch.nn.functional.silu(gate) * up).half())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

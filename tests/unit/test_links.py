@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path as File
 from types import SimpleNamespace
@@ -13,7 +13,7 @@ import pytest
 
 from cluster.collectives.protocols import ANY_WAY
 from cluster.discover import discover
-from cluster.errors import GangDied
+from cluster.errors import GangDied, PlacementFailed
 from cluster.paths import Op, Path, curve_of
 from cluster.proof import Outcome, Proof, Step
 from cluster.prove import NO_PEERS, Rung
@@ -22,6 +22,7 @@ from launch import links
 from launch.links import only_proved, prove_first_layer, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
+from launch.start import engine_config
 from orchestrator.engine_config import EngineConfig
 from strategies.plan import ParallelDims
 from tests.fake_nvml import dual_h100
@@ -38,17 +39,28 @@ def proof(peer: Outcome, environment: dict[str, str]) -> Proof:
 
 
 @pytest.fixture
-def found(monkeypatch: pytest.MonkeyPatch) -> dict[str, Proof]:
+def reads() -> list[str]:
+    """Of NVML."""
+    return []
+
+
+@pytest.fixture
+def found(monkeypatch: pytest.MonkeyPatch, reads: list[str]) -> Iterator[dict[str, Proof]]:
     """Put a proof in under "now"."""
     now: dict[str, Proof] = {}
     monkeypatch.delenv("NCCL_P2P_DISABLE", raising=False)
-    monkeypatch.setattr(
-        links, "found_here", lambda device, **asked: discover(device=device, binding=dual_h100(), **asked)
-    )
+    links._gpus.cache_clear()
+
+    def found_here(device: str, **asked: Any) -> Topology:
+        reads.append(device)
+        return discover(device=device, binding=dual_h100(), **asked)
+
+    monkeypatch.setattr(links, "found_here", found_here)
     monkeypatch.setattr(links, "proved", lambda topology, cache, say: now["now"])
     monkeypatch.setattr(links, "kept", lambda cache, topology: now.get("now"))
     monkeypatch.setattr(links, "kept_profile", lambda cache, topology: None)
-    return now
+    yield now
+    links._gpus.cache_clear()
 
 
 def test_sound_links_change_nothing(found: dict[str, Proof]) -> None:
@@ -148,6 +160,32 @@ def test_a_models_first_layer_is_proved_once_over_the_way_that_it_will_take(
             start()
             assert ways_beside_nccl(GPUS, TP2) == trusted
     assert (climbing.climbed, climbing.ranks) == (1, 2)
+
+
+@pytest.mark.parametrize("rest", [Outcome.MEMORY, Outcome.PASSED])
+def test_a_first_layer_without_memory_is_no_fault_of_the_links(
+    rest: Outcome, found: dict[str, Proof], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found["now"] = proof(Outcome.PASSED, {})
+    monkeypatch.setattr(links, "proved_further", Climbing({Path.PEER: Outcome.MEMORY, Path.NCCL: rest}))
+    config = EngineConfig(GPUS.source, GPUS.spec, "bfloat16", "cuda", ways=ways_beside_nccl(GPUS, TP2))
+    with pytest.raises(PlacementFailed) as told:
+        prove_first_layer(GPUS, TP2, config, QUIET)
+    assert str(told.value) == (
+        "no memory for the first layer of SmolLM2-135M, float32, at tp2: 0.7 off; free it (`shardwise doctor` says "
+        "who holds it), or take a layout that needs less of each GPU"
+    )
+
+
+def test_a_start_reads_nvml_once(
+    found: dict[str, Proof], reads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found["now"] = proof(Outcome.PASSED, {})
+    monkeypatch.setattr(links, "proved_further", Climbing({Path.PEER: Outcome.PASSED}))
+    with only_proved(GPUS, 2, QUIET):
+        prove_first_layer(GPUS, TP2, engine_config(GPUS, TP2), QUIET)
+        engine_config(GPUS, TP2)
+    assert reads == ["cuda"]
 
 
 def test_one_gpu_a_stage_has_no_sums_to_prove(

@@ -33,7 +33,12 @@ CPU = cpu_topology(2, Cpu("Some CPU", cores=2, memory_bytes=1 << 34, free_bytes=
 
 
 def rates(scale: float) -> Rates:
-    return Rates({"float32": 10e9 * scale, "bfloat16": 6e9 * scale}, {"float32": 1e11 * scale}, 1e-4 / scale)
+    return Rates(
+        {"float32": 10e9 * scale, "bfloat16": 6e9 * scale},
+        {"float32": 1e11 * scale},
+        1e-4 / scale,
+        {"float32": {1: 5e9 * scale, 4: 1e10 * scale, 256: 1e11 * scale}},
+    )
 
 
 def line(
@@ -170,6 +175,15 @@ def test_apply_prices_a_pool_at_the_most_its_ranks_did() -> None:
     assert link.curves == CURVES
     assert link.provenance is Provenance.MEASURED
     assert apply(profile_of(), CPU, "bfloat16").devices[0].bandwidth_bytes_per_s == 9e9
+
+
+def test_apply_prices_a_pools_products_by_rows() -> None:
+    assert apply(profile_of(), CPU, "float32").devices[0].products == rates(1.5).products
+
+
+def test_a_cpus_profile_without_products_by_rows_is_measured_again() -> None:
+    bare = Rates({"float32": 1e10}, {"float32": 1e11}, 1e-4)
+    assert changes(profile_of(rates=(bare,)), CPU) == ["products of few rows were not timed"]
 
 
 def test_apply_leaves_links_of_another_kind_alone() -> None:

@@ -130,7 +130,7 @@ def test_formats_shrink_weights_and_the_cache():
     for name, ratio in (("fp8", 0.5), ("int8", 0.5), ("int4", 0.2656), ("fp4", 0.281)):
         kept = weight_bytes(put(spec, f"tp1+{name}"), 0)
         assert (kept - tables) / (plain - tables) == pytest.approx(ratio, rel=0.01)
-    assert kv_bytes_per_token(put(spec, "tp1+kv8"), 0) * 2 == kv_bytes_per_token(put(spec, "tp1"), 0)
+    assert kv_bytes_per_token(put(spec, "tp1+kvfp8"), 0) * 2 == kv_bytes_per_token(put(spec, "tp1"), 0)
 
 
 def test_offload_streams_what_does_not_fit_and_no_more():
@@ -146,7 +146,8 @@ def test_offload_streams_what_does_not_fit_and_no_more():
 
 
 @pytest.mark.parametrize(
-    "name", ["tp8ep8+fp8", "tp2+int4+offload", "tp1+offload", "dp8ep8", "tp2+fp8kv8", "pp2+kv8"]
+    "name",
+    ["tp8ep8+fp8", "tp2+int4+offload", "tp1+offload", "dp8ep8", "tp2+fp8+kvfp8", "pp2+kvfp8", "tp2+gguf"],
 )
 def test_a_layouts_name_reads_back(name):
     assert Layout.parse(name).name == name
@@ -155,7 +156,7 @@ def test_a_layouts_name_reads_back(name):
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("tp2+fp9", r"\+fp9 is not a format; formats are \+kv8, \+fp8"),
+        ("tp2+fp9", r"\+fp9 is not a format; formats are \+kvfp8, \+fp8"),
         ("tp2+fp8+int4", "names 2 formats"),
         ("tp4ep3", "ep must divide tp or equal tp × dp, 4; it is 3"),
     ],
@@ -198,5 +199,5 @@ def test_experts_need_experts():
 
 
 def test_every_format_is_named_once():
-    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 10
+    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 12
     assert json.dumps(sorted(FORMATS))

@@ -52,7 +52,7 @@ def test_formats(kept: str, model: Path) -> None:
     assert engine_options(args).format == kept
 
 
-@pytest.mark.parametrize("name", ["tp2+fp4", "tp2+int8kv8", "tp2+fp4+offload", "tp2ep2"])
+@pytest.mark.parametrize("name", ["tp2+fp4", "tp2+fp4+kvfp8", "tp2+fp4+offload", "tp2ep2"])
 def test_formats_that_are_planned_only(name: str) -> None:
     with pytest.raises(BadLayout, match="can be planned, not run, by this version"):
         layout(parsed("--layout", name))

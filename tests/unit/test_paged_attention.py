@@ -12,6 +12,7 @@ from orchestrator.engine import ops
 from orchestrator.engine.attention import SdpaContext
 from orchestrator.engine.checkpoint import open_checkpoint
 from orchestrator.engine.kernels import all as kernels
+from orchestrator.engine.kernels.attention import query_rows
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
@@ -19,12 +20,12 @@ from orchestrator.engine.paged_attention import (
     DeviceSlots,
     PagedBatch,
     PagedContext,
-    Prompts,
+    batch_in_graph,
     batch_of,
 )
 from orchestrator.engine.runner import Runner
-from orchestrator.engine.slots import Slots
-from orchestrator.engine.told import padded_prompts, told_of_decodes, told_of_rows
+from orchestrator.engine.slots import Slots, sampling_ends
+from orchestrator.engine.told import Block, Shape, numbers_of, told_of_decodes, told_of_rows
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
@@ -53,9 +54,12 @@ def steps(prompts: list[list[int]], vocab: int) -> list[Step]:
     return found
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("family", "float8"),
+    [("llama", False), ("mistral", False), ("qwen2", False), ("qwen3", False), ("qwen3", True)],
+)
 def test_hidden_states_are_the_plain_ones(
-    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str, float8: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     windowed = {"sliding_window": 11} if family == "mistral" else {}
     make_model(tmp_path, family, num_hidden_layers=2, **windowed)
@@ -67,9 +71,14 @@ def test_hidden_states_are_the_plain_ones(
     load(model, shard, spec, open_checkpoint(source, spec), CPU, torch.float32)
     plain = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
     paged_slots = Slots(LIMITS.max_num_seqs, LIMITS.max_model_len, LIMITS.block_size)
-    caches = [KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU) for _ in range(2)]
+    caches = [
+        KVCache(spec, LIMITS.num_blocks, LIMITS.block_size, torch.float32, CPU, float8=float8)
+        for _ in range(2)
+    ]
     on_device = DeviceSlots(LIMITS.max_num_seqs, LIMITS.max_model_len, caches[1])
     runner = Runner(model, caches[0], plain, shard, None, None)  # type: ignore[arg-type]
+    block = Block(query_rows(spec.head_dim, torch.float32, CPU), spec.heads // spec.kv_heads)
+    shape = Shape(tokens=19, decodes=5, prompts=4, samples=6, block=block)
     shared = list(range(9))
     asked = [[*shared, 1, 2], [5, 6], list(range(30, 49)), [4], [*shared, 9]]
     decoded = mixed = 0
@@ -89,12 +98,13 @@ def test_hidden_states_are_the_plain_ones(
         elif mixed % 2:
             mixed += 1
             batch = batch_of(step.rows, paged_slots, CPU)
-        else:  # as graphs hold it: all rows count as prompts, with some rows and tokens too many
+        else:  # as graphs hold it, with room for more
             mixed += 1
-            told = told_of_rows(step.rows, paged_slots, LIMITS.max_num_batched_tokens, on_device.scratch)
-            numbers = torch.from_numpy(padded_prompts(step.rows, 5, on_device.scratch))
-            prompts = Prompts.of(numbers, 5, LIMITS.max_num_batched_tokens)
-            batch = PagedBatch(torch.from_numpy(told), 0, prompts)
+            told = told_of_rows(step.rows, paged_slots, shape.tokens, on_device.scratch)
+            numbers = torch.from_numpy(numbers_of(step.rows, shape))
+            batch, ends_S = batch_in_graph(torch.from_numpy(told), numbers, shape)
+            ends = sampling_ends(step.rows)
+            assert ends_S.tolist() == [*ends, *[0] * (shape.samples - len(ends))]
         with monkeypatch.context() as patched:
             patched.setattr(ops, "has_kernels", lambda x: True)
             patched.setattr(kernels, "MAX_ROWS", 0)  # slow to interpret, and tested by themselves

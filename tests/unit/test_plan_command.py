@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -49,7 +50,7 @@ def test_json_is_one_object_of_the_contracts_shape(capsys):
     assert plain == {"tp1", "tp2", "pp2", "dp2"}
     assert found["chosen"] == found["candidates"][0]["layout"]
     for candidate in found["candidates"]:
-        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown"]
+        assert list(candidate) == ["layout", "feasible", "reason", "predicted", "breakdown", "interval"]
         assert candidate["feasible"]
         assert candidate["reason"] is None
         assert set(candidate["predicted"]) == PREDICTED
@@ -66,6 +67,22 @@ def test_json_carries_the_estimate_in_its_units():
         estimate.memory_bytes_per_device / 1e9, abs=1e-3
     )
     assert found["predicted"]["kv_tokens"] == estimate.kv_tokens
+
+
+def test_json_tells_how_far_off_each_figure_may_be(capsys):
+    code, out, _ = shardwise(capsys, "llama-3.1-8b", "--on", "2xh100", "--json")
+    assert code == 0
+    _, text, _ = shardwise(capsys, "llama-3.1-8b", "--on", "2xh100")
+    found = json.loads(out)["candidates"][0]
+    said = re.search(r"tokens may take (\d+)% more or less, the first (\d+)%", " ".join(text.split()))
+    for name, percent in (("tpot_ms", said[1]), ("ttft_ms", said[2])):
+        value, interval = found["predicted"][name], found["interval"][name]
+        assert interval["high"] / value - 1 == pytest.approx(int(percent) / 100, abs=0.006)
+        assert 1 - interval["low"] / value == pytest.approx(int(percent) / 100, abs=0.006)
+    assert set(found["interval"]) == PREDICTED - {"memory_gb_per_gpu", "kv_tokens"}
+    for name, interval in found["interval"].items():
+        assert 0 < interval["low"] < found["predicted"][name] <= interval["high"]
+    assert found["interval"]["share_of_limit"]["high"] <= 1
 
 
 def test_nothing_feasible_is_exit_3_with_the_reasons(capsys):
@@ -138,7 +155,14 @@ def test_what_was_measured_of_this_machine_takes_the_place_of_priors(capsys, tmp
         nccl_version="",
         devices=topology.devices,
         links=tuple((a, b, link) for (a, b), link in topology.links.items()),
-        rates=(Rates({"float32": assumed / 10}, {"float32": 1e12}, layer_overhead_s=0.0),),
+        rates=(
+            Rates(
+                {"float32": assumed / 10},
+                {"float32": 1e12},
+                layer_overhead_s=10 * topology.devices[0].layer_overhead_s,
+                products={"float32": {1: assumed / 20, 256: 1e12}},
+            ),
+        ),
     )
     save(profile, profile_path(tmp_path / "shardwise", topology))
     assert tpot_ms() > 4 * before
@@ -170,6 +194,13 @@ def test_a_mistake_is_one_line_and_exit_2(capsys, flags):
     code, out, err = shardwise(capsys, "llama-3.1-8b", "--on", "dual-4090", *flags.split())
     assert (code, out) == (2, "")
     assert MISTAKES[flags] in err
+    assert err.count("\n") == 1
+
+
+def test_an_empty_recipe_is_not_taken_for_this_machine(capsys):
+    code, out, err = shardwise(capsys, "llama-3.1-8b", "--on", "")
+    assert (code, out) == (2, "")
+    assert err.startswith("shardwise plan: recipe has no name; give a YAML file, or one that ships: ")
     assert err.count("\n") == 1
 
 

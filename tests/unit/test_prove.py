@@ -234,7 +234,9 @@ def test_somebody_elses_memory_is_no_verdict_on_the_links(
     monkeypatch.setattr(
         prove_module, "Children", lambda count, env, said, devices: FakeRanks(faults, env, [])
     )
-    assert proved(H100S, tmp_path, print).failures
+    [failed] = proved(H100S, tmp_path, print).failures
+    assert failed.outcome is Outcome.MEMORY
+    assert "says who holds" in failed.fix and "NCCL" not in failed.fix, "it is not told as a link's fault"
     assert kept(tmp_path, H100S) is None
     faults.clear()
     proof = proved(H100S, tmp_path, print)

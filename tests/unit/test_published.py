@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -220,6 +221,62 @@ def test_a_mislabelled_checkpoint_is_found_before_it_is_loaded(tmp_path: Path) -
         BadModel, match=r"weight_scale is \[192, 3\] in the checkpoint, but \[192, 2\] by its config"
     ):
         open_checkpoint(resolve(str(tmp_path)), wrong).verify()
+
+
+def restored(directory: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
+    """With one layer's part of its checkpoint as `change` makes it."""
+    file = directory / "model.safetensors"
+    tensors = load_file(file)
+    name = f"model.layers.1.mlp.down_proj.{part}"
+    save_file({**tensors, name: change(tensors[name]).contiguous()}, file)
+
+
+@pytest.mark.parametrize(
+    ("how", "part", "change", "message"),
+    [
+        ("gptq", "g_idx", lambda x: x[:-8], r"g_idx is \[312\] in the checkpoint, but \[320\] by its config"),
+        ("int8", "weight_scale", lambda x: x[1:], r"weight_scale is \[191, 1\] in the .*, but \[192, 1\]"),
+        (
+            "fp8 channel",
+            "weight_scale",
+            lambda x: x.T,
+            r"weight_scale is \[1, 192\] in the .*, but \[192, 1\]",
+        ),
+        (
+            "fp8 tensor",
+            "weight_scale",
+            lambda x: x.repeat(3),
+            r"weight_scale is \[3\] in the .*, but \[192, 1\]",
+        ),
+        (
+            "packed",
+            "weight_scale",
+            lambda x: x.to(torch.int32),
+            "weight_scale is stored as I32; supported are",
+        ),
+    ],
+)
+def test_scales_and_orders_of_another_shape_are_found_before_it_is_loaded(
+    how: str, part: str, change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    spec, _ = published(tmp_path, how)
+    restored(tmp_path, part, change)
+    with pytest.raises(BadModel, match=message):
+        open_checkpoint(resolve(str(tmp_path)), spec).verify()
+
+
+def test_an_order_that_the_config_denies_is_told(tmp_path: Path) -> None:
+    spec, _ = published(tmp_path, "gptq")
+    restored(tmp_path, "g_idx", lambda x: x.flip(0))
+    checkpoint = open_checkpoint(resolve(str(tmp_path)), spec)
+    assert isinstance(checkpoint, PublishedCheckpoint)
+    with pytest.raises(
+        BadModel, match=r"down_proj.g_idx has an order of its own, but desc_act is false by its"
+    ):
+        checkpoint.codes("model.layers.1.mlp.down_proj.weight", range(192), range(320))
+    restored(tmp_path, "g_idx", lambda x: x + 1)
+    with pytest.raises(BadModel, match=r"g_idx names group 5, but there are 5, of 64 columns by its config"):
+        open_checkpoint(resolve(str(tmp_path)), spec).read("model.layers.1.mlp.down_proj.weight")
 
 
 def test_groups_that_no_rank_can_have_whole_are_told_as_several(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from orchestrator.engine.quantized import Quantized, dequantize, pack, unpack
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
-from strategies.quantize import Scheme, mlp_unit, scheme
+from strategies.quantize import mlp_unit, scheme
+from strategies.scheme import Scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import local_spec
 from tests.unit.machines import LLAMA_8B

@@ -10,7 +10,7 @@ from orchestrator.engine.kernels import quantized as kernels
 from orchestrator.engine.kernels.quantized import MAX_ROWS, Tile, choose_tile4, choose_tile8, stream
 from orchestrator.engine.kernels.quantized_dot import dot, widen, widened
 from orchestrator.engine.quantized import Quantized
-from strategies.quantize import Scheme
+from strategies.scheme import Scheme
 from tests.interpreted import *  # noqa: F403
 
 SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4", 32), Scheme("int4", 64), Scheme("int4", 128)]

@@ -6,5 +6,16 @@ from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
 from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.overlap import supported
 from orchestrator.engine.kernels.quantized import quantized
+from orchestrator.engine.kernels.quantized_groups import groups_of_8
 
-__all__ = ["MAX_ROWS", "add_rms_norm", "argmax", "gate_up", "gemv", "quantized", "silu_mul", "supported"]
+__all__ = [
+    "MAX_ROWS",
+    "add_rms_norm",
+    "argmax",
+    "gate_up",
+    "gemv",
+    "groups_of_8",
+    "quantized",
+    "silu_mul",
+    "supported",
+]

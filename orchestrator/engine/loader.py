@@ -15,10 +15,11 @@ from orchestrator.engine.gguf_checkpoint import GgufCheckpoint
 from orchestrator.engine.model import GateUp
 from orchestrator.engine.published import PublishedCheckpoint
 from orchestrator.engine.quantized import Quantized, QuantizedGateUp
+from orchestrator.engine.sparse import Sparse24, Sparse24GateUp
 from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
 from strategies.quantize import native, scheme
-from strategies.scheme import GGUF, Scheme
+from strategies.scheme import GGUF, SPARSE24, Scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import Piece, pieces
 
@@ -65,7 +66,7 @@ def load(
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
     for name, layer in small.items():
-        if layer.how.format == GGUF or _is_stored(checkpoint, sources[name]):
+        if isinstance(layer, Quantized) and _has_codes(layer, checkpoint, sources[name]):
             chunks += _stored_chunks(layer, sources[name])
         else:
             chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
@@ -118,7 +119,7 @@ class _QuantizedChunk:
     Of these the rank has the columns `cols`, but a channel's scale is that of all.
     """
 
-    to: Quantized
+    to: Quantized | Sparse24
     start: int
     source: Piece
     cols: range | None
@@ -163,6 +164,10 @@ def _is_stored(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> TypeGuard[Pu
     return isinstance(checkpoint, PublishedCheckpoint) and all(checkpoint.keeps(part.name) for part in parts)
 
 
+def _has_codes(layer: Quantized, checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> bool:
+    return layer.how.format == GGUF or _is_stored(checkpoint, parts)
+
+
 def _scales_dtype(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> torch.dtype | None:
     return checkpoint.scales_dtype(parts[0].name) if _is_stored(checkpoint, parts) else None
 
@@ -185,9 +190,9 @@ def _replace_quantized(
     dtype: torch.dtype,
     checkpoint: Checkpoint,
     sources: Mapping[str, tuple[Piece, ...]],
-) -> dict[str, Quantized]:
+) -> dict[str, Quantized | Sparse24]:
     """By the names of the weights that they keep. What a published checkpoint has in full stays so."""
-    found: dict[str, Quantized] = {}
+    found: dict[str, Quantized | Sparse24] = {}
     for name, weight in list(model.named_parameters()):
         how = _scheme(spec, kept, name, checkpoint, sources.get(name, ()), device)
         if how is None:
@@ -197,14 +202,23 @@ def _replace_quantized(
             continue
         owner = name.removesuffix(".weight")
         linear = model.get_submodule(owner)
-        stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         n, k = weight.shape
+        if how.format == SPARSE24:
+            sparse = Sparse24GateUp if isinstance(linear, GateUp) else Sparse24
+            found[name] = sparse((n, k), how, linear.bias is not None, device, dtype)
+            _set_module(model, owner, found[name])
+            continue
+        stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         of_stored = _scales_dtype(checkpoint, sources[name])
         layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored, homes[name])
-        parent, _, leaf = owner.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        _set_module(model, owner, layer)
         found[name] = layer
     return found
+
+
+def _set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _scheme(
@@ -224,7 +238,7 @@ def _scheme(
 
 
 def _quantized_chunks(
-    layer: Quantized, parts: tuple[Piece, ...], checkpoint: Checkpoint, dtype: torch.dtype
+    layer: Quantized | Sparse24, parts: tuple[Piece, ...], checkpoint: Checkpoint, dtype: torch.dtype
 ) -> Iterator[_QuantizedChunk]:
     at = 0
     for part in parts:

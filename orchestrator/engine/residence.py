@@ -21,6 +21,7 @@ from strategies.cost_memory import work_bytes
 from strategies.formats import FORMATS
 from strategies.offload import Streaming, check_host, resident_layers
 from strategies.plan import Shard
+from strategies.scheme import SPARSE24
 
 
 class DiskRate(NamedTuple):
@@ -69,6 +70,8 @@ def loaded(
     check_float8(kept, device)
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
+    if kept.weights == SPARSE24 and streaming.buffers:
+        raise BadLayout(f"+{SPARSE24} keeps all layers on the device; leave +offload away")
     file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
     given = None if file is None else file.allocate
     load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, given)

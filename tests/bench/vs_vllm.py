@@ -348,10 +348,13 @@ def roofline_lines(args: argparse.Namespace, own: Result) -> list[str]:
     step_bytes = roofline.decode_bytes(spec, spec.dtype, context) / dims.tp
     single = roofline.prefill_flops(spec, SINGLE_PROMPT_TOKENS) / dims.tp
     batch = args.requests * roofline.prefill_flops(spec, args.prompt_tokens) / dims.world_size
+    gpus = read_gpus().gpus
+    most = roofline.limits_of(gpus[0].name if gpus else "")
+    until = "prefill, batch, until the last first token"
     return [
-        roofline.memory_line("decode, single", step_bytes, own["tpot_ms"] / 1e3),
-        roofline.compute_line("prefill, single (TTFT)", single, own["ttft_ms"] / 1e3),
-        roofline.compute_line("prefill, batch, until the last first token", batch, own["batch_prefill_s"]),
+        roofline.memory_line("decode, single", step_bytes, own["tpot_ms"] / 1e3, most),
+        roofline.compute_line("prefill, single (TTFT)", single, own["ttft_ms"] / 1e3, most),
+        roofline.compute_line(until, batch, own["batch_prefill_s"], most),
     ]
 
 

@@ -199,5 +199,5 @@ def test_experts_need_experts():
 
 
 def test_every_format_is_named_once():
-    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 12
+    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 16
     assert json.dumps(sorted(FORMATS))

@@ -94,13 +94,17 @@ def test_least_bytes_and_flops_of_llama_8b() -> None:
     assert two - 2 * one == 2 * attention - logits
 
 
-def test_shares_of_the_limits() -> None:
-    said = roofline.memory_line("decode", 15.5e9, 0.005)
+def test_shares_of_the_limits_are_those_of_the_card() -> None:
+    h100, h200 = (roofline.limits_of(name) for name in ("NVIDIA H100 80GB HBM3", "NVIDIA H200"))
+    said = roofline.memory_line("decode", 15.5e9, 0.005, h100)
     assert (
         said == "decode: 15.50 GB a GPU in 5.00 ms, 3.10 TB/s: 100% of 3.10 measured, 93% of 3.35 data sheet"
     )
-    said = roofline.compute_line("prefill", 7.87e12, 0.02)
-    assert said == "prefill: 7.9 TFLOP a GPU in 20.0 ms, 394 TFLOP/s: 50% of 787 measured"
+    said = roofline.compute_line("prefill", 7.87e12, 0.02, h100)
+    assert said.endswith("394 TFLOP/s: 50% of 787 measured, 40% of 989 data sheet")
+    assert roofline.memory_line("decode", 15.5e9, 0.005, h200).endswith("3.10 TB/s: 65% of 4.80 data sheet")
+    unknown = roofline.limits_of("a card of tomorrow")
+    assert roofline.memory_line("decode", 15.5e9, 0.005, unknown).endswith("3.10 TB/s")
 
 
 def test_a_split_layer_is_read_by_two_but_a_stage_by_one() -> None:

@@ -170,6 +170,11 @@ def _made_ready(
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
     _join(placed, shards, engine_config(options, dims), dims, progress)
+    stored = options.spec.published
+    if stored is not None and not FORMATS[options.format].weights:
+        progress.say(
+            f"{dims.name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
+        )
     weight_bytes = _load(placed, dims, progress)
     if options.device == "cuda":
         _choose_kernels(placed, dims, progress)

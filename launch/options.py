@@ -162,9 +162,9 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layouts.add_argument(
         "--layout",
         metavar="NAME",
-        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, tp2+int4, tp2+fp8: weights in fewer bits; tp2+offload: what does not "
-        "fit stays in host memory; auto: the planner's "
-        "choice (default)",
+        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, +int4, +fp8, +int8w8a8, +sparse24, +gguf: weights in fewer bits; "
+        "tp2+kvfp8, tp2+int4+kvfp8: the KV cache; tp2+offload: what does not fit stays in host memory; auto: the "
+        "planner's choice (default)",
     )
     layouts.add_argument(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that split each layer"

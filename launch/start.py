@@ -174,6 +174,11 @@ def _made_ready(
     _join(placed, shards, engine_config(options, dims), dims, progress)
     if options.compatible:
         progress.say(f"{dims.name}: {compatibility(options.spec)}")
+    stored = options.spec.published
+    if stored is not None and not FORMATS[options.format].weights:
+        progress.say(
+            f"{dims.name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
+        )
     weight_bytes = _load(placed, dims, progress)
     if options.offload:
         _tell_residence(placed, dims, progress)

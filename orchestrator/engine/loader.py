@@ -160,8 +160,10 @@ class _StoredChunk:
 
 
 def _is_stored(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> TypeGuard[PublishedCheckpoint]:
-    """Whether all that makes up a layer is there in codes."""
-    return isinstance(checkpoint, PublishedCheckpoint) and all(checkpoint.keeps(part.name) for part in parts)
+    """Whether all that makes up a layer is there in codes that are kept as they are."""
+    if not isinstance(checkpoint, PublishedCheckpoint) or not native(checkpoint.spec).name:
+        return False
+    return all(checkpoint.keeps(part.name) for part in parts)
 
 
 def _has_codes(layer: Quantized, checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> bool:

@@ -70,6 +70,8 @@ _DRIVER_CALLS = {
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemsetD8_v2": (c_uint64, c_ubyte, c_size_t),
     "cuCtxSynchronize": (),
+    "cuCtxGetDevice": (POINTER(c_int),),
+    "cuDeviceGetPCIBusId": (c_char_p, c_int, c_int),
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
@@ -106,6 +108,14 @@ def _call(name: str, *arguments: object) -> None:
         words = c_char_p()
         _driver().cuGetErrorString(error, byref(words))
         raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
+
+
+def pci_address() -> str:
+    """Of the current device, as Linux's sysfs writes it: `0000:01:00.0`."""
+    device, text = c_int(), ctypes.create_string_buffer(32)
+    _call("cuCtxGetDevice", byref(device))
+    _call("cuDeviceGetPCIBusId", text, len(text), device)
+    return text.value.decode().lower()
 
 
 # -- memory: addresses are the device's, as integers --

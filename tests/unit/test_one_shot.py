@@ -6,6 +6,8 @@ import ctypes
 import os
 import struct
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_uint32
 from itertools import cycle, islice
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.collectives import cuda, one_shot
+from cluster.collectives import cuda, one_shot, transports
 from cluster.collectives.one_shot import (
     DTYPES,
     TRIAL_ROUNDS,
@@ -241,6 +243,54 @@ def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.Monkey
     for end in ends:
         end.close()
     assert not os.path.exists(offers[0].split()[0])
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_every_part_lies_near_its_writers_gpu_whichever_rank_is_first(
+    opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = iter(("0000:01:00.0", "0000:41:00.0", "0000:81:00.0"))
+    monkeypatch.setattr(cuda, "pci_address", lambda: next(gpus))
+    monkeypatch.setattr(cuda, "unregister_host", lambda address: None)
+    placed: list[tuple[str, int]] = []
+
+    def pages_there() -> int:
+        return os.stat(offers[0].split()[0]).st_blocks * 512
+
+    @contextmanager
+    def noted(gpu: str) -> Iterator[None]:
+        yield
+        placed.append((gpu, pages_there()))
+
+    def registered(address: int, n_bytes: int) -> int:
+        placed.append(("all", n_bytes))
+        return address
+
+    monkeypatch.setattr(cuda, "register_host", registered)
+    monkeypatch.setattr(transports, "local_cores", lambda gpu: gpu)
+    monkeypatch.setattr(transports, "on_cores", noted)
+    part = 3 * 8 * PAGE + 5 * PAGE
+    ends = [MappedHostMemory(rank, 3, 8 * PAGE, 5 * PAGE) for rank in range(3)]
+    offers = [end.offer() for end in ends]
+    ends[opened].open(offers)
+    assert placed == [
+        ("0000:01:00.0", part),
+        ("0000:41:00.0", 2 * part),
+        ("0000:81:00.0", 3 * part),
+        ("all", 3 * part),
+    ]
+    ends[opened].close()
+    ends[0].close()
+
+
+def test_a_thread_leaves_its_cores_for_a_while_and_only_where_it_may() -> None:
+    allowed = os.sched_getaffinity(0)
+    one = min(allowed)
+    with transports.on_cores({one, 100_000}):
+        assert os.sched_getaffinity(0) == {one}
+    assert os.sched_getaffinity(0) == allowed
+    with transports.on_cores({100_000}):
+        assert os.sched_getaffinity(0) == allowed
 
 
 def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> None:

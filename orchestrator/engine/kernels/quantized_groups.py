@@ -138,7 +138,7 @@ def groups_of_8(
     block = max(16, triton.next_power_of_2(m))
     _dot[(triton.cdiv(n, CHANNELS), triton.cdiv(m, block))](
         x_MK, codes_NK, scales, bias, out, m, n,
-        M_BLOCK=block, CHANNELS=CHANNELS, COLUMNS=COLUMNS, num_warps=4, num_stages=3, **how,
+        M_BLOCK=block, CHANNELS=CHANNELS, COLUMNS=COLUMNS, num_warps=4, num_stages=3 if block < 64 else 2, **how,
     )  # fmt: skip
     return out
 

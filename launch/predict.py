@@ -10,6 +10,7 @@ from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
 from cluster.profile import apply
 from cluster.topology import Topology
+from launch.disk_limit import tell_disk
 from launch.kept import Shelf, shelf
 from launch.machine import as_measured, cache_directory, found_here
 from launch.nodes import free_machine
@@ -127,6 +128,8 @@ def planned(
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
+    if options.offload_dir is not None:
+        tell_disk(options, made.chosen, topology, workload, progress)
     return Planned(made.chosen, made, topology)
 
 
@@ -134,7 +137,13 @@ def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
     """A layout on machines that nothing is known of yet."""
     kept = FORMATS[options.format]
     return Candidate(
-        dims, None, None, shard_replica(options.spec, dims, kept=kept), format=kept, offload=options.offload
+        dims,
+        None,
+        None,
+        shard_replica(options.spec, dims, kept=kept),
+        format=kept,
+        offload=options.offload,
+        zero3=options.zero3,
     )
 
 

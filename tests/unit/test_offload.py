@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.errors import BadLayout
+from launch.disk_limit import limit, streamed_bytes
+from launch.options import EngineOptions
 from launch.predict import capped
 from orchestrator.engine.disk import LayerFile
 from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
@@ -21,6 +24,7 @@ from strategies.overlap import Overlap
 from strategies.plan import Layout
 from strategies.planner import plan
 from strategies.read_spec import builtin
+from strategies.source import ModelSource, SourceKind
 from strategies.spec import Workload
 from tests.unit.machines import box
 from tests.unit.test_overlap import TwoRanks
@@ -174,6 +178,24 @@ def test_what_cannot_be_offloaded_is_said_with_its_figures() -> None:
     with pytest.raises(BadLayout, match=r"keeps 50\.0 GB .* of which 40\.0 GB is available"):
         check_host(50 * 10**9, 40 * 10**9)
     check_host(40 * 10**9, 40 * 10**9)
+
+
+def test_a_plan_says_what_a_disk_allows() -> None:
+    spec, layout, machine = builtin("qwen2.5-32b"), Layout.parse("tp2+offload"), box("rtx-4090", 2)
+    (asked,) = plan(spec, machine, Workload(), "bfloat16", layouts=[layout]).candidates
+    source = ModelSource("qwen2.5-32b", None, SourceKind.BUILTIN)
+    sizes = (True, None, 256, 2048, 16, None, True, 0, None, True)
+    options = EngineOptions(source, spec, "cuda", "bfloat16", *sizes)
+    layer = 2 * spec.layer_params
+    every = streamed_bytes(replace(options, resident_layers=0), asked, machine, Workload())
+    assert every == pytest.approx(spec.layers * layer, rel=0.01)  # both ranks read the one disk
+    half = streamed_bytes(replace(options, resident_layers=32), asked, machine, Workload())
+    assert half == pytest.approx(every / 2, rel=0.01)
+    told = streamed_bytes(options, asked, machine, Workload())
+    assert 0 < told < every
+    assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(
+        "reads 5.00 GB/s: one request gets 0.25 tokens/s at most"
+    )
 
 
 def test_a_cap_counts_what_went_since_the_process_came() -> None:

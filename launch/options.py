@@ -232,7 +232,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
     for flag, value in (("resident-layers", args.resident_layers), ("offload-dir", args.offload_dir)):
-        if value is not None and (named is None or not named.offload or named.zero3):
+        if value is not None and not _offloads(args):
             raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
     return EngineOptions(
         source=source,
@@ -260,6 +260,12 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         device_memory_gb=args.device_memory_gb,
         step_timeout_s=args.step_timeout,
     )
+
+
+def _offloads(args: argparse.Namespace) -> bool:
+    """Whether a layout that is named keeps layers off the device, by the engine."""
+    names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
+    return any(name != "auto" and (made := Layout.parse(name)).offload and not made.zero3 for name in names)
 
 
 def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:

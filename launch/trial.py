@@ -120,9 +120,12 @@ def run_trials(
     """Start the layout, warm it up, put each load on it. `on_trial` is told of each as soon as it is done."""
     dims = candidate.dims
     options = replace(options, format=candidate.format.name, offload=candidate.offload)
+    if not candidate.offload:
+        options = replace(options, resident_layers=None, offload_dir=None)
     if candidate.zero3:
         options = replace(options, zero3=True, compatible=True, prefix_caching=False)
-    if candidate.format.name:
+    own_weights = candidate.zero3 and options.dummy_weights  # transformers fills them in its own way
+    if candidate.format.name or own_weights:
         truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
     placed = deployment(found, dims, options, progress, shards=candidate.shards, score=score)
@@ -187,7 +190,7 @@ async def _measure_all(
             trial = replace(
                 checked,
                 measured=middle(rounds),
-                tokens_digest=digest,
+                tokens_digest="" if options.zero3 and options.dummy_weights else digest,
                 health=health,
                 joules_per_token=joules_per_token(health, tokens),
                 rounds=len(rounds),

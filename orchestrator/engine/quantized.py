@@ -113,7 +113,7 @@ class Quantized(nn.Module):
         """All rows are there: bring them into the form that the fastest product wants."""
         codes, scales = self.codes.data, self.scales.data
         if self.how.format == GGUF:
-            if codes.is_cuda and self.how.bits == 4:
+            if self.device.type == "cuda" and self.how.bits == 4:
                 scales[:, :, 1] += 8 * scales[:, :, 0]
             return
         fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)

@@ -21,6 +21,7 @@ from strategies.cost_memory import work_bytes
 from strategies.formats import FORMATS
 from strategies.offload import Streaming, check_host, resident_layers
 from strategies.plan import Shard
+from strategies.quantize import as_kept
 from strategies.scheme import SPARSE24
 
 
@@ -102,7 +103,7 @@ def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: 
         config.spec,
         shard,
         config.dtype,
-        FORMATS[config.format],
+        as_kept(config.spec, FORMATS[config.format]),
         tokens=config.max_num_batched_tokens,
         rows=config.max_num_seqs,
         cached=config.offload_kv_tokens,

@@ -38,7 +38,7 @@ class Sparse24(nn.Module):
     ) -> None:
         super().__init__()
         n, k = shape
-        self.out_features, self.in_features, self.how = n, k, how
+        self.out_features, self.in_features, self.how, self.device = n, k, how, device
 
         def made(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)

@@ -115,12 +115,13 @@ def can_remake(spec: ModelSpec) -> bool:
 
 
 def kept_on(kind: str, spec: ModelSpec) -> ModelSpec:
-    """What devices of a kind keep by themselves. CPUs do not multiply float8, and a GGUF file's blocks they widen
-    faster once than at every step: there float8 is widened, and so are blocks unless +gguf is named."""
-    if kind != "cpu" or spec.published is None or spec.published.format not in ("fp8", GGUF):
+    """What devices of a kind keep by themselves. CPUs do not multiply float8: it is widened there. A GGUF file's blocks
+    are widened once unless +gguf is named: a CPU is faster so, and no GPU was measured with them yet."""
+    stored, on_cpu = spec.published, kind == "cpu"
+    if stored is None or not (stored.format == GGUF or (on_cpu and stored.format == "fp8")):
         return spec
-    stored = spec.published
-    return replace(spec, published=replace(stored, format="", kept_bytes=stored.kept_bytes_on_cpu))
+    kept_bytes = stored.kept_bytes_on_cpu if on_cpu else stored.kept_bytes
+    return replace(spec, published=replace(stored, format="", kept_bytes=kept_bytes))
 
 
 def as_kept(spec: ModelSpec, kept: Format, kind: str = "cuda") -> Format:

@@ -225,7 +225,8 @@ def dot(
     """
     m, k = x_MK.shape
     n = len(codes)
-    tile = tile or choose_dot_tile(m, group, _shared_bytes(x_MK.device))
+    halves = x_MK.dtype.itemsize == 2  # a tile of float32 takes twice the shared memory
+    tile = tile or choose_dot_tile(m, group, _shared_bytes(x_MK.device) if halves else 0)
     splits = splits or splits_of(n, k, tile, m, group)
     size, all_ = (tile.columns // 8, k // 8) if group else (min(tile.columns, triton.next_power_of_2(k)), k)
     size = max(16, size)

@@ -64,8 +64,8 @@ def test_plain_tp_and_dp_alone_run(tmp_path: Path) -> None:
     spec = spec_of(written(tmp_path, GELU))
     assert [why_not(spec, Layout.parse(name)) for name in ("tp1", "tp2", "dp4", "tp2dp2")] == [None] * 4
     for name in ("pp2", "tp1+int8", "tp1+offload"):
-        assert "has plain tp and dp alone" in (why_not(spec, Layout.parse(name)) or "")
-    assert "4 heads and 2 KV heads" in (why_not(spec, Layout.parse("tp4")) or "")
+        assert f"has plain tp and dp alone, not {name}; use " in (why_not(spec, Layout.parse(name)) or "")
+    assert "4 heads and 2 KV heads, not for tp4; use dp4" in (why_not(spec, Layout.parse("tp4")) or "")
 
 
 @pytest.mark.parametrize(

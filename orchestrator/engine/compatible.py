@@ -27,7 +27,7 @@ WORST_ERROR = {"float32": 1e-3, "bfloat16": 0.08, "float16": 0.02}
 
 
 ROUTED_ELSEWHERE = 5
-"""In half precision a mixture's router may choose another expert where two nearly tie: 0.175 was seen of a right split."""
+"""In half precision a router may choose another expert where two nearly tie: a right split was 0.175 off."""
 
 
 def compatible(config: EngineConfig, shard: Shard, device: torch.device) -> tuple[nn.Module, Residence]:

@@ -306,6 +306,10 @@ def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: Model
     reason = why_not(spec, named or Layout(ParallelDims()))
     if reason is not None:
         raise UserError(reason)
+    if args.weights == "checkpoint":
+        from orchestrator.engine.safetensors_files import check_files
+
+        check_files(source.path, spec.name)
 
 
 def _format(named: Layout | None, spec: ModelSpec) -> str:

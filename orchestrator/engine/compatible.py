@@ -82,13 +82,26 @@ def _whole(config: EngineConfig) -> nn.Module:
             whole: nn.Module = transformers.AutoModelForCausalLM.from_config(made, dtype=dtype)
         else:
             whole, told = transformers.AutoModelForCausalLM.from_pretrained(
-                config.source.path, dtype=dtype, use_safetensors=True, output_loading_info=True, **given
+                config.source.path,
+                dtype=dtype,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # which are told below
+                **given,
             )
+            if wrong := sorted(told["mismatched_keys"]):
+                name, stored, meant = wrong[0]
+                raise BadModel(
+                    f"{config.spec.name}: {name} is {list(stored)} in the checkpoint, but {list(meant)} by its config; "
+                    "take both from one release"
+                )
             if lost := sorted(told["missing_keys"]):  # which transformers fills at random
                 raise BadModel(
-                    f"{config.spec.name}: the checkpoint has no {lost[0]}, nor {len(lost) - 1} more of what "
-                    f"transformers' {type(whole).__name__} holds; fetch it again"
+                    f"{config.spec.name}: the checkpoint has no {lost[0]}, the first of {len(lost)} that "
+                    f"transformers' {type(whole).__name__} holds and it lacks; fetch it again"
                 )
+    except BadModel:
+        raise
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         reason = str(error).strip().splitlines() or [type(error).__name__]
         raise BadModel(

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cluster.errors import BadModel, UserError
 from launch.options import engine_options
@@ -96,4 +98,19 @@ def test_options_of_such_a_model(tmp_path: Path) -> None:
     assert not made.prefix_caching
     asked.layout = "pp2"
     with pytest.raises(UserError, match="plain tp and dp alone"):
+        engine_options(asked)
+
+
+def test_files_that_transformers_would_misread_are_refused_before_a_start(tmp_path: Path) -> None:
+    written(tmp_path, GELU)
+    asked = parsed("--layout", "tp1", "--device", "cpu")
+    asked.model = str(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.zeros(4), "a.bias": torch.zeros(2, dtype=torch.bool)}, file)
+    assert engine_options(asked).compatible
+    save_file({"a.weight": torch.zeros(4, dtype=torch.int32)}, file)
+    with pytest.raises(BadModel, match=r"a.weight is stored as I32; supported are F64"):
+        engine_options(asked)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadModel, match=r"model.safetensors is cut short or corrupt .*; fetch it again"):
         engine_options(asked)

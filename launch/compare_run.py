@@ -49,6 +49,7 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--gpu-memory-utilization": options.gpu_memory_utilization,
         "--device-memory-gb": options.device_memory_gb,
         "--resident-layers": options.resident_layers,
+        "--offload-dir": options.offload_dir,
         "CUDA graphs": not options.enforce_eager,
         "prefix caching": options.prefix_caching,
         "--seed": options.seed,

@@ -66,6 +66,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
         "gpu_memory_utilization",
         "device_memory_gb",
         "resident_layers",
+        "offload_dir",
         "request_timeout_s",
         "step_timeout_s",
         "drain_timeout_s",

@@ -126,7 +126,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
     )
     engine.add_argument(
         "--offload-dir",
-        type=Path,
+        type=_folder,
         metavar="FOLDER",
         help="where what +offload does not keep on the device lies on a disk, in place of host memory",
     )
@@ -231,9 +231,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
-    for flag, value in (("resident-layers", args.resident_layers), ("offload-dir", args.offload_dir)):
-        if value is not None and not _offloads(args):
-            raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
+    _check_offload(args, spec, kept, is_here=address is None)
     return EngineOptions(
         source=source,
         spec=spec,
@@ -262,10 +260,33 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     )
 
 
-def _offloads(args: argparse.Namespace) -> bool:
-    """Whether a layout that is named keeps layers off the device, by the engine."""
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a folder")
+    return Path(text)
+
+
+def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_here: bool) -> None:
+    """What tells of offload has an offloaded layout to tell of. `kept`: the weights' format. Raises UserError."""
+    resident, folder = args.resident_layers, args.offload_dir
     names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
-    return any(name != "auto" and (made := Layout.parse(name)).offload and not made.zero3 for name in names)
+    named = [Layout.parse(name) for name in names if name != "auto"]
+    offloaded = [made for made in named if made.offload and not made.zero3]
+    for flag, value in (("resident-layers", resident), ("offload-dir", folder)):
+        if value is not None and not offloaded:
+            raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
+    if resident is not None and resident > spec.layers:
+        raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
+    if folder is None:
+        return
+    if is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
+        raise UserError(f"--offload-dir {folder} is a file; give a folder on a disk with room")
+    for made in offloaded:
+        if small := made.format.weights or FORMATS[kept].weights:
+            raise UserError(
+                f"{made.name} keeps weights in {small}, and --offload-dir those in the model's dtype alone; "
+                f"leave +{small} away, or --offload-dir"
+            )
 
 
 def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:
@@ -285,6 +306,10 @@ def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: Model
     reason = why_not(spec, named or Layout(ParallelDims()))
     if reason is not None:
         raise UserError(reason)
+    if args.weights == "checkpoint":
+        from orchestrator.engine.safetensors_files import check_files
+
+        check_files(source.path, spec.name)
 
 
 def _format(named: Layout | None, spec: ModelSpec) -> str:

@@ -106,6 +106,9 @@ class Layout:
             )
         offload = bool(suffixes) and suffixes[-1] == "offload"
         formats = suffixes[:-1] if offload else suffixes
+        if "offload" in formats:
+            right = "+".join((base, *dict.fromkeys(kept for kept in formats if kept != "offload"), "offload"))
+            raise BadLayout(f"layout {name!r}: +offload comes last, and once: {right}")
         of_weights = [kept for kept in formats if kept != KV_FLOAT8]
         if len(of_weights) > 1 or len(formats) > len(of_weights) + 1:
             raise BadLayout(

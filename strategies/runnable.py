@@ -50,14 +50,20 @@ def _incompatible(spec: ModelSpec, layout: Layout, named: bool) -> str | None:
     if layout.zero3:
         return None if named else "zero3+offload is there to be compared with: it runs where it is named"
     if dims.pp > 1 or dims.ep > 1 or layout.format.name or layout.offload:
-        return f"the compatibility runtime, which {spec.name} ({spec.family}) runs under, has plain tp and dp alone"
+        return (
+            f"the compatibility runtime, which {spec.name} ({spec.family}) runs under, has plain tp and dp alone, "
+            f"not {layout.name}; use tp2, dp2 or tp1"
+        )
     if dims.tp > 1 and (spec.latent is not None or spec.heads % dims.tp or spec.kv_heads % dims.tp):
         heads = (
             "latent attention"
             if spec.latent is not None
             else f"{spec.heads} heads and {spec.kv_heads} KV heads"
         )
-        return f"DeepSpeed's AutoTP splits whole heads evenly; {spec.name} has {heads}"
+        return (
+            f"DeepSpeed's AutoTP splits whole heads evenly; {spec.name} has {heads}, not for {layout.name}; "
+            f"use dp{dims.tp} for as many devices"
+        )
     return None
 
 

@@ -8,6 +8,7 @@ of blocks of the weights one row after another; `weight.quant_map` the table; wh
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,13 @@ def expected(files: SafetensorsFiles, spec: ModelSpec, name: str, shape: tuple[i
         parts |= {".nested_absmax": (-(-blocks // state.nested_block),), ".nested_quant_map": (256,)}
     for part, wanted in parts.items():
         check_shape(spec, f"{name}{part}", files.shape(f"{name}{part}"), wanted)
+        stored = files.find(f"{name}{part}")
+        if part and not (part == ".absmax" and state.nested_block):
+            files.check_float(f"{name}{part}")
+        elif stored is not None and stored.dtype != "U8":
+            raise BadModel(
+                f"{spec.name}: {name}{part} is stored as {stored.dtype}; bitsandbytes writes U8; fetch it again"
+            )
 
 
 def widened(files: SafetensorsFiles, spec: ModelSpec, name: str, rows: range, columns: int) -> Tensor:
@@ -57,8 +65,8 @@ def _scales(files: SafetensorsFiles, name: str, state: _State) -> Tensor:
     scales = files.read(f"{name}.absmax").clone()
     if not state.nested_block:
         return scales.float()
-    nested = files.read(f"{name}.nested_absmax").clone()
-    table = files.read(f"{name}.nested_quant_map")
+    nested = files.read(f"{name}.nested_absmax").float().clone()
+    table = files.read(f"{name}.nested_quant_map").float()
     return table[scales.long()] * nested[torch.arange(len(scales)) // state.nested_block] + state.offset
 
 
@@ -72,7 +80,9 @@ def _state(files: SafetensorsFiles, spec: ModelSpec, name: str) -> _State:
         told = json.loads(bytes(files.read(found).tolist()))
         nested = int(told.get("nested_blocksize", 0))
         state = _State(int(told["blocksize"]), nested, float(told["nested_offset"]) if nested else 0.0)
-    except (ValueError, KeyError, TypeError, AttributeError):
+        if not math.isfinite(state.offset):
+            raise ValueError(state.offset)
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
         raise BadModel(
             f"{spec.name}: {found} is no quantization that bitsandbytes writes; fetch it again"
         ) from None

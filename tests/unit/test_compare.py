@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ def test_facts_change_with_what_a_measurement_depends_on() -> None:
         facts_of(asked, box("h100", 4), load),
         facts_of(asked, machine, Workload(prompt_tokens=7)),
         facts_of(serving.options("qwen3-14b", dummy_weights=True), machine, load),
+        facts_of(replace(asked, offload_dir=Path("/disk")), machine, load),
     ):
         assert key_of(other) != key_of(same)
 

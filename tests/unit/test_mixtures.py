@@ -158,6 +158,8 @@ def test_a_layouts_name_reads_back(name):
     [
         ("tp2+fp9", r"\+fp9 is not a format; formats are \+kvfp8, \+fp8"),
         ("tp2+fp8+int4", "names 2 formats"),
+        ("tp2+offload+int8", "offload comes last, and once: tp2.int8.offload"),
+        ("tp2+offload+offload", "offload comes last, and once: tp2.offload"),
         ("tp4ep3", "ep must divide tp or equal tp × dp, 4; it is 3"),
     ],
 )

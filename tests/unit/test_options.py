@@ -162,6 +162,9 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
     [
         ("--layout tp1 --resident-layers 1", "of offloaded layouts; add --layout tp1\\+offload"),
         ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
+        ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
+        ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),
+        ("--layout tp1+int8+offload --offload-dir /tmp", "in int8.* leave \\+int8 away, or --offload-dir"),
         ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
         ("--device-memory-gb nan", "must be from 1 to 10000 GB"),
     ],
@@ -169,3 +172,8 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
 def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:
     with pytest.raises(UserError, match=says):
         made(model, *argv.split())
+
+
+def test_an_empty_folder_is_not_this_one() -> None:
+    with pytest.raises(SystemExit):
+        parsed("--layout", "tp1+offload", "--offload-dir", "")

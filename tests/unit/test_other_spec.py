@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from cluster.errors import BadModel, UserError
 from launch.options import engine_options
@@ -64,8 +66,8 @@ def test_plain_tp_and_dp_alone_run(tmp_path: Path) -> None:
     spec = spec_of(written(tmp_path, GELU))
     assert [why_not(spec, Layout.parse(name)) for name in ("tp1", "tp2", "dp4", "tp2dp2")] == [None] * 4
     for name in ("pp2", "tp1+int8", "tp1+offload"):
-        assert "has plain tp and dp alone" in (why_not(spec, Layout.parse(name)) or "")
-    assert "4 heads and 2 KV heads" in (why_not(spec, Layout.parse("tp4")) or "")
+        assert f"has plain tp and dp alone, not {name}; use " in (why_not(spec, Layout.parse(name)) or "")
+    assert "4 heads and 2 KV heads, not for tp4; use dp4" in (why_not(spec, Layout.parse("tp4")) or "")
 
 
 @pytest.mark.parametrize(
@@ -96,4 +98,19 @@ def test_options_of_such_a_model(tmp_path: Path) -> None:
     assert not made.prefix_caching
     asked.layout = "pp2"
     with pytest.raises(UserError, match="plain tp and dp alone"):
+        engine_options(asked)
+
+
+def test_files_that_transformers_would_misread_are_refused_before_a_start(tmp_path: Path) -> None:
+    written(tmp_path, GELU)
+    asked = parsed("--layout", "tp1", "--device", "cpu")
+    asked.model = str(tmp_path)
+    file = tmp_path / "model.safetensors"
+    save_file({"a.weight": torch.zeros(4), "a.bias": torch.zeros(2, dtype=torch.bool)}, file)
+    assert engine_options(asked).compatible
+    save_file({"a.weight": torch.zeros(4, dtype=torch.int32)}, file)
+    with pytest.raises(BadModel, match=r"a.weight is stored as I32; supported are F64"):
+        engine_options(asked)
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(BadModel, match=r"model.safetensors is cut short or corrupt .*; fetch it again"):
         engine_options(asked)

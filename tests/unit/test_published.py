@@ -272,6 +272,17 @@ def test_a_mislabelled_checkpoint_is_found_before_it_is_loaded(tmp_path: Path) -
         open_checkpoint(resolve(str(tmp_path)), wrong).verify()
 
 
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def as_bytes(text: bytes) -> Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def offset_nan(state: Tensor) -> Tensor:
+    return as_bytes(bytes(state.tolist()).replace(b'"nested_offset": 0.25', b'"nested_offset": NaN'))
+
+
 def restored(directory: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
     """With one layer's part of its checkpoint as `change` makes it."""
     file = directory / "model.safetensors"
@@ -303,6 +314,16 @@ def restored(directory: Path, part: str, change: Callable[[Tensor], Tensor]) -> 
             lambda x: x.to(torch.int32),
             "weight_scale is stored as I32; supported are",
         ),
+        ("nf4 nested", "weight.absmax", lambda x: x.float(), "absmax is stored as F32; .*writes U8"),
+        ("nf4", "weight.absmax", lambda x: x.to(torch.int8), "absmax is stored as I8; supported are F64"),
+        ("nf4", "weight", lambda x: x.to(torch.int8), "down_proj.weight is stored as I8; .*writes U8"),
+        (
+            "nf4 nested",
+            f"weight.{NF4_STATE}",
+            lambda _: as_bytes(b'{"blocksize": 1e400}'),
+            "is no quantization that",
+        ),
+        ("nf4 nested", f"weight.{NF4_STATE}", offset_nan, "is no quantization that"),
     ],
 )
 def test_scales_and_orders_of_another_shape_are_found_before_it_is_loaded(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from cluster.channel import Via
-from cluster.errors import BadLayout, GangDied
+from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
+from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
 from launch.head import adopt, check_head
-from launch.links import only_proved, prove_first_layer, ways_beside_nccl
+from launch.links import only_proved, prove_first_layer
 from launch.options import EngineOptions
 from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, ranks_of, rested, terms_of
 from launch.progress import Progress
@@ -35,13 +35,11 @@ from strategies.runnable import compatibility
 from strategies.spec import Workload
 
 ACQUIRE_TIMEOUT_S = 60.0
-JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
 LOOPBACK = "127.0.0.1"
 _NO_LIMITS = QueueLimits()
-OFFLOAD_KV_TOKENS = 8192  # of cache, that offloaded layers leave room for
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,35 +242,6 @@ class Restarting:
             raise
 
 
-def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
-    cores = len(os.sched_getaffinity(0))
-    return EngineConfig(
-        source=options.source,
-        spec=options.spec,
-        dtype=options.dtype,
-        device=options.device,
-        format=options.format,
-        compatible=options.compatible,
-        zero3=options.zero3,
-        offload=options.offload,
-        resident_layers=options.resident_layers,
-        offload_dir=options.offload_dir,
-        offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
-        memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
-        dummy_weights=options.dummy_weights,
-        block_size=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        threads=max(1, cores // dims.world_size),
-        graphs=options.captures,
-        memory_utilization=options.gpu_memory_utilization,
-        seed=options.seed,
-        grammars=options.grammars,
-        join_timeout_s=JOIN_TIMEOUT_S,
-        ways=ways_beside_nccl(options, dims),
-    )
-
-
 def _join(
     placed: Sequence[Placed],
     shards: Sequence[Shard],
@@ -348,30 +317,6 @@ def _fit(
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
-
-
-def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> SchedulerConfig:
-    """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
-    size, asked = options.block_size, options.max_model_len
-    blocks = min(blocks, options.num_blocks or blocks)
-    least = options.least_context
-    if blocks * size < least:
-        raise BadLayout(
-            f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "
-            "Lower --max-model-len, or split the model over more devices"
-        )
-    context = asked or min(options.spec.max_positions, blocks * size)
-    useful = options.max_num_seqs * -(-context // size)
-    return SchedulerConfig(
-        num_blocks=min(blocks, useful),
-        block_size=size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=context,
-        groups=dims.pp,
-        prefix_caching=options.prefix_caching,
-        run_ahead=options.device == "cuda" and options.dtype != "float64" and not options.compatible,
-    )
 
 
 def _score(replica: Placed, token_ids: Sequence[int]) -> bytes:

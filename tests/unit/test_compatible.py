@@ -10,8 +10,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from cluster.errors import BadModel
+from launch.configured import engine_config
 from launch.models import resolve, spec_of
-from launch.start import engine_config
 from orchestrator.engine.compatible import compatible
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims

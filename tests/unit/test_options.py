@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import BadLayout, UserError
+from launch.configured import engine_config
 from launch.options import (
     EngineOptions,
     add_engine_arguments,
@@ -17,7 +18,6 @@ from launch.options import (
     engine_options,
     layout,
 )
-from launch.start import engine_config
 from strategies.plan import ParallelDims
 
 

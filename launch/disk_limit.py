@@ -8,6 +8,7 @@ from launch.options import EngineOptions
 from launch.progress import Progress
 from strategies.cost_memory import memories, work_bytes
 from strategies.formats import FORMATS
+from strategies.offload import Streaming
 from strategies.place import place
 from strategies.plan import Candidate, Shard
 from strategies.spec import Workload
@@ -50,4 +51,5 @@ def streamed_bytes(options: EngineOptions, chosen: Candidate, topology: Topology
 
 def _beyond(options: EngineOptions, shard: Shard, resident: int) -> int:
     needs = work_bytes(options.spec, shard, options.dtype, FORMATS[""], tokens=1, rows=1, cached=0)
-    return max(0, len(shard.layers) - resident) * needs.layer
+    layers = len(shard.layers)
+    return len(Streaming(layers, min(layers, resident)).order) * needs.layer

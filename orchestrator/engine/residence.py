@@ -48,6 +48,13 @@ class Residence(NamedTuple):
     @property
     def told(self) -> str:
         """What a user is told of it."""
+        if not self.step_bytes:
+            kept = f"all {self.layers} layers of a rank stay on its device"
+            return (
+                kept
+                if self.resident == self.layers
+                else f"{kept}, {self.layers - self.resident} in the buffers"
+            )
         came = "host memory" if self.disk is None else self.disk.told(self.step_bytes)
         return (
             f"{self.resident} of a rank's {self.layers} layers stay on its device; {self.step_bytes / 1e9:.2f} GB come "

@@ -19,6 +19,7 @@ from launch.predict import capped
 from orchestrator.engine.disk import LayerFile
 from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
+from orchestrator.engine.residence import Residence
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
 from strategies.plan import Layout
@@ -191,6 +192,9 @@ def test_a_plan_says_what_a_disk_allows() -> None:
     assert every == pytest.approx(spec.layers * layer, rel=0.01)  # both ranks read the one disk
     half = streamed_bytes(replace(options, resident_layers=32), asked, machine, Workload())
     assert half == pytest.approx(every / 2, rel=0.01)
+    assert (
+        streamed_bytes(replace(options, resident_layers=62), asked, machine, Workload()) == 0
+    )  # in the buffers
     told = streamed_bytes(options, asked, machine, Workload())
     assert 0 < told < every
     assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(
@@ -215,3 +219,9 @@ def test_a_plan_says_how_many_layers_stay_and_a_cap_leaves_fewer() -> None:
         assert of == "64"
         kept.append(int(resident))
     assert 64 > kept[0] > kept[1] > 0
+
+
+def test_what_stays_in_the_buffers_comes_but_once() -> None:
+    assert Residence(8, 8, 0).told == "all 8 layers of a rank stay on its device"
+    assert Residence(8, 6, 0).told == "all 8 layers of a rank stay on its device, 2 in the buffers"
+    assert "6 of a rank's 8 layers stay on its device; 2.00 GB come" in Residence(8, 6, 2 * 10**9).told

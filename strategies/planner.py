@@ -108,7 +108,7 @@ def _instead(
     if layouts is not None:
         best = plan(spec, topology, workload, dtype, max_model_len=max_model_len).chosen
         if best is not None:
-            return (f"{best.dims.name} fits {topology.name}, and would be chosen.",)
+            return (f"{best.layout.name} fits {topology.name}, and would be chosen.",)
     length = max_model_len or workload.prompt_tokens + workload.output_tokens
     return ways_out(spec, topology, dtype, length)
 

@@ -26,6 +26,8 @@ _ONE_REQUEST = Workload(concurrency=1)  # memory depends on a workload by its co
 
 def ways_out(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> tuple[str, ...]:
     """Sentences, cheapest first: a format, the context, host memory, more cards. `length`: what context had to fit."""
+    if not any(dtype in device.flops_per_s for device in topology.devices):  # which no memory mends
+        return (f"No layout of {spec.name} runs on {topology.name} in {dtype}.",)
     best = max(topology.devices, key=lambda device: device.free_bytes)
     splits = list(_splits(len(topology.devices)))
     fitted = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, best, PLAIN)) is not None]

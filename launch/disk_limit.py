@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from cluster.errors import UserError
 from cluster.topology import Topology
 from launch.options import EngineOptions
@@ -22,10 +24,9 @@ def tell_disk(
 
     assert options.offload_dir is not None
     n_bytes = streamed_bytes(options, chosen, topology, workload)
-    if not n_bytes:
-        return
     try:
-        found = disk_read(str(options.offload_dir))
+        os.makedirs(options.offload_dir, exist_ok=True)
+        found = disk_read(str(options.offload_dir)) if n_bytes else None
     except OSError as error:
         raise UserError(
             f"--offload-dir {options.offload_dir}: {error.strerror}; give a folder on a disk with room"

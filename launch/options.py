@@ -273,6 +273,10 @@ def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_h
     named = [Layout.parse(name) for name in names if name != "auto"]
     offloaded = [made for made in named if made.offload and not made.zero3]
     for flag, value in (("resident-layers", resident), ("offload-dir", folder)):
+        if value is not None and any(made.zero3 for made in named) and not offloaded:
+            raise UserError(
+                f"--{flag} is of the engine's +offload; ZeRO-3 keeps every layer off the device: leave it away"
+            )
         if value is not None and not offloaded:
             raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
     if resident is not None and resident > spec.layers:

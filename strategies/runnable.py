@@ -46,7 +46,10 @@ def _incompatible(spec: ModelSpec, layout: Layout, named: bool) -> str | None:
     """Why the compatibility runtime does not run a layout; None if it does."""
     dims = layout.dims
     if spec.published is not None:
-        return f"the compatibility runtime does not read weights in {spec.published.format or 'fewer bits'}"
+        return (
+            f"the compatibility runtime, which {layout.name} of {spec.name} wants, does not read weights in "
+            f"{spec.published.format or 'fewer bits'}; use a checkpoint in bfloat16"
+        )
     if layout.zero3:
         return None if named else "zero3+offload is there to be compared with: it runs where it is named"
     if dims.pp > 1 or dims.ep > 1 or layout.format.name or layout.offload:

@@ -12,10 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from cluster.errors import BadLayout
-from launch.disk_limit import limit, streamed_bytes
+from cluster.errors import BadLayout, UserError
+from launch.disk_limit import limit, streamed_bytes, tell_disk
 from launch.options import EngineOptions
 from launch.predict import capped
+from launch.progress import Progress
 from orchestrator.engine.disk import LayerFile
 from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
@@ -195,6 +196,11 @@ def test_a_plan_says_what_a_disk_allows() -> None:
     assert (
         streamed_bytes(replace(options, resident_layers=62), asked, machine, Workload()) == 0
     )  # in the buffers
+    nowhere = replace(options, resident_layers=62, offload_dir=Path("/proc/nothing"))
+    with pytest.raises(
+        UserError, match=r"--offload-dir /proc/nothing: .*; give a folder on a disk with room"
+    ):
+        tell_disk(nowhere, asked, machine, Workload(), Progress(quiet=True))
     told = streamed_bytes(options, asked, machine, Workload())
     assert 0 < told < every
     assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(

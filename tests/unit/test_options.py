@@ -161,6 +161,10 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
     ("argv", "says"),
     [
         ("--layout tp1 --resident-layers 1", "of offloaded layouts; add --layout tp1\\+offload"),
+        (
+            "--layout zero3+offload --resident-layers 1",
+            "ZeRO-3 keeps every layer off the device: leave it away",
+        ),
         ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
         ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
         ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),

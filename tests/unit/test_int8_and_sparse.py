@@ -10,7 +10,8 @@ from torch import Tensor
 
 from cluster.errors import BadLayout
 from orchestrator.engine.checkpoint import DummyCheckpoint
-from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8, to_int8
+from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8
+from orchestrator.engine.kernels.rounding import rounded
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.quantized import Quantized
@@ -59,7 +60,7 @@ def test_rows_in_int8_are_summed_exactly(rows: int) -> None:
 def test_the_kernels_do_the_same() -> None:
     of, x = eight_bits(24, 576), randn(19, 576, seed=2)
     x[3] = 0
-    small, scales = to_int8(x)
+    small, scales = rounded(x, torch.int8)
     assert torch.equal(small, (x / scales[:, None]).round().to(torch.int8))
     actual = int8_by_int8(x, of.codes, of.scales, of.bias)
     torch.testing.assert_close(actual, of(x), rtol=1e-6, atol=1e-6)

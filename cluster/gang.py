@@ -102,9 +102,13 @@ class Call:
         try:
             return self._future.result(timeout_s)
         except TimeoutError:  # ours: a worker's own would have come as WorkerFailed
-            raise GangDied(
-                f"{self._member} did not answer {self._method}() in {timeout_s:g} s: it is stopped or stuck"
-            ) from None
+            raise self.silence(timeout_s or 0) from None
+
+    def silence(self, waited_s: float) -> GangDied:
+        """What a call is told as that nobody answers."""
+        return GangDied(
+            f"{self._member} did not answer {self._method}() in {waited_s:.3g} s: it is stopped or stuck"
+        )
 
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended, well or not, within `timeout_s`."""
@@ -140,7 +144,10 @@ def results(calls: Sequence[Call], timeout_s: float) -> list[Any]:
     for call in calls:
         if call._future.done():
             call.result()
-    return [call.result(0) for call in calls]
+    for call in calls:
+        if not call._future.done():
+            raise call.silence(timeout_s)
+    return [call.result() for call in calls]
 
 
 class Fate:

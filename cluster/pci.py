@@ -76,6 +76,12 @@ def read_slot(pci: str, devices: Path = _DEVICES) -> Slot:
     )
 
 
+def local_cores(pci: str, devices: Path = _DEVICES) -> set[int]:
+    """Those of the NUMA node that a device hangs on; none where the kernel does not say."""
+    ranges = re.findall(r"(\d+)(?:-(\d+))?", _text(devices / pci / "local_cpulist"))
+    return {core for first, last in ranges for core in range(int(first), int(last or first) + 1)}
+
+
 def _hop(place: Path) -> Hop | None:
     generation = _GENERATIONS.get(_text(place / "max_link_speed").split(" ")[0])
     lanes = _text(place / "current_link_width")

@@ -43,8 +43,9 @@ def follow(server: Server, job: str, progress: Progress) -> Mapping[str, Any]:
             counts = batch["request_counts"]
             bar.update(counts["completed"] + counts["failed"], counts["total"])
     done, seconds = counts["completed"] + counts["failed"] - before, time.monotonic() - begun_s
+    pace = f", {done} of them in {seconds:.1f} s, {done / max(seconds, 1e-9):.1f} a second" if done else ""
     progress.say(
-        f"{batch['status']}: {done} requests in {seconds:.1f} s, {done / max(seconds, 1e-9):.1f} a second"
+        f"{batch['status']}: {counts['completed'] + counts['failed']} of {counts['total']} requests{pace}"
     )
     return batch
 

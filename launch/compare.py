@@ -59,7 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import NoFeasiblePlan
-    from launch.compare_run import predict_all
+    from launch.compare_run import left_out, predict_all
     from launch.options import check_blocks, engine_options
     from launch.predict import measured_machine, this_machine
     from launch.progress import Progress
@@ -77,6 +77,9 @@ def run(args: argparse.Namespace) -> int:
     progress = Progress()
     topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
     plans = predict_all(options, topology, loads, layouts)
+    if layouts is not None:
+        for told in left_out(plans[workload.concurrency]):
+            progress.say(told)
     comparison = Comparison(plans, {}, workload, topology, options.dtype)
     if args.no_measure:
         _show(comparison, as_json=args.json)

@@ -36,6 +36,12 @@ def predict_all(
     return {load.concurrency: predict(options, topology, load, layouts, cut_for=cut_for) for load in loads}
 
 
+def left_out(made: Plan) -> list[str]:
+    """Of layouts that somebody named: which cannot be run here, and why."""
+    reasons = ((c.layout.name, c.reason or c.not_runnable) for c in made.candidates)
+    return [f"{name} is left out: {reason}" for name, reason in reasons if reason]
+
+
 def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> dict[str, str]:
     """What a measurement is of; a run is gone on with only where all of it is the same."""
     flags = {
@@ -47,6 +53,9 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--block-size": options.block_size,
         "--num-gpu-blocks-override": options.num_blocks,
         "--gpu-memory-utilization": options.gpu_memory_utilization,
+        "--device-memory-gb": options.device_memory_gb,
+        "--resident-layers": options.resident_layers,
+        "--offload-dir": options.offload_dir,
         "CUDA graphs": not options.enforce_eager,
         "prefix caching": options.prefix_caching,
         "--seed": options.seed,

@@ -28,6 +28,7 @@ from launch.findings import Clash, Leftover, MachineFacts, RayCluster
 from launch.machine import peers_allowed
 
 PACKAGES = ("torch", "ray", "deepspeed", "transformers", "safetensors", "flashinfer-python", "triton")
+OPTIONAL = ("flashinfer-python",)  # a start tries it, and says why where it goes on without
 RAY_DASHBOARD_PORT = 8265
 RAY_PATIENCE_S = 1.0
 OURS = (
@@ -106,7 +107,8 @@ def clashes(packages: Sequence[str]) -> Iterator[Clash]:
                 and wanted.specifier
                 and not (found and wanted.specifier.contains(found, prereleases=True))
             ):
-                yield Clash(f"{name} {_version(name)}", f"{wanted.name}{wanted.specifier}", found)
+                spared = found is None and name in OPTIONAL
+                yield Clash(f"{name} {_version(name)}", f"{wanted.name}{wanted.specifier}", found, spared)
 
 
 def _requirements(name: str) -> list[str]:

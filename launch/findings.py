@@ -48,6 +48,7 @@ class Clash:
     wanted_by: str
     wants: str  # "triton==3.6.0"
     found: str | None  # None: not installed
+    spared: bool = False  # by a package that a start tries and does without, and of which we use a part
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,8 +50,8 @@ _KEPT: Mapping[str, Format] = {  # in order: the first that a name starts with, 
     "w4a16": FORMATS["int4"],
     "q4": FORMATS["int4"],
     "fp4": FORMATS["fp4"],
-    "int8": FORMATS["int8"],
-    "w8a8": FORMATS["int8"],
+    "int8": FORMATS["int8w8a8"],
+    "w8a8": FORMATS["int8w8a8"],
     "fp8": FORMATS["fp8"],
 }
 

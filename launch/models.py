@@ -17,6 +17,8 @@ SMOLLM2 = "smollm2"
 
 def resolve(model: str) -> ModelSource:
     """Looks for files first, then for a built-in name. Raises BadModel."""
+    if not model.strip():
+        raise BadModel("MODEL is empty; give a directory, a .gguf file or a built-in name")
     if model.lower() == SMOLLM2:
         return ModelSource(SMOLLM2, _smollm2(), SourceKind.GGUF)
     path = Path(model).expanduser().absolute()  # workers run elsewhere

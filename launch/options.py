@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from cluster.errors import BadLayout, UserError
+from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
 from launch.models import resolve
 from strategies.formats import FORMATS, PLAIN
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
-from strategies.runnable import check_layout, check_runs
-from strategies.scheme import GGUF
-from strategies.source import ModelSource, spec_of
+from strategies.runnable import check_layout, is_known, why_not
+from strategies.source import ModelSource, SourceKind, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
 _MOST = {  # far over what serves well anywhere, under what would fail only for want of memory
@@ -48,11 +48,22 @@ class EngineOptions:
     gpu_memory_utilization: float = 0.9  # of each GPU's memory: weights, KV and everything else
     enforce_eager: bool = False  # no CUDA graphs
     grammars: bool = False  # answers will be asked to have a form
+    compatible: bool = False  # transformers' own model, under the compatibility runtime
+    zero3: bool = False  # under which DeepSpeed keeps all weights in host memory
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
+    offload: bool = False  # layers that do not fit stay in host memory
+    offload_dir: Path | None = None  # a disk's, on which they lie instead
+    resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
+    device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
     step_timeout_s: float | None = None  # a replica that needs longer for one is stuck; None: by device
+
+    @property
+    def captures(self) -> bool:
+        """Whether decode steps are CUDA graphs, where there are any: a graph cannot wait for a disk."""
+        return not self.enforce_eager and not self.compatible and self.offload_dir is None
 
     @property
     def most_context(self) -> int:
@@ -108,6 +119,24 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
     )
     engine.add_argument(
+        "--device-memory-gb",
+        type=float,
+        metavar="GB",
+        help="of each GPU's memory, that a process may take, CUDA's context and NCCL in it; in place of the share",
+    )
+    engine.add_argument(
+        "--offload-dir",
+        type=_folder,
+        metavar="FOLDER",
+        help="where what +offload does not keep on the device lies on a disk, in place of host memory",
+    )
+    engine.add_argument(
+        "--resident-layers",
+        type=int,
+        metavar="N",
+        help="of each rank's layers, that stay on the device with +offload; default: as many as fit",
+    )
+    engine.add_argument(
         "--step-timeout",
         type=float,
         metavar="S",
@@ -133,8 +162,9 @@ def add_layout_arguments(parser: argparse.ArgumentParser) -> None:
     layouts.add_argument(
         "--layout",
         metavar="NAME",
-        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, tp2+int4, tp2+fp8: weights in fewer bits; auto: the planner's "
-        "choice (default)",
+        help="tp2, pp2, tp2pp2dp2, …; tp2+int8, +int4, +fp8, +int8w8a8, +sparse24, +gguf: weights in fewer bits; "
+        "tp2+kvfp8, tp2+int4+kvfp8: the KV cache; tp2+offload: what does not fit stays in host memory; auto: the "
+        "planner's choice (default)",
     )
     layouts.add_argument(
         "--tensor-parallel-size", "-tp", type=int, metavar="N", help="devices that split each layer"
@@ -175,7 +205,11 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     address = _address(args.address)
     source = resolve(args.model)
     spec = spec_of(source)
-    check_runs(spec)
+    named = _named(args)
+    zero3 = named is not None and named.zero3
+    known = is_known(spec) and not zero3
+    if not known:
+        _check_compatible(args, source, spec)
     if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
             f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory "
@@ -185,11 +219,10 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         raise UserError(
             f"--max-model-len is {args.max_model_len}; {spec.name} was made for {spec.max_positions} positions at most"
         )
-    if needs_weights and args.weights == "checkpoint":
+    if needs_weights and args.weights == "checkpoint" and known:
         from orchestrator.engine.checkpoint import open_checkpoint
 
         open_checkpoint(source, spec).verify()
-    named = _named(args)
     is_elsewhere = (
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
@@ -198,26 +231,89 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
+    _check_offload(args, spec, kept, is_here=address is None)
     return EngineOptions(
         source=source,
         spec=spec,
         device=device,
-        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights not in ("", GGUF)),
+        dtype=_dtype(args.dtype, device, spec, small=FORMATS[kept].weights in ("int8", "int4")),
         dummy_weights=args.weights == "dummy",
         max_model_len=args.max_model_len,
         max_num_seqs=args.max_num_seqs,
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
-        prefix_caching=not args.no_enable_prefix_caching,
+        prefix_caching=known and not args.no_enable_prefix_caching,
         seed=args.seed,
         address=address,
         peer_access=peers_allowed(),
         gpu_memory_utilization=args.gpu_memory_utilization,
         enforce_eager=args.enforce_eager,
         format=kept,
+        compatible=not known,
+        zero3=zero3,
+        offload=named is not None and named.offload,
+        resident_layers=args.resident_layers,
+        offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
+        device_memory_gb=args.device_memory_gb,
         step_timeout_s=args.step_timeout,
     )
+
+
+def _folder(text: str) -> Path:
+    if not text.strip():
+        raise argparse.ArgumentTypeError("it is empty; give a folder")
+    return Path(text)
+
+
+def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_here: bool) -> None:
+    """What tells of offload has an offloaded layout to tell of. `kept`: the weights' format. Raises UserError."""
+    resident, folder = args.resident_layers, args.offload_dir
+    names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
+    named = [Layout.parse(name) for name in names if name != "auto"]
+    offloaded = [made for made in named if made.offload and not made.zero3]
+    for flag, value in (("resident-layers", resident), ("offload-dir", folder)):
+        if value is not None and any(made.zero3 for made in named) and not offloaded:
+            raise UserError(
+                f"--{flag} is of the engine's +offload; ZeRO-3 keeps every layer off the device: leave it away"
+            )
+        if value is not None and not offloaded:
+            raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
+    if resident is not None and resident > spec.layers:
+        raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
+    if folder is None:
+        return
+    if is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
+        raise UserError(f"--offload-dir {folder} is a file; give a folder on a disk with room")
+    for made in offloaded:
+        if small := made.format.weights or FORMATS[kept].weights:
+            raise UserError(
+                f"{made.name} keeps weights in {small}, and --offload-dir those in the model's dtype alone; "
+                f"leave +{small} away, or --offload-dir"
+            )
+
+
+def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:
+    """Raises UserError for what the compatibility runtime cannot do."""
+    if source.kind != SourceKind.HF:
+        raise UserError(
+            f"{spec.name} ({spec.family}) would run under the compatibility runtime, which wants a directory in the "
+            "Hugging Face layout; give one"
+        )
+    assert source.path is not None, "only built-in specs have none"
+    if args.weights == "checkpoint" and not any(source.path.glob("*.safetensors")):
+        raise BadModel(
+            f"{source.path} has no .safetensors files, and other formats may hold code; convert it, or give "
+            "--weights dummy"
+        )
+    named = _named(args)
+    reason = why_not(spec, named or Layout(ParallelDims()))
+    if reason is not None:
+        raise UserError(reason)
+    if args.weights == "checkpoint":
+        from orchestrator.engine.safetensors_files import check_files
+
+        check_files(source.path, spec.name)
 
 
 def _format(named: Layout | None, spec: ModelSpec) -> str:
@@ -237,6 +333,11 @@ def _check_sizes(args: argparse.Namespace) -> None:
     share = args.gpu_memory_utilization
     if not 0 < share <= 1:  # nan too
         raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
+    resident, most_gb = args.resident_layers, args.device_memory_gb
+    if resident is not None and resident < 0:
+        raise UserError(f"--resident-layers is {resident}; it must be at least 0")
+    if most_gb is not None and not 1 <= most_gb <= 10_000:  # nan too
+        raise UserError(f"--device-memory-gb is {most_gb:g}; it must be from 1 to 10000 GB")
     patience_s = args.step_timeout
     if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
         raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")

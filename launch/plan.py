@@ -347,7 +347,7 @@ def plan_table(made: Plan) -> Table:
     if len(every) > len(feasible):
         told.append(f"{len(every) - len(feasible)} more that fit rank below; --json lists them all")
     if planned:
-        told.append("* not chosen: planned only, or in fewer bits, which --layout must name")
+        told.append("* not chosen: planned only, or in fewer bits or offloaded, which --layout must name")
     table.caption = "\n".join(told) or None
     return table
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.busy import with_what_is_left
 from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
 from cluster.profile import apply
 from cluster.topology import Topology
+from launch.disk_limit import tell_disk
 from launch.kept import Shelf, shelf
 from launch.machine import as_measured, cache_directory, found_here
 from launch.nodes import free_machine
@@ -27,7 +28,7 @@ from strategies.spec import Objective, Workload
 
 def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
     """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
-    return as_measured(_found(options, cpu_ranks), options.dtype)
+    return capped(as_measured(_found(options, cpu_ranks), options.dtype), options.device_memory_gb)
 
 
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
@@ -38,7 +39,21 @@ def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
         progress.say(
             f"other programs leave {now.devices[0].free_share:.0%} of the cores' time: predictions are for that much"
         )
-    return now
+    return capped(now, options.device_memory_gb)
+
+
+def capped(topology: Topology, most_gb: float | None) -> Topology:
+    """With GPUs of no more memory than a process may take of each."""
+    if most_gb is None:
+        return topology
+    most = int(most_gb * 1e9)
+    devices = tuple(
+        replace(d, memory_bytes=min(most, d.memory_bytes), free_bytes=min(most, d.free_bytes))
+        if d.kind != "cpu"
+        else d
+        for d in topology.devices
+    )
+    return replace(topology, devices=devices)
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
@@ -101,23 +116,35 @@ def planned(
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
         return Planned(_unseen(options, dims), None, None)
     if options.address is not None:
-        topology = free_machine(options.address, options.device, progress)
+        topology = capped(free_machine(options.address, options.device, progress), options.device_memory_gb)
     else:
         topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
-    layouts = None if dims is None else [Layout(dims, FORMATS[options.format])]
+    layouts = (
+        None if dims is None else [Layout(dims, FORMATS[options.format], options.offload, options.zero3)]
+    )
     made = predict(options, topology, workload, layouts, kept=shelf_of(options, topology).read())
     if made.chosen is None:
         why = " ".join(made.explanation)
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
+    if options.offload_dir is not None:
+        tell_disk(options, made.chosen, topology, workload, progress)
     return Planned(made.chosen, made, topology)
 
 
 def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
     """A layout on machines that nothing is known of yet."""
     kept = FORMATS[options.format]
-    return Candidate(dims, None, None, shard_replica(options.spec, dims, kept=kept), format=kept)
+    return Candidate(
+        dims,
+        None,
+        None,
+        shard_replica(options.spec, dims, kept=kept),
+        format=kept,
+        offload=options.offload,
+        zero3=options.zero3,
+    )
 
 
 def _refused(asked: Candidate, why: str) -> str:

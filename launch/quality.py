@@ -95,7 +95,7 @@ def _measured(
 
 
 def _config(options: EngineOptions) -> EngineConfig:
-    from launch.start import engine_config
+    from launch.configured import engine_config
     from strategies.plan import ParallelDims
 
     return replace(engine_config(options, ParallelDims()), graphs=False)

@@ -60,12 +60,12 @@ def run(args: argparse.Namespace) -> int:
     from orchestrator.engine.checkpoint import open_checkpoint
     from orchestrator.text import text_of
     from strategies.quantize import can_remake, one_group
-    from strategies.runnable import check_runs
+    from strategies.runnable import check_known
     from strategies.source import spec_of
 
     source = resolve(args.model)
     spec = spec_of(source)
-    check_runs(spec)
+    check_known(spec)
     if not can_remake(spec):
         raise BadModel(f"{spec.name} is in fewer bits already; start from its source")
     if args.out.exists():

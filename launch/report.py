@@ -52,6 +52,11 @@ def error_percent(predicted: float, measured: float) -> float | None:
     return 100 * (predicted - measured) / measured if measured else None
 
 
+def _kept(name: str) -> str:
+    """The format that a layout's name tells; where its layers lie changes nothing."""
+    return name.removesuffix("+offload").partition("+")[2]
+
+
 def outputs(made: Comparison, name: str) -> str | None:
     """equal or different, within one format; None where nothing could be compared.
 
@@ -65,16 +70,20 @@ def outputs(made: Comparison, name: str) -> str | None:
         return "equal" if scored.forced_error <= scored.allowed_error else "different"
     if made.dtype != "float32":
         return None  # sums in another order may flip an argmax, and nothing else was looked at
-    kept = name.partition("+")[2]
+    if not all(trial.tokens_digest for trial in own.values()):
+        return None  # of weights of its own
+    kept = _kept(name)
     same_format = [
         other
         for other, trials in made.trials.items()
-        if other.partition("+")[2] == kept and any(t.measured is not None for t in trials.values())
+        if _kept(other) == kept and any(t.measured is not None and t.tokens_digest for t in trials.values())
     ]
     if kept and len(same_format) == 1:
         return None
     for n, trial in own.items():
-        digests = [t.tokens_digest for o in same_format if (t := made.trial(o, n)) and t.measured]
+        digests = [
+            t.tokens_digest for o in same_format if (t := made.trial(o, n)) and t.measured and t.tokens_digest
+        ]
         if trial.tokens_digest != digests[0]:
             return "different"
     return "equal"

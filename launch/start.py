@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import tempfile
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -13,10 +12,11 @@ from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from cluster.channel import Via
-from cluster.errors import BadLayout, GangDied
+from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
+from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
 from launch.head import adopt, check_head
-from launch.links import only_proved, prove_first_layer, ways_beside_nccl
+from launch.links import only_proved, prove_first_layer
 from launch.options import EngineOptions
 from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, ranks_of, rested, terms_of
 from launch.progress import Progress
@@ -31,10 +31,10 @@ from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
+from strategies.runnable import compatibility
 from strategies.spec import Workload
 
 ACQUIRE_TIMEOUT_S = 60.0
-JOIN_TIMEOUT_S = 120.0
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
@@ -170,7 +170,16 @@ def _made_ready(
 ) -> Ready:
     progress.say(f"{dims.name}: connecting its ranks")
     _join(placed, shards, engine_config(options, dims), dims, progress)
+    if options.compatible:
+        progress.say(f"{dims.name}: {compatibility(options.spec)}")
+    stored = options.spec.published
+    if stored is not None and not FORMATS[options.format].weights:
+        progress.say(
+            f"{dims.name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
+        )
     weight_bytes = _load(placed, dims, progress)
+    if options.offload:
+        _tell_residence(placed, dims, progress)
     if options.device == "cuda":
         _choose_kernels(placed, dims, progress)
     return _fit(placed, dims, options, progress), weight_bytes
@@ -233,28 +242,6 @@ class Restarting:
             raise
 
 
-def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
-    cores = len(os.sched_getaffinity(0))
-    return EngineConfig(
-        source=options.source,
-        spec=options.spec,
-        dtype=options.dtype,
-        device=options.device,
-        format=options.format,
-        dummy_weights=options.dummy_weights,
-        block_size=options.block_size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        threads=max(1, cores // dims.world_size),
-        graphs=not options.enforce_eager,
-        memory_utilization=options.gpu_memory_utilization,
-        seed=options.seed,
-        grammars=options.grammars,
-        join_timeout_s=JOIN_TIMEOUT_S,
-        ways=ways_beside_nccl(options, dims),
-    )
-
-
 def _join(
     placed: Sequence[Placed],
     shards: Sequence[Shard],
@@ -292,6 +279,12 @@ def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> l
     return results(calls, CALL_TIMEOUT_S)
 
 
+def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+    """One line for all ranks that have the same."""
+    for found in dict.fromkeys(results(everywhere(placed, "residence"), CALL_TIMEOUT_S)):
+        progress.say(f"{dims.name}: {found.told}")
+
+
 def _choose_kernels(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
     """Every rank times its own GPU; one line each, unless they choose differently."""
     for what in ("attention", "products"):
@@ -320,34 +313,10 @@ def _fit(
         least = replace(options, max_model_len=as_before.max_model_len)
         limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
     results(everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
-    if options.device == "cuda" and not options.enforce_eager:
+    if options.device == "cuda" and options.captures:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
-
-
-def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> SchedulerConfig:
-    """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
-    size, asked = options.block_size, options.max_model_len
-    blocks = min(blocks, options.num_blocks or blocks)
-    least = options.least_context
-    if blocks * size < least:
-        raise BadLayout(
-            f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "
-            "Lower --max-model-len, or split the model over more devices"
-        )
-    context = asked or min(options.spec.max_positions, blocks * size)
-    useful = options.max_num_seqs * -(-context // size)
-    return SchedulerConfig(
-        num_blocks=min(blocks, useful),
-        block_size=size,
-        max_num_seqs=options.max_num_seqs,
-        max_num_batched_tokens=options.max_num_batched_tokens,
-        max_model_len=context,
-        groups=dims.pp,
-        prefix_caching=options.prefix_caching,
-        run_ahead=options.device == "cuda" and options.dtype != "float64",
-    )
 
 
 def _score(replica: Placed, token_ids: Sequence[int]) -> bytes:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.discover import device_vitals
-from cluster.errors import BadLayout, GangDied, PlacementFailed
+from cluster.errors import BadLayout, BadModel, GangDied, PlacementFailed
 from cluster.topology import Topology
 from launch.compare_vitals import Health, joules_per_token, watched
 from launch.options import EngineOptions
@@ -119,8 +119,13 @@ def run_trials(
 ) -> None:
     """Start the layout, warm it up, put each load on it. `on_trial` is told of each as soon as it is done."""
     dims = candidate.dims
-    options = replace(options, format=candidate.format.name)
-    if candidate.format.name:
+    options = replace(options, format=candidate.format.name, offload=candidate.offload)
+    if not candidate.offload:
+        options = replace(options, resident_layers=None, offload_dir=None)
+    if candidate.zero3:
+        options = replace(options, zero3=True, compatible=True, prefix_caching=False)
+    own_weights = candidate.zero3 and options.dummy_weights  # transformers fills them in its own way
+    if candidate.format.name or own_weights:
         truth = None  # which is of other weights
     score = forced_tokens(options.spec.vocab) if truth is not None else ()
     placed = deployment(found, dims, options, progress, shards=candidate.shards, score=score)
@@ -143,7 +148,7 @@ def run_trials(
                     started, candidate.layout.name, options, loads, topology, checked, progress, tell
                 )
             )
-    except (BadLayout, PlacementFailed, GangDied) as error:
+    except (BadLayout, BadModel, PlacementFailed, GangDied) as error:
         for load in left:
             on_trial(load, Trial(None, failure=str(error)))
 
@@ -185,7 +190,7 @@ async def _measure_all(
             trial = replace(
                 checked,
                 measured=middle(rounds),
-                tokens_digest=digest,
+                tokens_digest="" if options.zero3 and options.dummy_weights else digest,
                 health=health,
                 joules_per_token=joules_per_token(health, tokens),
                 rounds=len(rounds),

@@ -85,6 +85,7 @@ def read_wanted(path: Path, asked: Mapping[str, str | int | None]) -> Wanted:
     if machine is not None and device is None:
         device = machine.devices[0].kind
     objective = sections["objective"] or _NO_KEYS
+    folder = _path(serve, "offload_dir", path)
     return Wanted(
         name=name,
         address=serve.text("address") if serve.values.get("address") is not None else None,
@@ -94,7 +95,12 @@ def read_wanted(path: Path, asked: Mapping[str, str | int | None]) -> Wanted:
         batch_dir=_path(serve, "batch_dir", path),
         drain_s=serve.number("drain_timeout_s", 300.0),
         model=_model(str(asked.get("model") or model.text("name")), path, is_asked=bool(asked.get("model"))),
-        flags=(*_flags(_MODEL, model), *_flags(_OBJECTIVE, objective), *_flags(_SERVE, serve)),
+        flags=(
+            *_flags(_MODEL, model),
+            *_flags(_OBJECTIVE, objective),
+            *_flags(_SERVE, serve),
+            *_offload(folder),
+        ),
     )
 
 
@@ -115,6 +121,10 @@ def _path(serve: Fields, key: str, recipe: Path) -> Path | None:
     if serve.values.get(key) is None:
         return None
     return recipe.absolute().parent / Path(serve.text(key)).expanduser()
+
+
+def _offload(folder: Path | None) -> list[str]:
+    return [] if folder is None else ["--offload-dir", str(folder)]
 
 
 def _choice(fields: Fields, key: str, known: Sequence[str]) -> str | None:
@@ -195,6 +205,8 @@ _SERVE: _Keys = {
     "max_num_seqs": ("--max-num-seqs", _integer(1)),
     "max_num_batched_tokens": ("--max-num-batched-tokens", _integer(1)),
     "gpu_memory_utilization": ("--gpu-memory-utilization", _number),
+    "device_memory_gb": ("--device-memory-gb", _number),
+    "resident_layers": ("--resident-layers", _integer(0)),
     "request_timeout_s": ("--request-timeout", _number),
     "step_timeout_s": ("--step-timeout", _number),
     "tool_call_parser": ("--tool-call-parser", _text),

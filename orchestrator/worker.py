@@ -10,65 +10,38 @@ from __future__ import annotations
 import queue
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import wraps
-from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING
 
 import msgspec
-import torch
 
-from cluster import stacks
 from cluster.channel import Address, Reader, Via, Writer
-from cluster.collectives.torch_dist import TorchCollectives, join
 from cluster.errors import BadRequest, GangDied
-from cluster.loopback import free_port
 from orchestrator.constraints import NO_TOKEN, Constraints
-from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
-from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
-from orchestrator.engine.loader import load
-from orchestrator.engine.memory import check_float8, free_for_kv, peak_of
-from orchestrator.engine.model import Transformer
-from orchestrator.engine.runner import Pending, Runner, StepRunner
-from orchestrator.engine.slots import Slots
+from orchestrator.engine.runner import Pending
 from orchestrator.engine_config import EngineConfig
 from orchestrator.grammar import Compiler
+from orchestrator.rank import Rank, on_its_device
 from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
-from orchestrator.step import Step, StepResult, whole_prompts
+from orchestrator.step import Step, StepResult
 from orchestrator.text import text_of
-from strategies import tensor
-from strategies.formats import FORMATS
-from strategies.overlap import Overlap
 from strategies.plan import Shard
 
 if TYPE_CHECKING:  # the module brings Triton, which not every machine has
-    from orchestrator.engine.paged_attention import PromptAttention
+    pass
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
 REST_S = 40.0  # to end a step, or to see that nobody reads its tokens
 _STOP = b""
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
-def _on_its_device(method: Callable[Concatenate[Worker, P], R]) -> Callable[Concatenate[Worker, P], R]:
-    """A thread of its own has CUDA's first device as the current one, and calls come on several threads."""
-
-    @wraps(method)
-    def call(worker: Worker, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if worker.device.type == "cuda":
-            torch.cuda.set_device(worker.device)
-        return method(worker, *args, **kwargs)
-
-    return call
-
-
-class Worker:
+class Worker(Rank):
     def __init__(self) -> None:
+        super().__init__()
         self._stopping = False
         self._at_work = threading.Lock()  # held by `lead` and `follow`
-        self._loaded = (0, 0)
         # Requests to add, ids to abort, and tokens of what ended by itself.
         self._inbox: queue.SimpleQueue[Request | str | Token] = queue.SimpleQueue()
         self._constraints = Constraints(self._compiler, self._inbox.put)
@@ -76,167 +49,12 @@ class Worker:
         self._tokens: Writer | None = None
         self._results_out: Writer | None = None  # on the last stage, where there are several
         self._results_in: Reader | None = None  # its other end, on the leader
-        self._prompt_attention: PromptAttention | None = None  # Triton's
-        self.runner: StepRunner
-
-    def stacks(self) -> str:
-        """Of all threads of this process: whatever else it does, unless all of it is stuck."""
-        return stacks.own()
-
-    # -- getting ready --
-
-    def free_port(self, host: str) -> int:
-        return free_port(host)
 
     def join(self, config: EngineConfig, shard: Shard, init_method: str, device_index: int) -> str:
-        """Meet the other ranks of the replica. → how the small sums of this rank's stage go."""
-        self.config, self.shard = config, shard
-        stacks.arm()
+        self.config = config
         if config.grammars and shard.rank == 0:
             self._constraints.warm_up()
-        on_gpu = config.device == "cuda"
-        self.device = torch.device("cuda", device_index) if on_gpu else torch.device("cpu")
-        if on_gpu:
-            # cuDNN plans anew for every shape, and a decode's context grows at every step: 88 ms a step against 26
-            # (16 sequences of Llama-3.1-8B's shape on an H100, 2026-11-22).
-            torch.backends.cuda.enable_cudnn_sdp(False)
-        else:
-            torch.set_num_threads(config.threads)
-        backend = "nccl" if on_gpu else "gloo"
-        size = shard.tp * shard.pp
-        self.collectives: TorchCollectives = join(
-            shard.rank,
-            size,
-            shard.tp,
-            shard.pp,
-            init_method,
-            backend,
-            self.device,
-            config.join_timeout_s,
-            ways=config.ways,
-            hop_bytes=config.max_num_batched_tokens
-            * config.spec.hidden
-            * getattr(torch, config.dtype).itemsize,
-            tokens_bytes=config.max_num_seqs * torch.int64.itemsize,
-        )
-        return self.collectives.stage.path
-
-    @_on_its_device
-    def load(self) -> int:
-        """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""
-        spec, shard = self.config.spec, self.shard
-        dtype = getattr(torch, self.config.dtype)
-        with torch.device("meta"):
-            self.model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
-        kept = FORMATS[self.config.format]
-        check_float8(kept, self.device)
-        load(self.model, shard, spec, self._checkpoint(), self.device, dtype, self._note_loaded, kept)
-        self._overlap = Overlap(self.collectives.stage)
-        tensor.apply(self.model, spec, shard, self._overlap)
-        return self.weight_bytes()
-
-    def weight_bytes(self) -> int:
-        return sum(p.nbytes for p in self.model.parameters())
-
-    def _note_loaded(self, done: int, total: int) -> None:
-        self._loaded = done, total
-
-    def loaded_bytes(self) -> tuple[int, int]:
-        """Bytes loaded so far and in all; may be called while `load` is at work."""
-        return self._loaded
-
-    def _checkpoint(self) -> Checkpoint:
-        if self.config.dummy_weights:
-            return DummyCheckpoint(self.config.spec, self.device, self.config.seed)
-        return open_checkpoint(self.config.source, self.config.spec)
-
-    @_on_its_device
-    def choose_attention(self) -> tuple[str, str]:
-        """Time what there is for prompts on this GPU, and take the fastest. → what it is, and why."""
-        config = self.config
-        dtype = getattr(torch, config.dtype)
-        if dtype == torch.float64:
-            return "torch's SDPA", "float64 has no kernels"
-        if FORMATS[config.format].has_float8_kv:
-            return "Triton", "FlashInfer's kernels are not asked for a cache in float8"
-        from orchestrator.engine.prefill_choice import choose  # brings Triton
-
-        choice = choose(self.model, config.max_num_batched_tokens, config.block_size, dtype, self.device)
-        self._prompt_attention = choice.prefill
-        return choice.path, choice.reason
-
-    @_on_its_device
-    def choose_products(self) -> tuple[str, str]:
-        """Time what there is for the linear layers on this GPU, and take the fastest. → what it is, and why."""
-        from orchestrator.engine.product_choice import choose  # brings Triton
-
-        config, alone = self.config, self.shard.tp == 1
-        dtype = getattr(torch, config.dtype)
-        choice = choose(self.model, config.max_num_batched_tokens, dtype, self.device, alone=alone)
-        return choice.path, choice.reason
-
-    @_on_its_device
-    def fit_blocks(self) -> int:
-        """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
-        needed = self._rehearse() if self.config.device == "cuda" else 0
-        dtype = kept_dtype(getattr(torch, self.config.dtype), FORMATS[self.config.format].has_float8_kv)
-        block = block_bytes(self.model.spec, self.config.block_size, dtype)
-        free = free_for_kv(self.device, self.config.memory_utilization) - needed
-        return max(0, free // block - 1)  # one is scratch
-
-    def _rehearse(self) -> int:
-        """Prompts that fill the token budget, and the largest graph, with a cache of their own. → bytes they took."""
-        config = self.config
-        length = max(1, config.max_num_batched_tokens // config.max_num_seqs)
-        prompts = [[0] * length] * min(config.max_num_seqs, config.max_num_batched_tokens)
-        blocks = len(prompts) * -(-length // config.block_size)
-        self.allocate(SchedulerConfig(blocks, config.block_size, config.max_num_seqs, max_model_len=length))
-        graphs = self.runner.graph_bytes() if config.graphs else 0
-        with peak_of(self.device) as peak:
-            self.runner.run(whole_prompts(prompts, config.block_size))
-        del self.runner
-        return peak[0] + graphs
-
-    @_on_its_device
-    def allocate(self, limits: SchedulerConfig) -> None:
-        """Make the KV cache; every rank of the replica gets the same `limits`."""
-        self.limits = limits
-        dtype = getattr(torch, self.config.dtype)
-        cache = KVCache(
-            self.model.spec,
-            limits.num_blocks,
-            limits.block_size,
-            dtype,
-            self.device,
-            float8=FORMATS[self.config.format].has_float8_kv,
-        )
-        slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
-        vocabulary = tensor.Vocabulary(self.config.spec, self.shard, self.collectives.stage)
-        parts = self.model, cache, slots, self.shard, self.collectives, vocabulary
-        if self.device.type == "cuda" and dtype != torch.float64:  # which is the truth, and has no kernels
-            from orchestrator.engine.cuda_runner import CudaRunner
-
-            step_tokens = self.config.max_num_batched_tokens
-            self.runner = CudaRunner(*parts, self._overlap, step_tokens, self._prompt_attention)
-        else:
-            self.runner = Runner(*parts)
-
-    @_on_its_device
-    def capture(self) -> None:
-        """Capture the decode steps as CUDA graphs. All ranks of a replica call it at once."""
-        self.runner.capture()
-
-    @_on_its_device
-    def score(self, token_ids: list[int]) -> bytes | None:
-        """float32 logits after each of the tokens, [T, vocabulary], from the last stage's first rank.
-
-        All ranks of the replica call it at once, before `lead` and `follow`.
-        """
-        logits = self.runner.score(token_ids)
-        if logits is None or self.shard.tp_rank:
-            return None
-        values: bytes = logits.float().cpu().numpy().tobytes()
-        return values
+        return super().join(config, shard, init_method, device_index)
 
     # -- channels: steps go out from the leader, results come back from the last stage, tokens go to the coordinator --
 
@@ -298,7 +116,7 @@ class Worker:
             self._at_work.release()
         return self.limits
 
-    @_on_its_device
+    @on_its_device
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""
         with self._at_work:
@@ -370,7 +188,7 @@ class Worker:
 
     # -- the followers --
 
-    @_on_its_device
+    @on_its_device
     def follow(self, steps: Address) -> None:
         """Run the leader's steps until it stops; told to stop itself, it still runs those that it was sent."""
         with self._at_work:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from strategies.formats import Format
+from strategies.offload import BUFFERS
 from strategies.plan import ParallelDims, Placement, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
@@ -12,10 +14,8 @@ from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 # and NCCL's buffers (0.35 GB). CPU: a Python process with torch loaded.
 CUDA_RUNTIME_BYTES = 1_000_000_000
 NCCL_BYTES = 350_000_000
+WORK_BYTES = 800_000_000  # of the former, what comes after the weights: graphs and workspaces
 CPU_RUNTIME_BYTES = 400_000_000
-
-STREAM_BUFFERS = 2
-"""Offloaded layers that are on the device at once: one at work, one on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,7 @@ class Memory:
     runtime: int
     kv_per_token: int
     streamed: int = 0  # weights that stay in host memory and travel to the device at every step
+    streamed_layers: int = 0
 
     @property
     def fixed(self) -> int:
@@ -123,17 +124,46 @@ def _streaming(place: Placement, shard: Shard, whole: Memory, sequences: int) ->
     layer = (whole.weights - tables) / len(shard.layers)
     cache = sequences * CACHED_TOKENS * whole.kv_per_token
     over = whole.fixed + cache - whole.free
-    if over <= 0:
+    if over <= 0 and not place.zero3:
         return whole
-    moved = min(len(shard.layers), math.ceil(over / layer) + STREAM_BUFFERS)
-    kept = whole.weights - math.ceil((moved - min(moved, STREAM_BUFFERS)) * layer)
+    moved = len(shard.layers) if place.zero3 else min(len(shard.layers), math.ceil(over / layer) + BUFFERS)
+    kept = whole.weights - math.ceil((moved - min(moved, BUFFERS)) * layer)
     return Memory(
-        whole.free, kept, whole.activations, whole.runtime, whole.kv_per_token, math.ceil(moved * layer)
+        whole.free,
+        kept,
+        whole.activations,
+        whole.runtime,
+        whole.kv_per_token,
+        math.ceil(moved * layer),
+        moved,
     )
 
 
 CACHED_TOKENS = 2048
 """Of context for each sequence, that offloading leaves room for."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkBytes:
+    """What a rank's device must hold beside its context."""
+
+    layer: int
+    beside_layers: int  # tables, activations, logits, cache, graphs
+
+
+def work_bytes(
+    spec: ModelSpec, shard: Shard, dtype: str, kept: Format, *, tokens: int, rows: int, cached: int
+) -> WorkBytes:
+    """Of a dense model's rank that computes `tokens` a step, samples `rows`, and has room to cache some."""
+    size, layers = BYTES_PER_ELEMENT[dtype], len(shard.layers)
+    common, _ = linear_params(spec, shard, ParallelDims(shard.tp, shard.pp))
+    layer = math.ceil(common / layers * kept.bytes_per_weight(dtype))
+    activations = tokens * (2 * spec.hidden + 3 * len(shard.mlp)) * size
+    logits = rows * spec.vocab * (size + 4) if shard.is_last else 0
+    cache = math.ceil(cached * 2 * layers * len(shard.kv_heads) * spec.head_dim * kept.bytes_per_kv(dtype))
+    tables = table_params(spec, shard) * size
+    ours = WORK_BYTES + (NCCL_BYTES if shard.tp * shard.pp > 1 else 0)
+    return WorkBytes(layer, tables + activations + logits + cache + ours)
 
 
 def memories(place: Placement, workload: Workload) -> list[Memory]:

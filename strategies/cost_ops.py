@@ -231,15 +231,16 @@ def rank_s(place: Placement, replica: int, rank: int, work: Pass, at_work: float
         head = Product(len(shard.vocab), spec.hidden, 1, size, Width.FULL, dtype)
         read, more = product_s(head, work.rows, r, engine, 0.0)
         weights, extra, gaps = weights + read, extra + more, gaps + 1
-    host = gaps * k.product_gap_s * engine.launches
+    on = k.gaps_on.get(device.name, 1.0)
+    host = gaps * k.product_gap_s * engine.launches * on
     if spec.experts is not None:
         read, more = experts_s(place, shard, work.tokens, r, compute)
         weights, extra = weights + read, extra + more
         mixtures = sum(layer >= spec.dense_layers for layer in shard.layers)
-        host += mixtures * k.experts_gap_s * engine.launches
+        host += mixtures * k.experts_gap_s * engine.launches * on
     layers = len(shard.layers)
     gap = k.attention_gap_s * engine.launches + (k.latent_gap_s if spec.latent is not None else 0.0)
-    host += layers * gap
+    host += layers * gap * on
     if device.kind == "cpu":
         host += layers * engine.eager_layers * device.layer_overhead_s / device.free_share
     # Norms, rotation and residual sums read and write the hidden states; sampling reads the logits.

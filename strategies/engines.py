@@ -26,6 +26,9 @@ class Kernels:
     weights: Mapping[int, float]  # of bandwidth, reading a product's weights
     few_rows: Mapping[int, float]  # times as large a share where rows are so few that own kernels read them
     reads_on: Mapping[str, float]  # device's name -> times as large a share there
+    gaps_on: Mapping[
+        str, float
+    ]  # the same of gaps between kernels: each generation of GPUs launches in its own time
     compute: Mapping[int, float]  # of FLOP/s, in a product
     expert_weights: Mapping[int, float]
     expert_compute: Mapping[int, float]

@@ -39,7 +39,7 @@ def explain(ranked: Sequence[tuple[Candidate, Placement]], workload: Workload) -
         _what_a_step_is(best),
         *_what_launches_cost(placement, workload),
     ]
-    sentences += [f"{best.dims.name}: {note}." for note in best.marked]
+    sentences += [f"{best.layout.name}: {note}." for note in best.marked]
     rivals = [placement]
     if len(ranked) > 1:
         second = _runner_up(ranked, workload)
@@ -119,7 +119,7 @@ def _what_it_gives(best: Candidate, workload: Workload) -> str:
     made = _made(best)
     at_once = "one request" if workload.concurrency == 1 else f"{workload.concurrency} requests at once"
     return (
-        f"{best.dims.name} serves {at_once} at {made.output_tokens_per_s:,.0f} tokens/s: the first token "
+        f"{best.layout.name} serves {at_once} at {made.output_tokens_per_s:,.0f} tokens/s: the first token "
         f"after {ms(made.ttft_s)}, each next one after {ms(made.tpot_s)}. That is {made.share_of_limit:.0%} "
         f"of the limit that bandwidth and FLOP/s set for {count(best.dims.world_size, 'device')}."
     )
@@ -139,9 +139,11 @@ def _what_launches_cost(placement: Placement, workload: Workload) -> tuple[str, 
     now, then = (_ttft_s(p, workload) for p in (placement, replace(placement, engine=freed)))
     if now < _WAITS * then:
         return ()
+    captured = placement.engine.graph_tokens
+    step = f"a step of over {captured:,} tokens" if captured else "every step"
     return (
-        f"The first token waits for the host, which launches a step of over {placement.engine.graph_tokens:,} tokens "
-        f"layer by layer: without that it would come after {ms(then)}.",
+        f"The first token waits for the host, which launches {step} layer by layer: without that it would come after "
+        f"{ms(then)}.",
     )
 
 
@@ -163,9 +165,7 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     ratio = score(theirs, second.dims, workload) / score(ours, best.dims, workload)
     if ratio < _TIE:
         devices = count(second.dims.world_size, "device")
-        return (
-            f"{second.dims.name} does as well with {devices}; a tie goes to fewer devices, then fewer stages."
-        )
+        return f"{second.layout.name} does as well with {devices}; a tie goes to fewer devices, then fewer stages."
     verdict = {
         Objective.LATENCY: f"takes {ratio - 1:.1%} longer for a request",
         Objective.THROUGHPUT: f"gives {1 - 1 / ratio:.1%} fewer tokens a second",
@@ -180,7 +180,7 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     ]
     step = f"per decode step {', '.join(told[:3])}; " if told else ""
     first = signed_ms(theirs.ttft_s - ours.ttft_s)
-    return f"{second.dims.name} comes next and {verdict}: {step}to the first token {first}."
+    return f"{second.layout.name} comes next and {verdict}: {step}to the first token {first}."
 
 
 def _rivals(ahead: Sequence[Placement], placements: Sequence[Placement]) -> list[Placement]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from enum import IntEnum
 
 from cluster.errors import BadLayout
-from strategies.scheme import GGUF
+from strategies.scheme import GGUF, SPARSE24, W8A8
 from strategies.spec import BYTES_PER_ELEMENT
 
 
@@ -63,15 +63,19 @@ class Format:
 KV_FLOAT8 = "kvfp8"
 PLAIN = Format()
 
+# int8 keeps weights alone; int8w8a8 has activations in int8 too, as most published INT8 models are served.
 # Scales: fp8 and int8 one float a block of 128 × 128 or a channel (nothing to speak of); int4 a scale and a zero
 # point each 128 weights (quantized.py); fp4 a byte each 16 (NVFP4). int4 is kept in 4 bits and multiplied in the dtype.
+# sparse24: two of four in half precision, and four bits that tell which; CPUs keep the zeros, see `as_kept`.
 # gguf stands for what a file has, by which quantize.py's `as_kept` replaces it.
 _WEIGHTS = (
     Format("fp8", 1.0, Width.EIGHT, "float8"),
-    Format("int8", 1.0, Width.EIGHT, "int8"),
+    Format("int8", 1.0, Width.EIGHT),
+    Format(W8A8, 1.0, Width.EIGHT, "int8"),
     Format("int4", 0.5, Width.FOUR, scales=2 / 128),
     Format("fp4", 0.5 + 1 / 16, Width.FOUR, "float4", experts_only=True),
     Format(GGUF, 0.75, Width.FOUR),
+    Format(SPARSE24, 2.0 * 9 / 16),
 )
 FORMATS = {kept.name: kept for weights in (PLAIN, *_WEIGHTS) for kept in (weights, weights.with_float8_kv())}
 

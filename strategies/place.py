@@ -37,7 +37,7 @@ def place(
     `engine`: ours by default. `workload` decides what the head weighs where stages are cut.
     """
     layout = Layout(layout) if isinstance(layout, ParallelDims) else layout
-    dims, kept = layout.dims, as_kept(spec, layout.format)
+    dims, kept = layout.dims, as_kept(spec, layout.format, topology.devices[0].kind)
     if dims.ep > 1 and (spec.experts is None or dims.ep > spec.experts.count):
         experts = "no experts" if spec.experts is None else f"{spec.experts.count} experts a layer"
         raise BadLayout(f"ep={dims.ep} splits experts; {spec.name} has {experts}")
@@ -57,7 +57,8 @@ def place(
     parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, kept)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
-    return Placement(spec, dims, dtype, parts, topology, devices, engine, kept, layout.offload)
+    how = kept, layout.offload, layout.zero3
+    return Placement(spec, dims, dtype, parts, topology, devices, engine, *how)
 
 
 @functools.lru_cache(maxsize=256)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from cluster.errors import BadLayout
@@ -66,14 +66,20 @@ class ParallelDims:
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How a model is split, in what it is kept, and whether what does not fit stays in host memory."""
+    """How a model is split, in what it is kept, and whether what does not fit stays in host memory.
+
+    `zero3`: all of it does, split over the ranks, and DeepSpeed's ZeRO-3 gathers it layer by layer: beside ours.
+    """
 
     dims: ParallelDims
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
 
     @property
     def name(self) -> str:
+        if self.zero3:
+            return f"zero3{self.dims.name if self.dims.world_size > 1 else ''}+offload"
         return f"{self.dims.name}{self.format.suffix}{'+offload' if self.offload else ''}"
 
     @property
@@ -83,8 +89,10 @@ class Layout:
 
     @classmethod
     def parse(cls, name: str) -> Layout:
-        """`tp8ep8+fp8`, `tp2+int4+offload`. Raises BadLayout."""
+        """`tp8ep8+fp8`, `tp2+int4+offload`, `zero3tp2+offload`. Raises BadLayout."""
         base, *suffixes = name.strip().lower().split("+")
+        if base.startswith("zero3"):
+            return cls(_zero3_dims(name, base.removeprefix("zero3"), suffixes), offload=True, zero3=True)
         found = _NAME.findall(base)
         sizes = {key: int(n) for key, n in found}
         if not found or "".join(k + n for k, n in found) != base or len(sizes) != len(found):
@@ -98,6 +106,9 @@ class Layout:
             )
         offload = bool(suffixes) and suffixes[-1] == "offload"
         formats = suffixes[:-1] if offload else suffixes
+        if "offload" in formats:
+            right = "+".join((base, *dict.fromkeys(kept for kept in formats if kept != "offload"), "offload"))
+            raise BadLayout(f"layout {name!r}: +offload comes last, and once: {right}")
         of_weights = [kept for kept in formats if kept != KV_FLOAT8]
         if len(of_weights) > 1 or len(formats) > len(of_weights) + 1:
             raise BadLayout(
@@ -105,6 +116,15 @@ class Layout:
             )
         kept = format_named(of_weights[0], name) if of_weights else PLAIN
         return cls(dims, kept.with_float8_kv() if KV_FLOAT8 in formats else kept, offload)
+
+
+def _zero3_dims(name: str, ranks: str, suffixes: Sequence[str]) -> ParallelDims:
+    found = Layout.parse(ranks or "tp1").dims
+    if suffixes != ["offload"] or found != ParallelDims(tp=found.tp):
+        raise BadLayout(
+            f"layout {name!r}: ZeRO-3 is zero3+offload on one device, zero3tp2+offload on two, and so on"
+        )
+    return found
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +167,7 @@ class Placement:
     engine: Engine
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
 
     def device(self, replica: int, rank: int) -> Device:
         return self.topology.devices[self.devices[replica * self.dims.replica_size + rank]]
@@ -194,11 +215,12 @@ class Candidate:
     devices: tuple[int, ...] = ()  # indices in Topology.devices, by replica × replica_size + rank
     format: Format = PLAIN
     offload: bool = False
+    zero3: bool = False
     not_runnable: str | None = None  # why this version can plan it but not run it
 
     @property
     def layout(self) -> Layout:
-        return Layout(self.dims, self.format, self.offload)
+        return Layout(self.dims, self.format, self.offload, self.zero3)
 
     @property
     def feasible(self) -> bool:

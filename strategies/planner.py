@@ -9,6 +9,7 @@ from dataclasses import replace
 from cluster.errors import BadLayout
 from cluster.topology import Topology
 from strategies.cost import estimate, score
+from strategies.cost_memory import memories
 from strategies.engines import Engine
 from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
@@ -17,7 +18,7 @@ from strategies.kept import MODEL, Kept, informed
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
 from strategies.quantize import can_remake, kept_on, native, or_native
-from strategies.runnable import why_not
+from strategies.runnable import is_known, why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import ways_out
 
@@ -60,7 +61,7 @@ def plan(
         tried = [Layout(dims, native(spec)) for dims in enumerate_layouts(len(topology.devices))]
 
     def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
-        named = layouts is not None or layout.format == native(spec)
+        named = layouts is not None or (layout.format == native(spec) and not layout.offload)
         cut = cut_for or workload
         return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
 
@@ -107,7 +108,7 @@ def _instead(
     if layouts is not None:
         best = plan(spec, topology, workload, dtype, max_model_len=max_model_len).chosen
         if best is not None:
-            return (f"{best.dims.name} fits {topology.name}, and would be chosen.",)
+            return (f"{best.layout.name} fits {topology.name}, and would be chosen.",)
     length = max_model_len or workload.prompt_tokens + workload.output_tokens
     return ways_out(spec, topology, dtype, length)
 
@@ -175,6 +176,7 @@ def _judge(
         None,
         format=layout.format,
         offload=layout.offload,
+        zero3=layout.zero3,
         not_runnable=why_not(spec, layout, topology.devices, named=named),
     )
     try:
@@ -218,6 +220,8 @@ def over_limits(made: Estimate | None, workload: Workload) -> list[str]:
 
 def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator[str]:
     spec, dims = placement.spec, placement.dims
+    if placement.zero3 or not is_known(spec):
+        yield "under the compatibility runtime: slower than this"
     if spec.latent is None and dims.tp > spec.kv_heads:
         yield f"{spec.kv_heads} KV heads on {dims.tp} ranks: replicated"
     elif spec.latent is None and spec.kv_heads % dims.tp:
@@ -229,4 +233,18 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
     if made.source != MODEL:
         yield made.source
+    if placement.offload:
+        yield from _residence(placement, workload)
     yield from over_limits(made, workload)
+
+
+def _residence(placement: Placement, workload: Workload) -> Iterator[str]:
+    """Of the rank that streams most."""
+    needs = memories(placement, workload)[: placement.dims.replica_size]
+    rank, need = max(enumerate(needs), key=lambda of: of[1].streamed)
+    if need.streamed:
+        layers = len(placement.shards[rank].layers)
+        yield (
+            f"{layers - need.streamed_layers} of a rank's {layers} layers resident; "
+            f"{need.streamed / 1e9:.1f} GB come from host memory at every step"
+        )

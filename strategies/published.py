@@ -20,6 +20,7 @@ class Stored(StrEnum):
     BLOCKS = "blocks"  # float8 weights with weight_scale_inv of blocks (DeepSeek)
     GPTQ = "gptq"
     AWQ = "awq"
+    NF4 = "nf4"  # bitsandbytes: a byte has two codes of a table (NF4 or FP4)
     GGUF = "gguf"  # blocks of a GGUF file; strategies/gguf_kept.py
 
 
@@ -36,7 +37,7 @@ class Published:
     kept_bytes_on_cpu: float = 0.0
 
 
-_KNOWN = "compressed-tensors (W4A16, W8A16, INT8, FP8), gptq, awq and fp8"
+_KNOWN = "compressed-tensors (W4A16, W8A16, INT8, FP8), gptq, awq, fp8 and bitsandbytes in 4 bits"
 _EIGHT = {
     ("int", 8): ("int-quantized", "naive-quantized"),
     ("float", 8): ("float-quantized", "naive-quantized"),
@@ -52,6 +53,7 @@ def published(config: Mapping[str, Any], name: str) -> Published:
         "gptq": _gptq,
         "awq": _awq,
         "fp8": _fp8,
+        "bitsandbytes": _bitsandbytes,
     }
     if method not in readers:
         raise BadModel(
@@ -108,6 +110,17 @@ def _fp8(config: Mapping[str, Any], name: str) -> Published:
     if not (isinstance(block, list) and len(block) == 2 and all(isinstance(n, int) and n > 0 for n in block)):
         raise BadModel(f"{name}: quantization_config's weight_block_size is {block!r}; it must be two sizes")
     return Published(Stored.BLOCKS, 8, block=(block[0], block[1]))
+
+
+def _bitsandbytes(config: Mapping[str, Any], name: str) -> Published:
+    if not config.get("load_in_4bit"):
+        raise BadModel(f"{name}: bitsandbytes' 8 bits are not read, its 4 bits are; {_WAY_OUT}")
+    storage = config.get("bnb_4bit_quant_storage", "uint8")
+    if storage not in ("uint8", None):
+        raise BadModel(
+            f"{name}: bitsandbytes' 4 bits stored as {storage} are not read, as uint8 they are; {_WAY_OUT}"
+        )
+    return Published(Stored.NF4, 4)
 
 
 def _compressed_tensors(config: Mapping[str, Any], name: str) -> Published:

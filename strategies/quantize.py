@@ -14,14 +14,15 @@ from cluster.errors import BadLayout
 from strategies.formats import FORMATS, PLAIN, Format, Width
 from strategies.plan import Shard
 from strategies.published import Stored
-from strategies.scheme import GGUF, Scheme
+from strategies.scheme import GGUF, SPARSE24, W8A8, Scheme
 from strategies.spec import ModelSpec
 
-MADE_AT_LOAD = frozenset({"int8", "int4", "fp8"})
+MADE_AT_LOAD = frozenset({"int8", W8A8, "int4", "fp8", SPARSE24})
 RUNS = MADE_AT_LOAD | {GGUF}
 """What weights are kept in, by this version's engine."""
 
 GROUPS = (128, 64, 32)
+_FOUR, _SPARSE_COLUMNS = 4, 64  # that are pruned together; that torch's kernels of 2:4 want at a time
 _GGUF_GROUP = 32  # columns that ranks have together: a group, or two
 LINEARS = ("attention.qkv", "attention.o", "mlp.gate_up", "mlp.down")
 """Of a layer; embedding, head and norms stay in the model's dtype, as the cost model has them."""
@@ -32,13 +33,16 @@ def scheme(spec: ModelSpec, kept: Format, name: str) -> Scheme | None:
     linear = name.removesuffix(".weight").split(".", 2)
     if kept.weights not in MADE_AT_LOAD or not name.endswith(".weight") or linear[-1] not in LINEARS:
         return None
+    if kept.weights == SPARSE24:
+        return Scheme(SPARSE24, _FOUR)
     return Scheme(kept.weights, _group(spec, linear[-1]) if kept.weights == "int4" else 0)
 
 
 def mlp_unit(spec: ModelSpec, kept: Format) -> int:
     """The columns of gate and up that a rank has are a multiple of it."""
-    if kept.weights == GGUF:
-        return _GGUF_GROUP if spec.intermediate % _GGUF_GROUP == 0 else 1
+    if kept.weights in (GGUF, SPARSE24):
+        unit = _GGUF_GROUP if kept.weights == GGUF else _SPARSE_COLUMNS
+        return unit if spec.intermediate % unit == 0 else 1
     return _group(spec, "mlp.down") if _has_groups(spec, kept) else 1
 
 
@@ -46,6 +50,13 @@ def check(spec: ModelSpec, kept: Format, shards: Sequence[Shard]) -> None:
     """Raises BadLayout where groups do not divide what a rank has."""
     if kept.weights == GGUF and spec.latent is None:
         _check_columns(spec, kept, shards, _GGUF_GROUP)
+    if kept.weights == SPARSE24 and spec.latent is None:
+        _check_columns(spec, kept, shards, _FOUR)
+        if spec.hidden % _FOUR or any(len(shard.mlp) % _FOUR or shard.mlp.start % _FOUR for shard in shards):
+            raise BadLayout(
+                f"+{SPARSE24} prunes two of {_FOUR} columns; {spec.name} has {spec.hidden} hidden and "
+                f"{spec.intermediate} MLP columns, which it does not divide among {shards[0].tp}; use +int8"
+            )
     if not _has_groups(spec, kept):
         return
     group = _group(spec, "attention.o")
@@ -104,16 +115,19 @@ def can_remake(spec: ModelSpec) -> bool:
 
 
 def kept_on(kind: str, spec: ModelSpec) -> ModelSpec:
-    """What devices of a kind keep by themselves. CPUs do not multiply float8, and a GGUF file's blocks they widen
-    faster once than at every step: there float8 is widened, and so are blocks unless +gguf is named."""
-    if kind != "cpu" or spec.published is None or spec.published.format not in ("fp8", GGUF):
+    """What devices of a kind keep by themselves. CPUs do not multiply float8: it is widened there. A GGUF file's blocks
+    are widened once unless +gguf is named: a CPU is faster so, and no GPU was measured with them yet."""
+    stored, on_cpu = spec.published, kind == "cpu"
+    if stored is None or not (stored.format == GGUF or (on_cpu and stored.format == "fp8")):
         return spec
-    stored = spec.published
-    return replace(spec, published=replace(stored, format="", kept_bytes=stored.kept_bytes_on_cpu))
+    kept_bytes = stored.kept_bytes_on_cpu if on_cpu else stored.kept_bytes
+    return replace(spec, published=replace(stored, format="", kept_bytes=kept_bytes))
 
 
-def as_kept(spec: ModelSpec, kept: Format) -> Format:
-    """With the bytes that the model's weights take in it. Raises BadLayout."""
+def as_kept(spec: ModelSpec, kept: Format, kind: str = "cuda") -> Format:
+    """With the bytes that the model's weights take in it on devices of a kind. Raises BadLayout."""
+    if kept.weights == SPARSE24 and kind == "cpu":
+        return replace(kept, weight_bytes=None)
     if kept.weights != GGUF:
         return kept
     stored = spec.published

@@ -19,6 +19,10 @@ from strategies.published import published
 from strategies.spec import BYTES_PER_ELEMENT, Experts, Latent, ModelSpec, RopeSpec
 
 
+class Unsupported(BadModel):
+    """Well formed, and beyond the engine."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Family:
     """What a family fixes, and its defaults for fields that a config may leave out."""
@@ -120,7 +124,7 @@ def from_hf_config(config: Mapping[str, object], name: str) -> ModelSpec:
         raise fields.bad("quantization_config", "it must be an object")
     activation = config.get("hidden_act") or "silu"
     if activation not in ("silu", "swish"):
-        raise fields.bad("hidden_act", "only silu is supported")
+        raise Unsupported(f"{name}: hidden_act is {activation!r}; only silu is supported")
     heads, hidden = fields.size("num_attention_heads"), fields.size("hidden_size")
     bias = fields.flag("attention_bias") if family.qkv_bias is None else family.qkv_bias
     has_kv_heads = config.get("num_key_value_heads", family.kv_heads) is not None
@@ -207,7 +211,7 @@ def _family(config: Mapping[str, object], name: str) -> _Family:
         architectures = [f"model_type {model_type}"]
     named = architectures[0] if isinstance(architectures, list) else architectures
     if named not in _ARCHITECTURES:
-        raise BadModel(f"{name}: {named} is not supported; supported are {', '.join(_ARCHITECTURES)}")
+        raise Unsupported(f"{name}: {named} is not supported; supported are {', '.join(_ARCHITECTURES)}")
     return _ARCHITECTURES[str(named)]
 
 
@@ -219,10 +223,12 @@ def _rope(config: Mapping[str, object], name: str, max_positions: int) -> RopeSp
     fields = _Fields(given, f"{name}: rope_scaling")
     kind = given.get("rope_type") or given.get("type") or "default"
     if kind not in _ROPE_KINDS:
-        raise BadModel(f"{name}: RoPE type {kind!r} is not supported; supported are {', '.join(_ROPE_KINDS)}")
+        raise Unsupported(
+            f"{name}: RoPE type {kind!r} is not supported; supported are {', '.join(_ROPE_KINDS)}"
+        )
     for holder in (config, given):
         if holder.get("partial_rotary_factor") not in (None, 1, 1.0):
-            raise BadModel(f"{name}: partial_rotary_factor is not supported; it must be 1")
+            raise Unsupported(f"{name}: partial_rotary_factor is not supported; it must be 1")
     outer = _Fields(config, name)
     theta = fields.number("rope_theta", outer.number("rope_theta", 10000.0))
     if kind == "default":

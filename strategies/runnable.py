@@ -14,22 +14,63 @@ from strategies.spec import ModelSpec
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 
 
+def is_known(spec: ModelSpec) -> bool:
+    """Whether the engine runs it; else the compatibility runtime does, as transformers' own model."""
+    return spec.family in FAMILIES and not spec.sizes_only
+
+
+def compatibility(spec: ModelSpec) -> str:
+    """What a user is told of it."""
+    return (
+        f"{spec.name} ({spec.family}) runs as transformers' own model under the compatibility runtime, slower than "
+        "planned, without paged KV cache, prefix caching, CUDA graphs, pp or fewer bits"
+    )
+
+
 def why_not(
     spec: ModelSpec, layout: Layout, devices: Sequence[Device] = (), *, named: bool = True
 ) -> str | None:
     """Why the engine does not run a layout of a model; None if it does.
 
-    What changes a model's answers runs only where somebody `named` it.
+    What changes a model's answers, or brings weights at every step, runs only where somebody `named` it.
     """
-    if spec.family not in FAMILIES:
-        kind = "a mixture of experts" if spec.experts is not None else f"of the {spec.family} family"
-        return f"{spec.name} is {kind}, which this version plans and prices, but does not run"
-    return _beyond_this_version(layout) or _format(layout, devices, named)
+    if layout.zero3 or not is_known(spec):
+        return _incompatible(spec, layout, named)
+    reason = _beyond_this_version(layout) or _format(layout, devices, named)
+    if reason is None and layout.offload and not named:
+        return "+offload brings weights from host memory at every step: it runs where --layout names it"
+    return reason
+
+
+def _incompatible(spec: ModelSpec, layout: Layout, named: bool) -> str | None:
+    """Why the compatibility runtime does not run a layout; None if it does."""
+    dims = layout.dims
+    if spec.published is not None:
+        return (
+            f"the compatibility runtime, which {layout.name} of {spec.name} wants, does not read weights in "
+            f"{spec.published.format or 'fewer bits'}; use a checkpoint in bfloat16"
+        )
+    if layout.zero3:
+        return None if named else "zero3+offload is there to be compared with: it runs where it is named"
+    if dims.pp > 1 or dims.ep > 1 or layout.format.name or layout.offload:
+        return (
+            f"the compatibility runtime, which {spec.name} ({spec.family}) runs under, has plain tp and dp alone, "
+            f"not {layout.name}; use tp2, dp2 or tp1"
+        )
+    if dims.tp > 1 and (spec.latent is not None or spec.heads % dims.tp or spec.kv_heads % dims.tp):
+        heads = (
+            "latent attention"
+            if spec.latent is not None
+            else f"{spec.heads} heads and {spec.kv_heads} KV heads"
+        )
+        return (
+            f"DeepSpeed's AutoTP splits whole heads evenly; {spec.name} has {heads}, not for {layout.name}; "
+            f"use dp{dims.tp} for as many devices"
+        )
+    return None
 
 
 def _beyond_this_version(layout: Layout) -> str | None:
-    if layout.offload:
-        return "offloaded weights are planned only"
     if layout.format.weights and layout.format.weights not in RUNS:
         return f"+{layout.format.weights} is planned only"
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None
@@ -67,11 +108,9 @@ def check_layout(layout: Layout) -> Layout:
     return layout
 
 
-def check_runs(spec: ModelSpec) -> None:
-    """Raises BadModel for a model that can be planned only."""
-    if spec.family not in FAMILIES:
+def check_known(spec: ModelSpec) -> None:
+    """Raises BadModel for a model that the engine does not run."""
+    if not is_known(spec):
         runs = ", ".join(sorted(FAMILIES))
         kind = "a mixture of experts" if spec.experts is not None else "of another architecture"
-        raise BadModel(
-            f"{spec.name} ({spec.family}) is {kind}; this version plans it but runs the {runs} families only"
-        )
+        raise BadModel(f"{spec.name} ({spec.family}) is {kind}; the engine has the {runs} families only")

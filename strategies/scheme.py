@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GGUF = "gguf"  # the format's name: codes as a GGUF file has them
+GGUF = "gguf"  # formats' names: codes as a GGUF file has them
+W8A8 = "int8w8a8"  # int8 weights and activations
+SPARSE24 = "sparse24"  # two of four columns
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 from cluster.errors import BadModel
 from strategies.gguf_header import GgufHeader, read_header
 from strategies.gguf_kept import of_tensors
+from strategies.other_spec import sizes_of
 from strategies.read_gguf import from_gguf_metadata
-from strategies.read_spec import builtin, from_hf_config
+from strategies.read_spec import Unsupported, builtin, from_hf_config
 from strategies.spec import ModelSpec
 
 
@@ -46,7 +47,10 @@ def spec_of(source: ModelSource) -> ModelSpec:
     generation = source.path / "generation_config.json"
     if generation.is_file():  # where a chat model lists every token that ends a turn
         config["eos_token_id"] = read_json(generation).get("eos_token_id") or config.get("eos_token_id")
-    return from_hf_config(config, source.name)
+    try:
+        return from_hf_config(config, source.name)
+    except Unsupported as why:
+        return sizes_of(config, source.name, why)
 
 
 def read_json(path: Path) -> Mapping[str, object]:

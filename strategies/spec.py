@@ -89,6 +89,7 @@ class ModelSpec:
     experts: Experts | None = None
     latent: Latent | None = None
     published: Published | None = None  # weights in fewer bits, as a checkpoint stores them
+    sizes_only: bool = False  # what computes it is transformers' to know; these are sizes to plan by
 
     @property
     def group(self) -> int:

@@ -13,6 +13,9 @@ from strategies.engines import OURS, engine
 from strategies.formats import FORMATS, PLAIN, Format
 from strategies.place import count, gb, place, shards
 from strategies.plan import Layout, ParallelDims, Placement
+from strategies.published import Stored
+from strategies.quantize import as_kept
+from strategies.scheme import GGUF
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
 _MOST_CARDS = 64
@@ -23,11 +26,13 @@ _ONE_REQUEST = Workload(concurrency=1)  # memory depends on a workload by its co
 
 def ways_out(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> tuple[str, ...]:
     """Sentences, cheapest first: a format, the context, host memory, more cards. `length`: what context had to fit."""
+    if not any(dtype in device.flops_per_s for device in topology.devices):  # which no memory mends
+        return (f"No layout of {spec.name} runs on {topology.name} in {dtype}.",)
     best = max(topology.devices, key=lambda device: device.free_bytes)
     splits = list(_splits(len(topology.devices)))
     fitted = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, best, PLAIN)) is not None]
     ways = [
-        *(_fewer_bits(spec, splits, dtype, best, FORMATS[name], length) for name in _FEWER_BITS),
+        *(_fewer_bits(spec, splits, dtype, best, kept, length) for kept in _smaller(spec, best)),
         _shorter_context(fitted),
         _offload(spec, topology, dtype, length),
         _more_memory(spec, dtype, best, len(topology.devices), length),
@@ -62,6 +67,12 @@ def _kv_tokens(placement: Placement) -> int:
     return min((n.free - n.fixed) // n.kv_per_token for n in _needs(placement))
 
 
+def _smaller(spec: ModelSpec, device: Device) -> list[Format]:
+    stored = spec.published
+    own = [as_kept(spec, FORMATS[GGUF], device.kind)] if stored and stored.stored is Stored.GGUF else []
+    return [*own, *(FORMATS[name] for name in _FEWER_BITS)]
+
+
 def _fewer_bits(
     spec: ModelSpec, splits: list[tuple[int, int]], dtype: str, device: Device, kept: Format, length: int
 ) -> str | None:
@@ -74,7 +85,8 @@ def _fewer_bits(
     bits = 8 * kept.bytes_per_weight(dtype)
     room = "still too much"
     if tokens >= length:
-        room = f"room for {tokens:,} tokens beside them, as --layout {name}{kept.suffix}; answers change a little"
+        exact = "the file's own weights" if kept.weights == GGUF else "answers change a little"
+        room = f"room for {tokens:,} tokens beside them, as --layout {name}{kept.suffix}; {exact}"
     return (
         f"Fewer bits: {kept.name} ({bits:.2g} bits a weight with its scales) would make the weights "
         f"{gb(weights)}, {room}."
@@ -109,7 +121,7 @@ def _offload(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> st
     tpot_s, name, streamed = min(found)
     return (
         f"Offload: {name}+offload would keep {gb(streamed)} in host memory and stream them at every step, "
-        f"{tpot_s:.1f} s a token; planned only, this version does not run it."
+        f"{tpot_s:.1f} s a token."
     )
 
 

@@ -13,8 +13,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
+from launch.configured import limits_for
 from launch.options import EngineOptions
-from launch.start import limits_for
 from orchestrator.engine.runner import Pending
 from orchestrator.engine.sampler import Draw
 from orchestrator.engine_config import EngineConfig

@@ -70,6 +70,8 @@ _DRIVER_CALLS = {
     "cuMemAlloc_v2": (POINTER(c_uint64), c_size_t),
     "cuMemsetD8_v2": (c_uint64, c_ubyte, c_size_t),
     "cuCtxSynchronize": (),
+    "cuCtxGetDevice": (POINTER(c_int),),
+    "cuDeviceGetPCIBusId": (c_char_p, c_int, c_int),
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
     "cuIpcCloseMemHandle": (c_uint64,),
@@ -106,6 +108,14 @@ def _call(name: str, *arguments: object) -> None:
         words = c_char_p()
         _driver().cuGetErrorString(error, byref(words))
         raise RuntimeError(f"{name}: {(words.value or b'unknown error').decode()} ({error})")
+
+
+def pci_address() -> str:
+    """Of the current device, as Linux's sysfs writes it: `0000:01:00.0`."""
+    device, text = c_int(), ctypes.create_string_buffer(32)
+    _call("cuCtxGetDevice", byref(device))
+    _call("cuDeviceGetPCIBusId", text, len(text), device)
+    return text.value.decode().lower()
 
 
 # -- memory: addresses are the device's, as integers --
@@ -246,7 +256,7 @@ def compile_source(source: str, architecture: str, defines: dict[str, int]) -> b
 
 def compile_sources(sources: Sequence[str], architecture: str) -> list[bytes]:
     """The same of many, each in a process of its own: NVRTC compiles one at a time in a process."""
-    command = [sys.executable, "-S", nvrtc.__file__, _where(_nvrtc()), *_options(architecture, {})]
+    command = [sys.executable, "-S", nvrtc.__file__, nvrtc.where(_nvrtc()), *_options(architecture, {})]
 
     def compiled(source: str) -> bytes:
         child = subprocess.run(command, input=source.encode(), capture_output=True)
@@ -263,22 +273,15 @@ def _options(architecture: str, defines: dict[str, int]) -> list[str]:
     return [f"--gpu-architecture={architecture}", "--std=c++17", *named]
 
 
-def _where(library: ctypes.CDLL) -> str:
-    """The file that was loaded: another process may not find it by its name."""
-    with open("/proc/self/maps") as maps:
-        loaded = (line[line.index("/") :].strip() for line in maps if "/" in line)
-        return next((path for path in loaded if Path(path).name.startswith("libnvrtc.so")), library._name)
-
-
 @cache
 def _nvrtc() -> ctypes.CDLL:
     """The NVRTC of torch's CUDA: on the loader's path, or in NVIDIA's wheels, which torch requires."""
     name = f"libnvrtc.so.{(torch.version.cuda or '13').split('.')[0]}"
     try:
-        return ctypes.CDLL(name)
+        return nvrtc.opened(name)
     except OSError:
         wheels = find_spec("nvidia")
         folders = (wheels.submodule_search_locations if wheels else None) or []
         for library in (path for folder in folders for path in sorted(Path(folder).glob(f"*/lib/{name}"))):
-            return ctypes.CDLL(str(library))
+            return nvrtc.opened(str(library))
         raise

@@ -8,6 +8,22 @@ from __future__ import annotations
 import ctypes
 import sys
 from ctypes import byref, c_char_p, c_size_t, c_void_p
+from pathlib import Path
+
+
+def opened(library: str) -> ctypes.CDLL:
+    """NVRTC, and what it loads by name once it compiles: NVIDIA's wheels have that beside it, where no loader looks."""
+    nvrtc = ctypes.CDLL(library)
+    for builtins in sorted(Path(where(nvrtc)).parent.glob("libnvrtc-builtins.so*")):
+        ctypes.CDLL(str(builtins))
+    return nvrtc
+
+
+def where(library: ctypes.CDLL) -> str:
+    """The file that was loaded: another process may not find it by its name."""
+    with open("/proc/self/maps") as maps:
+        loaded = (line[line.index("/") :].strip() for line in maps if "/" in line)
+        return next((path for path in loaded if Path(path).name.startswith("libnvrtc.so")), library._name)
 
 
 def compile_text(nvrtc: ctypes.CDLL, source: bytes, options: list[str]) -> bytes:
@@ -39,7 +55,7 @@ def _check(error: int) -> None:
 def main() -> int:
     library, *options = sys.argv[1:]
     try:
-        binary = compile_text(ctypes.CDLL(library), sys.stdin.buffer.read(), options)
+        binary = compile_text(opened(library), sys.stdin.buffer.read(), options)
     except RuntimeError as error:
         print(error, file=sys.stderr)
         return 1

@@ -6,11 +6,13 @@ import ctypes
 import mmap
 import os
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 from cluster.collectives import cuda
+from cluster.pci import local_cores
 
 NOTHING_BYTE = 0xFF
 """What memory of a pair holds where nothing has come: NOTHING in one_shot.cu, by the byte."""
@@ -93,25 +95,28 @@ class MappedHostMemory:
         self._host_address = 0
 
     def offer(self) -> bytes:
-        """The first rank's file, which is in no folder and so leaves nothing behind, whoever dies."""
+        """Where this rank's GPU is, behind the first rank's file, which is in no folder and so leaves nothing behind,
+        whoever dies."""
+        gpu = _gpu_address()
         if self._rank:
-            return b""
+            return gpu.encode()
         name = f"shardwise-{secrets.token_hex(8)}"
         self._file = os.memfd_create(name, os.MFD_CLOEXEC)
         os.ftruncate(self._file, self._ranks * self._part)
-        return f"/proc/{os.getpid()}/fd/{self._file} {name}".encode()
+        return f"/proc/{os.getpid()}/fd/{self._file} {name} {gpu}".encode()
 
     def open(self, offers: Sequence[bytes]) -> Wires:
         size = self._ranks * self._part
+        path, name, *first_gpu = offers[0].decode().split()
         if self._file is None:
-            path, name = offers[0].decode().split()
             if name not in os.readlink(path):  # another container's process may have that number here
                 raise OSError(f"{path} is not the first rank's memory, so it runs in another container")
             self._file = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         self._memory = mmap.mmap(self._file, size)
+        self._place(["".join(first_gpu), *(offer.decode() for offer in offers[1:])])
         first, pairs = self._rank * self._part, self._ranks * self._pair
         filled = bytes([NOTHING_BYTE]) * pairs + bytes(self._part - pairs)
-        self._memory[first : first + self._part] = filled  # the toucher's NUMA node has the pages
+        self._memory[first : first + self._part] = filled
         host_address = ctypes.addressof(ctypes.c_char.from_buffer(self._memory))
         base = cuda.register_host(host_address, size)
         self._host_address = host_address
@@ -126,6 +131,13 @@ class MappedHostMemory:
             tuple(at(writer, self._ranks) for writer in ranks),
         )
 
+    def _place(self, gpus: Sequence[str]) -> None:
+        """Each part on the NUMA node of its writer's GPU: who touches a page first, from there, has the kernel put it
+        there. So every rank does it for all: registering them, whichever rank is first, touches what is left."""
+        for writer, gpu in enumerate(gpus):
+            with on_cores(local_cores(gpu)):
+                _touch(self._memory, writer * self._part, self._part)
+
     def close(self) -> None:
         if self._host_address:
             cuda.unregister_host(self._host_address)
@@ -133,3 +145,30 @@ class MappedHostMemory:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+@contextmanager
+def on_cores(cores: set[int]) -> Iterator[None]:
+    """This thread on those of them that it may use; where it may use none, as it is."""
+    allowed = os.sched_getaffinity(0)
+    if not cores & allowed:
+        yield
+        return
+    os.sched_setaffinity(0, cores & allowed)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+def _touch(memory: mmap.mmap, start: int, n_bytes: int) -> int:
+    """Reads a byte of each page; → how many."""
+    return len(memory[start : start + n_bytes : mmap.PAGESIZE])
+
+
+def _gpu_address() -> str:
+    """Empty where the driver does not tell: memory then lies anywhere, and serves as well."""
+    try:
+        return cuda.pci_address()
+    except (OSError, RuntimeError):
+        return ""

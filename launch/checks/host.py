@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launch.findings import GB, Check, Finding, MachineFacts, Severity, error, info, warning
+from launch.findings import GB, Check, Finding, MachineFacts, Severity, error, info, listed, warning
 
 LEAST_TORCH = (2, 11)  # pyproject.toml
 DOCKER_SHM_BYTES = 64 << 20  # Docker's default for /dev/shm, in which NCCL's buffers of two GPUs do not fit
@@ -85,10 +85,22 @@ def check_packages(facts: MachineFacts) -> Iterator[Finding]:
 
 def check_clashes(facts: MachineFacts) -> Iterator[Finding]:
     for clash in facts.clashes:
-        yield warning(
-            clash.wants.split("=")[0].rstrip("<>!~"),
-            f"{clash.found or 'nothing'} is installed, and {clash.wanted_by} wants {clash.wants}",
-            f"pip install '{clash.wants}', or reinstall {clash.wanted_by}",
+        if not clash.spared:
+            yield warning(
+                clash.wants.split("=")[0].rstrip("<>!~"),
+                f"{clash.found or 'nothing'} is installed, and {clash.wanted_by} wants {clash.wants}",
+                f"pip install '{clash.wants}', or reinstall {clash.wanted_by}",
+            )
+    spared: dict[str, list[str]] = {}
+    for clash in facts.clashes:
+        if clash.spared:
+            spared.setdefault(clash.wanted_by, []).append(clash.wants)
+    for wanted_by, wants in spared.items():
+        yield info(
+            wanted_by.split(" ")[0],
+            f"{wanted_by} names packages that are not installed: {listed(wants)}",
+            "nothing while it imports: each start tries it, and says if it goes on without; else pip install "
+            + " ".join(f"'{want}'" for want in wants),
         )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeGuard
@@ -15,10 +15,11 @@ from orchestrator.engine.gguf_checkpoint import GgufCheckpoint
 from orchestrator.engine.model import GateUp
 from orchestrator.engine.published import PublishedCheckpoint
 from orchestrator.engine.quantized import Quantized, QuantizedGateUp
+from orchestrator.engine.sparse import Sparse24, Sparse24GateUp
 from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
 from strategies.quantize import native, scheme
-from strategies.scheme import GGUF, Scheme
+from strategies.scheme import GGUF, SPARSE24, Scheme
 from strategies.spec import ModelSpec
 from strategies.tensor import Piece, pieces
 
@@ -39,11 +40,14 @@ def load(
     dtype: torch.dtype,
     progress: Callable[[int, int], None] | None = None,
     kept: Format = PLAIN,
+    streamed: Sequence[int] = (),
+    allocate: Callable[[str], Tensor | None] | None = None,
 ) -> None:
     """Replaces every parameter of `model`, which may be on the meta device, by its weights. Raises BadModel.
 
     `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all. Layers that `kept`
     has in fewer bits are replaced whole; of their weights in `dtype` no more is ever in memory than the chunks at hand.
+    The weights of layers that are `streamed` stay in host memory, those that `allocate` has memory for in that.
     """
     tied = spec.tied and shard.is_first and shard.is_last
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -51,14 +55,18 @@ def load(
         del shapes["head.weight"]
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
-    small = _replace_quantized(model, spec, kept, device, dtype, checkpoint, sources)
+    homes = {name: _home(name, streamed, device) for name in shapes}
+    small = _replace_quantized(model, spec, kept, homes, device, dtype, checkpoint, sources)
     shapes = {name: shape for name, shape in shapes.items() if name not in small}
-    empty = {name: torch.empty(shape, device=device, dtype=dtype) for name, shape in shapes.items()}
+    empty = {}
+    for name, shape in shapes.items():
+        given = allocate(name) if allocate is not None else None
+        empty[name] = torch.empty(shape, device=homes[name], dtype=dtype) if given is None else given
     chunks: list[_Chunk | _QuantizedChunk | _StoredChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
     ]
     for name, layer in small.items():
-        if layer.how.format == GGUF or _is_stored(checkpoint, sources[name]):
+        if isinstance(layer, Quantized) and _has_codes(layer, checkpoint, sources[name]):
             chunks += _stored_chunks(layer, sources[name])
         else:
             chunks += _quantized_chunks(layer, sources[name], checkpoint, dtype)
@@ -78,6 +86,13 @@ def load(
         _assign(model, "head.weight", model.get_parameter("embed.weight"))
 
 
+def _home(name: str, streamed: Sequence[int], device: torch.device) -> torch.device:
+    """Where a parameter's weights are kept."""
+    part, _, rest = name.partition(".")
+    away = part == "layers" and int(rest.partition(".")[0]) in streamed
+    return torch.device("cpu") if away else device
+
+
 @dataclass(frozen=True, slots=True)
 class _Chunk:
     """Rows of a parameter, and the slice of a checkpoint's tensor that they are; without one they are zeros."""
@@ -88,6 +103,10 @@ class _Chunk:
     @property
     def nbytes(self) -> int:
         return self.to.nbytes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.to.is_cuda
 
     def fill(self, values: Tensor) -> None:
         self.to.copy_(values)
@@ -100,7 +119,7 @@ class _QuantizedChunk:
     Of these the rank has the columns `cols`, but a channel's scale is that of all.
     """
 
-    to: Quantized
+    to: Quantized | Sparse24
     start: int
     source: Piece
     cols: range | None
@@ -109,6 +128,10 @@ class _QuantizedChunk:
     def nbytes(self) -> int:
         assert self.source.rows is not None
         return len(self.source.rows) * self.to.row_bytes
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.to.device.type == "cuda"
 
     def fill(self, values: Tensor) -> None:
         self.to.fill(self.start, values, self.cols)
@@ -137,8 +160,14 @@ class _StoredChunk:
 
 
 def _is_stored(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> TypeGuard[PublishedCheckpoint]:
-    """Whether all that makes up a layer is there in codes."""
-    return isinstance(checkpoint, PublishedCheckpoint) and all(checkpoint.keeps(part.name) for part in parts)
+    """Whether all that makes up a layer is there in codes that are kept as they are."""
+    if not isinstance(checkpoint, PublishedCheckpoint) or not native(checkpoint.spec).name:
+        return False
+    return all(checkpoint.keeps(part.name) for part in parts)
+
+
+def _has_codes(layer: Quantized, checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> bool:
+    return layer.how.format == GGUF or _is_stored(checkpoint, parts)
 
 
 def _scales_dtype(checkpoint: Checkpoint, parts: tuple[Piece, ...]) -> torch.dtype | None:
@@ -158,13 +187,14 @@ def _replace_quantized(
     model: nn.Module,
     spec: ModelSpec,
     kept: Format,
+    homes: Mapping[str, torch.device],
     device: torch.device,
     dtype: torch.dtype,
     checkpoint: Checkpoint,
     sources: Mapping[str, tuple[Piece, ...]],
-) -> dict[str, Quantized]:
+) -> dict[str, Quantized | Sparse24]:
     """By the names of the weights that they keep. What a published checkpoint has in full stays so."""
-    found: dict[str, Quantized] = {}
+    found: dict[str, Quantized | Sparse24] = {}
     for name, weight in list(model.named_parameters()):
         how = _scheme(spec, kept, name, checkpoint, sources.get(name, ()), device)
         if how is None:
@@ -174,14 +204,23 @@ def _replace_quantized(
             continue
         owner = name.removesuffix(".weight")
         linear = model.get_submodule(owner)
-        stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         n, k = weight.shape
+        if how.format == SPARSE24:
+            sparse = Sparse24GateUp if isinstance(linear, GateUp) else Sparse24
+            found[name] = sparse((n, k), how, linear.bias is not None, device, dtype)
+            _set_module(model, owner, found[name])
+            continue
+        stand_in = QuantizedGateUp if isinstance(linear, GateUp) else Quantized
         of_stored = _scales_dtype(checkpoint, sources[name])
-        layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored)
-        parent, _, leaf = owner.rpartition(".")
-        setattr(model.get_submodule(parent), leaf, layer)
+        layer = stand_in((n, k), how, linear.bias is not None, device, dtype, of_stored, homes[name])
+        _set_module(model, owner, layer)
         found[name] = layer
     return found
+
+
+def _set_module(model: nn.Module, name: str, layer: nn.Module) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, layer)
 
 
 def _scheme(
@@ -201,7 +240,7 @@ def _scheme(
 
 
 def _quantized_chunks(
-    layer: Quantized, parts: tuple[Piece, ...], checkpoint: Checkpoint, dtype: torch.dtype
+    layer: Quantized | Sparse24, parts: tuple[Piece, ...], checkpoint: Checkpoint, dtype: torch.dtype
 ) -> Iterator[_QuantizedChunk]:
     at = 0
     for part in parts:
@@ -248,10 +287,10 @@ def _fill(
         return chunk.nbytes
     source = chunk.source
     if source is None:
-        chunk.fill(torch.zeros((), device=device))
+        chunk.fill(torch.zeros(()))
         return chunk.nbytes
     values = checkpoint.read(source.name, source.rows, source.cols)
-    if device.type == "cuda" and not values.is_cuda:
+    if chunk.on_gpu and not values.is_cuda:
         # From pinned memory the copy goes on while this thread reads the next chunk; torch's allocator hands the
         # memory out again once the copy is done. The dtype changes on the GPU.
         pinned = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values)

@@ -16,13 +16,54 @@ CPU_KV_BYTES = 2**30
 """The KV of one CPU rank: a GiB, or a tenth of what the host has to give, since other ranks want theirs too."""
 
 
-def free_for_kv(device: torch.device, utilization: float) -> int:
-    """Bytes that are to be had beside what is allocated now; on a GPU, within `utilization` of all its memory."""
+CUDA_CONTEXT_BYTES = 600_000_000
+"""Of a process's first touch of a GPU, which it cannot see for itself: an H100's and a 4090's are 0.4 to 0.6 GB."""
+
+
+CAP_SLACK = 0.02
+"""Graphs take more than is estimated from a few, and what torch keeps is in pieces: of 25.3 GB, 0.1 GB was missing
+(Qwen2.5-32B on an H100, 2026-11-22)."""
+
+
+class Cap:
+    """A part of a GPU's memory for this process: CUDA's context, NCCL and torch's together."""
+
+    def __init__(self, device: torch.device, most_bytes: int) -> None:
+        """Before anything but the context is on the device."""
+        self._device, self._most = device, most_bytes
+        self._at_first, self._total = torch.cuda.mem_get_info(device)
+
+    @property
+    def slack(self) -> int:
+        """Of it, that no estimate gives away."""
+        return int(CAP_SLACK * self._most)
+
+    def free(self, free_now: int) -> int:
+        """What is left of it, where the device has so much free."""
+        return capped_free(self._most, self._at_first, free_now)
+
+    def hold(self) -> None:
+        """Lets torch take no more than is left of it now."""
+        free_now, _ = torch.cuda.mem_get_info(self._device)
+        own = torch.cuda.memory_reserved(self._device) + max(0, self.free(free_now))
+        torch.cuda.set_per_process_memory_fraction(min(1.0, own / self._total), self._device)
+
+
+def capped_free(most: int, free_at_first: int, free_now: int) -> int:
+    """Of a cap, where what is gone since the process came is its own."""
+    return min(free_now, most - CUDA_CONTEXT_BYTES - (free_at_first - free_now))
+
+
+def free_for_kv(device: torch.device, utilization: float, cap: Cap | None = None) -> int:
+    """Bytes that are to be had beside what is allocated now; on a GPU, within `utilization` of all its memory, or
+    within the whole cap."""
     if device.type != "cuda":
         return min(CPU_KV_BYTES, int(CPU_SHARE * available_host_bytes()))
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     reusable = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if cap is not None:
+        return cap.free(free) + reusable - cap.slack
     return int(free + reusable - (1 - utilization) * total)
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strategies.scheme import Scheme
+from strategies.scheme import W8A8, Scheme
 
 
 def has_kernels(x: Tensor) -> bool:
@@ -108,6 +108,9 @@ def quantized_linear(
     if how.group and how.bits == 8:
         of_groups: Tensor = _kernels().groups_of_8(x_MK, codes, scales, bias_N, pdl=overlaps(x_MK))
         return of_groups
+    if how.format == W8A8 and _kernels().takes_int8(x_MK, codes):
+        in_int8: Tensor = _kernels().int8_by_int8(x_MK, codes, scales, bias_N)
+        return in_int8
     out: Tensor = _kernels().quantized(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
     return out
 
@@ -115,9 +118,16 @@ def quantized_linear(
 def quantized_gate_up(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
 ) -> Tensor:
-    both_MN = quantized_linear(x_MK, codes, scales, bias_N, how)
-    out: Tensor = _kernels().silu_mul(both_MN, pdl=overlaps(x_MK))
-    return out
+    return gated(quantized_linear(x_MK, codes, scales, bias_N, how))
+
+
+def gated(both_MN: Tensor) -> Tensor:
+    """silu(gate) · up of a product that has both."""
+    if has_kernels(both_MN):
+        out: Tensor = _kernels().silu_mul(both_MN, pdl=overlaps(both_MN))
+        return out
+    gate_MN, up_MN = both_MN.chunk(2, dim=-1)
+    return F.silu(gate_MN) * up_MN
 
 
 def argmax(logits_RV: Tensor) -> Tensor:

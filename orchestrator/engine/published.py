@@ -6,6 +6,7 @@ What the formats mean, and whose arithmetic the tests spell out:
   channels  weights in int8 or float8 (e4m3) × weight_scale, of each channel or of the tensor
   blocks    weights in float8 × weight_scale_inv, of each block of rows and columns
   GPTQ      qweight [K / 8, N], qzeros [groups, N / 8], scales [groups, N], g_idx: each column's group
+  NF4       bitsandbytes.py
   AWQ       qweight [K, N / 8], qzeros and scales as GPTQ's; the eight of an int32 are channels 0 2 4 6 1 3 5 7
 
 Dimensions: N output channels, K columns, G groups.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from cluster.errors import BadModel
+from orchestrator.engine import bitsandbytes
 from orchestrator.engine.safetensors_files import FLOATS, SafetensorsFiles
 from orchestrator.engine.stored import StoredCodes
 from strategies.published import Stored
@@ -46,6 +48,8 @@ class PublishedCheckpoint:
         self.spec, self._how = spec, spec.published
         self._shapes = tensor_shapes(spec)
         self._files = SafetensorsFiles(directory, spec.name)
+        if self._how.stored == Stored.NF4:  # which is read by rows, and takes much memory on its way
+            self.chunk_bytes = 2**24
 
     def keeps(self, name: str) -> bool:
         """Whether the weights `name` are stored in codes."""
@@ -66,6 +70,9 @@ class PublishedCheckpoint:
             lines = self._files.read(name, rows)
             return lines if cols is None else lines[:, cols.start : cols.stop]
         cols = range(self._shapes[name][1]) if cols is None else cols
+        if self._how.stored == Stored.NF4:
+            lines = bitsandbytes.widened(self._files, self.spec, name, rows, self._shapes[name][1])
+            return lines[:, cols.start : cols.stop]
         if self._how.stored == Stored.BLOCKS:
             return self._blocks(name, rows, cols)
         if self._how.stored == Stored.GPTQ and self._files.find(f"{name.removesuffix('weight')}g_idx"):
@@ -89,7 +96,9 @@ class PublishedCheckpoint:
     def verify(self) -> None:
         """Raises BadModel unless every tensor is there, in its shape. Reads headers only."""
         for name, shape in self._shapes.items():
-            if self.keeps(name):
+            if self.keeps(name) and self._how.stored == Stored.NF4:
+                bitsandbytes.expected(self._files, self.spec, name, shape)
+            elif self.keeps(name):
                 for part, expected in self._expected(shape).items():
                     full = f"{name.removesuffix('weight')}{part}"
                     check_shape(self.spec, full, self._files.shape(full), expected)
@@ -129,8 +138,8 @@ class PublishedCheckpoint:
                 return {"qweight": (k // per, n), "qzeros": (groups, n // per), "scales": (groups, n)}
             case Stored.AWQ:
                 return {"qweight": (k, n // per), "qzeros": (groups, n // per), "scales": (groups, n)}
-            case Stored.GGUF:
-                raise AssertionError("GgufCheckpoint reads these")
+            case Stored.NF4 | Stored.GGUF:
+                raise AssertionError(f"{how.stored} has a reader of its own")
 
     def _part(self, name: str, part: str, rows: range | None = None) -> Tensor:
         return self._files.read(f"{name.removesuffix('weight')}{part}", rows).clone()

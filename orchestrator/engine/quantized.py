@@ -1,9 +1,9 @@
 """Weights in fewer bits: how they are made from what a checkpoint has, and what multiplies by them.
 
-int8 and fp8: codes × a scale of each output channel, symmetric. int4: (code − 8) × scale + zero in groups of columns,
-asymmetric: a group's own range takes all sixteen codes, where a symmetric one leaves some unused (of normal numbers in
-groups of 128 the error is a tenth less). Scales and zeros are rounded to the model's dtype first, and codes are chosen
-for what they then come to.
+int8 and fp8 (and int8w8a8, whose rows of x are in int8 as well): codes × a scale of each output channel, symmetric.
+int4: (code − 8) × scale + zero in groups of columns, asymmetric: a group's own range takes all sixteen codes, where a
+symmetric one leaves some unused (of normal numbers in groups of 128 the error is a tenth less). Scales and zeros are
+rounded to the model's dtype first, and codes are chosen for what they then come to.
 
 gguf: code × scale + least in groups of 32 or 16, as a GGUF file has them, of 4 bits kept like int4's, or of 8. A GPU's
 kernels of 4 bits read zero, least + 8 scale, in place of least: there `finish` makes it so.
@@ -24,8 +24,9 @@ from torch import Tensor, nn
 
 from orchestrator.engine import cpu_products, ops
 from orchestrator.engine.stored import StoredCodes
-from strategies.scheme import GGUF, Scheme
+from strategies.scheme import GGUF, W8A8, Scheme
 
+INT8 = ("int8", W8A8)
 INT8_MOST = 127.0
 FP8_MOST = 448.0  # of e4m3
 PLANES = 8  # codes of a word
@@ -42,15 +43,19 @@ class Quantized(nn.Module):
         device: torch.device,
         dtype: torch.dtype,
         scales_dtype: torch.dtype | None = None,
+        home: torch.device | None = None,
     ) -> None:
-        """`scales_dtype`: of a checkpoint's own; by default `dtype`, and float32 of float8, as cuBLAS wants it."""
+        """`scales_dtype`: of a checkpoint's own; by default `dtype`, and float32 where rows of x are scaled too.
+
+        It works on `device`; its weights are kept there, or at `home`.
+        """
         super().__init__()
         n, k = shape
         self.out_features, self.in_features, self.how = n, k, how
-        self._computes_in = dtype
+        self._computes_in, self.device = dtype, device
 
         def made(*shape: int, dtype: torch.dtype) -> nn.Parameter:
-            return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+            return nn.Parameter(torch.empty(shape, dtype=dtype, device=home or device), requires_grad=False)
 
         if how.group:
             self.codes = made(n, k // 2, dtype=torch.uint8) if how.bits == 4 else made(n, k, dtype=torch.int8)
@@ -58,10 +63,10 @@ class Quantized(nn.Module):
             kept = of_gguf if how.format == GGUF else scales_dtype or dtype
             self.scales = made(n, k // how.group, how.numbers, dtype=kept)  # and zeros
         else:
-            kept = torch.int8 if how.format == "int8" else torch.float8_e4m3fn
+            kept = torch.int8 if how.format in INT8 else torch.float8_e4m3fn
             self.codes = made(n, k, dtype=kept)
-            of_float8 = how.format == "fp8"
-            self.scales = made(n, dtype=torch.float32 if of_float8 else scales_dtype or dtype)
+            wide = how.format in ("fp8", W8A8)
+            self.scales = made(n, dtype=torch.float32 if wide else scales_dtype or dtype)
         self.bias = made(n, dtype=dtype) if bias else None
         self.packed = False  # for torch's kernel of int4 on CPUs
 
@@ -73,7 +78,7 @@ class Quantized(nn.Module):
     def fill(self, start: int, rows_NK: Tensor, cols: range | None) -> None:
         """Channels from `start` on, whole rows of the checkpoint, of which this rank has the columns `cols`."""
         rows = slice(start, start + len(rows_NK))
-        wide_NK = rows_NK.to(self.codes.device, torch.float32)
+        wide_NK = rows_NK.to(self.device, torch.float32)
         if self.how.group:
             own_NK = wide_NK if cols is None else wide_NK[:, cols.start : cols.stop]
             codes_NK, scales_NG2 = quantize_groups(own_NK, self.how.group, self.scales.dtype)
@@ -87,7 +92,7 @@ class Quantized(nn.Module):
 
     def put(self, start: int, stored: StoredCodes) -> None:
         """Channels from `start` on, as a checkpoint has them, this rank's columns."""
-        device, rows = self.codes.device, slice(start, start + len(stored.codes_NK))
+        device, rows = self.device, slice(start, start + len(stored.codes_NK))
         codes_NK, scales_NG = stored.codes_NK.to(device), stored.scales_NG.to(device)
         if not self.how.group:
             self.codes.data[rows] = codes_NK
@@ -108,11 +113,11 @@ class Quantized(nn.Module):
         """All rows are there: bring them into the form that the fastest product wants."""
         codes, scales = self.codes.data, self.scales.data
         if self.how.format == GGUF:
-            if codes.is_cuda and self.how.bits == 4:
+            if self.device.type == "cuda" and self.how.bits == 4:
                 scales[:, :, 1] += 8 * scales[:, :, 0]
             return
         fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)
-        if self.how.group and not codes.is_cuda and fits:
+        if self.how.group and self.device.type != "cuda" and fits:
             cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
             self.scales.data = scales.transpose(0, 1).contiguous()
             self.packed = True
@@ -130,6 +135,8 @@ class Quantized(nn.Module):
             return ops.quantized_linear(x_MK, self.codes, self.scales, self.bias, self.how)
         if self.packed:
             product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
+        elif self.how.format == W8A8:
+            product_MN = by_int8(x_MK, self.codes, self.scales)
         elif self._has_int8_product(x_MK):
             product_MN = cpu_products.int8(x_MK, self.codes, self.scales)
         elif self.how.group:
@@ -165,16 +172,25 @@ def in_blocks(x_MK: Tensor, n: int, weights: Callable[[slice], Tensor]) -> Tenso
 
 def channel_scales(wide_NK: Tensor, kept: str, dtype: torch.dtype) -> Tensor:
     """[N]: what the largest of a row becomes is the largest code."""
-    most = INT8_MOST if kept == "int8" else FP8_MOST
+    most = INT8_MOST if kept in INT8 else FP8_MOST
     scales_N = (wide_NK.abs().amax(dim=1) / most).to(dtype)
     return torch.where(scales_N == 0, torch.ones_like(scales_N), scales_N)  # a row of zeros
 
 
 def quantize_channels(wide_NK: Tensor, scales_N: Tensor, kept: str) -> Tensor:
     ratios_NK = wide_NK / scales_N.float().unsqueeze(1)
-    if kept == "int8":
+    if kept in INT8:
         return ratios_NK.round_().clamp_(-INT8_MOST, INT8_MOST).to(torch.int8)
     return ratios_NK.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+
+
+def by_int8(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:
+    """x @ weight.T, each row of x in int8 by its largest; summed exactly."""
+    wide_MK = x_MK.float()
+    scales_M1 = (wide_MK.abs().amax(dim=1, keepdim=True) / INT8_MOST).clamp_(min=1e-12)
+    small_MK = (wide_MK / scales_M1).round_().clamp_(-INT8_MOST, INT8_MOST).to(torch.int8)
+    sums_MN = torch._int_mm(small_MK, codes_NK.t())
+    return (sums_MN.float() * (scales_M1 * scales_N)).to(x_MK.dtype)
 
 
 def quantize_groups(wide_NK: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -64,17 +64,14 @@ class SafetensorsFiles:
     def dtype(self, name: str) -> torch.dtype:
         stored = self._found(name)[1]
         if stored.dtype not in _DTYPES:
-            raise self._bad_dtype(name, stored.dtype, _DTYPES)
+            raise _bad_dtype(self._model, name, stored.dtype, _DTYPES)
         return _DTYPES[stored.dtype]
 
     def check_float(self, name: str) -> None:
         """Raises BadModel for a tensor in any other dtype."""
         stored = self._found(name)[1]
         if stored.dtype not in FLOATS:
-            raise self._bad_dtype(name, stored.dtype, FLOATS)
-
-    def _bad_dtype(self, name: str, dtype: str, known: Mapping[str, torch.dtype]) -> BadModel:
-        return BadModel(f"{self._model}: {name} is stored as {dtype}; supported are {', '.join(known)}")
+            raise _bad_dtype(self._model, name, stored.dtype, FLOATS)
 
     def _memory(self, n_bytes: int) -> Tensor:
         """uint8, this thread's own."""
@@ -104,6 +101,20 @@ class SafetensorsFiles:
             if path not in self._open:
                 self._open[path] = _opened(path)
             return self._open[path]
+
+
+def _bad_dtype(model: str, name: str, dtype: str, known: Mapping[str, torch.dtype]) -> BadModel:
+    return BadModel(f"{model}: {name} is stored as {dtype}; supported are {', '.join(known)}")
+
+
+def check_files(directory: Path, model: str) -> None:
+    """Raises BadModel where a file is cut short, or has weights in what another library would cast without a word."""
+    for path in sorted(directory.glob("*.safetensors")):
+        opened = _opened(path)
+        opened.file.close()
+        for name, stored in opened.tensors.items():
+            if name.endswith(".weight") and stored.dtype not in FLOATS:
+                raise _bad_dtype(model, name, stored.dtype, FLOATS)
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """Fits strategies/engines.yaml's constants to measured serving rows, and says how well they hold on rows left out.
 
-    python -m tests.bench.fit_engines ROWS.csv [--write] [--leave-out]
+    python -m tests.bench.fit_engines ROWS.csv [--write] [--leave-out] [--dense]
 
 Two thirds of the rows (by a hash of their ids) are fitted, the other third is only looked at. Gauss-Newton on
 logarithms of ratios, with a loss that lets outliers go, and a prior for each constant: what microbenchmarks of kernels
@@ -32,6 +32,7 @@ FITTED = ("vllm", "trtllm", "trtllm-1.0", "sglang")
 LOSS_SCALE = 0.06  # of a logarithm, beyond which a row's pull no longer grows
 DENSE_WEIGHT, TTFT_WEIGHTS = 2.5, (1.0, 0.3)  # of dense rows; of their TTFT and of mixtures'
 LOW_CONCURRENCY = 8
+LEFT_OUT_ROUNDS = 3  # from where the fit to all rows ended
 BLACKWELL = ("NVIDIA B200", "NVIDIA B300 SXM6 AC", "NVIDIA GB200")
 
 # kernel constant: (prior, its spread as a logarithm, least, most). Priors: utilisation of kernels in aiconfigurator's
@@ -41,6 +42,7 @@ KERNELS: Mapping[str, tuple[float, float, float, float]] = {
     "weights.8": (0.75, 0.12, 0.5, 0.92),
     "weights.4": (0.65, 0.12, 0.4, 0.9),
     "reads_on.blackwell": (1.0, 0.08, 0.8, 1.3),
+    "gaps_on.blackwell": (1.0, 0.15, 0.4, 2.0),
     "compute.16": (0.70, 0.06, 0.4, 0.85),
     "compute.8": (0.55, 0.12, 0.3, 0.8),
     "compute.4": (0.45, 0.12, 0.2, 0.7),
@@ -163,7 +165,7 @@ class Constants:
             return lambda s: not s.dense
         if name.startswith("latent"):
             return lambda s: s.case.placement.spec.latent is not None
-        if name == "reads_on.blackwell":
+        if name.endswith(".blackwell"):
             return lambda s: s.case.placement.device(0, 0).name in BLACKWELL
         if name in ("weights.8", "weights.4", "compute.8", "compute.4"):
             width = int(name[-1])
@@ -275,9 +277,12 @@ def main() -> None:
     parser.add_argument("rows")
     parser.add_argument("--write", action="store_true", help="put the constants into strategies/engines.yaml")
     parser.add_argument("--leave-out", action="store_true")
+    parser.add_argument(
+        "--dense", action="store_true", help="only rows of dense models: minutes, not an hour"
+    )
     parser.add_argument("--rounds", type=int, default=12)
     args = parser.parse_args()
-    samples = read(args.rows)
+    samples = [s for s in read(args.rows) if s.dense or not args.dense]
     began = time.monotonic()
     constants = Constants(FITTED)
     start = constants.prior.copy()
@@ -301,7 +306,7 @@ def main() -> None:
             names = [e for e in FITTED if column == "system" or e.split("-")[0] != value]
             few = Constants(names)
             chosen = np.array([x[constants.names.index(n)] for n in few.names])
-            y = fit(others, few, chosen, 5)
+            y = fit(others, few, chosen, LEFT_OUT_ROUNDS)
             r = predict(own, few.rows(y), names)
             print(f"without {column} {value}: {figures(own, r)}", flush=True)
             left += own
@@ -317,7 +322,7 @@ def _from_file(constants: Constants, x: np.ndarray) -> np.ndarray:
     for j, name in enumerate(constants.names):
         head, _, tail = name.rpartition(".")
         if tail == "blackwell":
-            x[j] = math.log(rows["kernels"][head][BLACKWELL[0]])
+            x[j] = math.log(rows["kernels"][head].get(BLACKWELL[0], 1.0))
         elif name in KERNELS:
             x[j] = math.log(rows["kernels"][head][int(tail)] if head else rows["kernels"][tail])
         elif head == "default":
@@ -331,7 +336,7 @@ def write(rows: Mapping[str, Any]) -> None:
     """The constants into engines.yaml, to three figures; comments above the first key stay."""
     path = Path(engines._FILE)
     text = path.read_text(encoding="utf-8")
-    head = text[: text.index("kernels:")]
+    head = text[: text.index("\nkernels:") + 1]
 
     def short(value: Any) -> Any:
         if isinstance(value, dict):

@@ -1,8 +1,9 @@
-"""What HTTP costs beside the engine alone, and vLLM's server under the same load: `python -m tests.bench.serve_bench`.
+"""What HTTP and batches cost beside the engine alone, and vLLM's server: `python -m tests.bench.serve_bench`.
 
 So many streams at once, each asking again when it is answered: by calls to the coordinator in this process, then over
-HTTP from a process of its own, at the same engine; then, with --vllm-site and --vllm-model (a directory with a config;
-weights are random), over HTTP at vLLM's server. Prompts are random token ids, answers run past any end of text.
+HTTP from a process of its own, at the same engine. Then all requests at once, as `generate` asks them, and as the lines
+of a batch file with its journal. With --vllm-site and --vllm-model (a directory with a config; weights are random) also
+over HTTP at vLLM's server. Prompts are random token ids, answers run past any end of text.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import re
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -25,6 +27,7 @@ import uvloop
 from rich.console import Console
 from rich.table import Table
 
+from launch.api.batches import answerer
 from launch.api.metrics import Facts
 from launch.api.server import serve_http
 from launch.api.service import Service
@@ -32,11 +35,15 @@ from launch.options import EngineOptions, add_engine_arguments, engine_options
 from launch.progress import Progress
 from launch.start import cluster, deployment
 from orchestrator.coordinator import Coordinator
+from orchestrator.jobs import Job, examine
+from orchestrator.journal import Journal
 from orchestrator.request import SamplingParams
 from strategies.plan import ParallelDims
 
 Result = dict[str, float]
 Ask = Callable[[list[int]], Awaitable[tuple[float, int]]]
+ALONE, AT_ONCE = "engine alone", "all at once"
+COMPLETIONS = "/v1/completions"
 VLLM_START_S = 300.0
 VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
 
@@ -157,8 +164,14 @@ def measure_ours(args: argparse.Namespace, options: EngineOptions) -> dict[str, 
                 alone = await offline(args, coordinator, options)
                 over = await over_http(args, coordinator, options)
                 again = await offline(args, coordinator, options)
-            best = max(alone, again, key=lambda result: result["tokens_per_s"])
-            return {"engine alone": best, "over HTTP": over}
+                at_once = [await all_at_once(args, coordinator, options) for _ in range(2)]
+                batch = await as_batch(args, coordinator, options, served.limits.max_num_seqs * dims.dp)
+            return {
+                ALONE: max(alone, again, key=_rate),
+                "over HTTP": over,
+                AT_ONCE: max(at_once, key=_rate),
+                "a batch": batch,
+            }
 
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as loop:
             return loop.run(measure())
@@ -175,6 +188,46 @@ async def offline(
         return done.ttft_s, len(done.token_ids)
 
     return await load(args, options.spec.vocab, ask)
+
+
+def _rate(result: Result) -> float:
+    return result["tokens_per_s"]
+
+
+def _prompts(args: argparse.Namespace, options: EngineOptions) -> list[list[int]]:
+    rnd = random.Random(2)
+    return [
+        [rnd.randrange(options.spec.vocab) for _ in range(args.prompt_tokens)] for _ in range(args.requests)
+    ]
+
+
+async def all_at_once(args: argparse.Namespace, coordinator: Coordinator, options: EngineOptions) -> Result:
+    sampling = SamplingParams(max_tokens=args.output_tokens, ignore_eos=True)
+    begun_s = time.perf_counter()
+    await asyncio.gather(*(coordinator.complete(prompt, sampling) for prompt in _prompts(args, options)))
+    tokens = args.requests * args.output_tokens
+    return {"tokens_per_s": tokens / (time.perf_counter() - begun_s), "tokens": tokens}
+
+
+async def as_batch(
+    args: argparse.Namespace, coordinator: Coordinator, options: EngineOptions, at_once: int
+) -> Result:
+    body = {"model": "m", "max_tokens": args.output_tokens, "temperature": 0, "ignore_eos": True}
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory, "input.jsonl")
+        with path.open("w") as file:
+            for number, prompt in enumerate(_prompts(args, options)):
+                asked = {"custom_id": str(number), "method": "POST", "url": COMPLETIONS}
+                file.write(json.dumps({**asked, "body": {**body, "prompt": prompt}}) + "\n")
+        begun_s = time.perf_counter()
+        journal = Journal(Path(directory))
+        service = Service(coordinator, ["m"], {}, Facts("m", args.layout, 1, {}))
+        await Job(path, examine(path), journal, answerer(service, COMPLETIONS, ""), window=2 * at_once).run()
+        await journal.close()
+        seconds = time.perf_counter() - begun_s
+        assert (journal.completed, journal.failed) == (args.requests, 0), "not every line was answered"
+    tokens = args.requests * args.output_tokens
+    return {"tokens_per_s": tokens / seconds, "tokens": tokens}
 
 
 async def over_http(args: argparse.Namespace, coordinator: Coordinator, options: EngineOptions) -> Result:
@@ -269,12 +322,12 @@ def main() -> None:
     found = measure_ours(args, options)
     if args.vllm_site is not None and args.vllm_model is not None:
         found["vLLM's server"] = measure_vllm(args, options.spec.vocab)
-    table = Table("", "tokens/s", "of the engine alone", "TTFT p50 ms", "TTFT p99 ms")
+    table = Table("", "tokens/s", "of the engine, asked so", "TTFT p50 ms", "TTFT p99 ms")
     for name, result in found.items():
-        share = result["tokens_per_s"] / found["engine alone"]["tokens_per_s"]
-        figures = (result["tokens_per_s"], result["ttft_p50_ms"], result["ttft_p99_ms"])
-        rate, p50, p99 = (f"{figure:,.1f}" for figure in figures)
-        table.add_row(name, rate, f"{share:.1%}", p50, p99)
+        beside = found[ALONE if "ttft_p50_ms" in result else AT_ONCE]
+        figures = (result["tokens_per_s"], result.get("ttft_p50_ms"), result.get("ttft_p99_ms"))
+        rate, p50, p99 = ("–" if figure is None else f"{figure:,.1f}" for figure in figures)
+        table.add_row(name, rate, f"{_rate(result) / _rate(beside):.1%}", p50, p99)
     Console(width=100).print(table)
     print(json.dumps({"command": " ".join(sys.argv[1:]), **found}))
 

@@ -189,7 +189,7 @@ def _spoil_models(root: Path) -> None:
         os.truncate(weights, weights.stat().st_size // 2)
 
     spoil("truncated", cut)
-    spoil("gpt2", config(architectures=["GPT2LMHeadModel"]))
+    spoil("gpt2", config(architectures=["GPT2LMHeadModel"], is_encoder_decoder=True))
     spoil("no_field", config(hidden_size=None))
     spoil("nan_field", config(hidden_size=float("nan")))
     spoil("text_field", config(hidden_size="64"))

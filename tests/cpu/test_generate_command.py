@@ -82,7 +82,7 @@ def end(command: subprocess.Popen[str], how: signal.Signals) -> tuple[str, list[
     [
         (signal.SIGINT, "tp2", 130, ["interrupted"]),
         (signal.SIGTERM, "tp1", 143, ["interrupted"]),
-        (signal.SIGKILL, "tp1", -9, []),
+        pytest.param(signal.SIGKILL, "tp1", -9, [], marks=pytest.mark.slow),
     ],
 )
 def test_ended_in_the_middle_of_an_answer(

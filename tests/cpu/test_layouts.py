@@ -21,7 +21,6 @@ LAYOUTS = ["tp1", "tp2", "tp3", "pp2", "pp3", "dp2", "tp2pp2", "tp2dp2"]
 REAL = (
     "tp1",
     "tp3",
-    "pp3",
     "tp2pp2",
 )  # SmolLM2's in CI, of 9 heads in 3 groups, as one of the tiny models has
 EIGHT_RANKS = ["tp4", "tp8", "tp2pp2", "tp4dp2", "tp4pp2", "tp2pp4", "pp4", "pp8", "tp2pp2dp2", "tp3", "pp3"]

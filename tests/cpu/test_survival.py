@@ -150,7 +150,7 @@ def test_a_rank_is_killed_and_then_one_is_stopped(
 @pytest.mark.parametrize(
     ("poison", "words"),
     [
-        (PoisonedWorker.EXIT, "exit code 9"),
+        pytest.param(PoisonedWorker.EXIT, "exit code 9", marks=pytest.mark.slow),
         pytest.param(PoisonedWorker.MEMORY, "80 GiB", marks=pytest.mark.slow),
     ],
 )

@@ -6,11 +6,14 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cluster.errors import UserError
 from launch.batch_client import BatchClient, ServerGone
+from launch.batch_follow import follow
+from launch.progress import Progress
 
 PATIENCE_S = 20.0
 
@@ -56,3 +59,22 @@ def test_what_no_request_can_carry_is_a_mistake_and_no_key_is_told(key: str | No
     with pytest.raises(UserError, match="cannot be asked") as caught:
         BatchClient("http://127.0.0.1:1", key).get(f"/v1/batches/{job}")
     assert key is None or key not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("before", "says"),
+    [(7, "completed: 7 of 7 requests\n"), (3, "completed: 7 of 7 requests, 4 of them in ")],
+)
+def test_a_batch_that_is_over_already_is_told_by_its_counts(
+    before: int, says: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("launch.batch_follow.POLL_S", (0.0, 0.0))
+    looks = [("in_progress", before)] * (before < 7) + [("completed", 7)]
+
+    class Told:
+        def get(self, path: str) -> dict[str, Any]:
+            status, done = looks.pop(0)
+            return {"status": status, "request_counts": {"completed": done, "failed": 0, "total": 7}}
+
+    assert follow(Told(), "batch_1", Progress())["status"] == "completed"  # type: ignore[arg-type]
+    assert says in capsys.readouterr().err

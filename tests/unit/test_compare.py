@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,11 @@ from cluster.nvml import Vitals, read_gpus
 from cluster.topology import Topology
 from launch import compare_run
 from launch.compare_journal import NAME, key_of, open_journal
-from launch.compare_run import Clock, Sweep, facts_of, predict_all, run_s, told
+from launch.compare_run import Clock, Sweep, facts_of, left_out, predict_all, run_s, told
 from launch.compare_vitals import Health, Watch, joules_per_token
 from launch.progress import Progress
 from launch.trial import Measured, Trial, middle, prompts_of
-from strategies.plan import Candidate
+from strategies.plan import Candidate, Layout
 from strategies.spec import Workload
 from tests import serving
 from tests.fake_nvml import FakeNvml, dual_h100
@@ -92,8 +93,18 @@ def test_facts_change_with_what_a_measurement_depends_on() -> None:
         facts_of(asked, box("h100", 4), load),
         facts_of(asked, machine, Workload(prompt_tokens=7)),
         facts_of(serving.options("qwen3-14b", dummy_weights=True), machine, load),
+        facts_of(replace(asked, offload_dir=Path("/disk")), machine, load),
     ):
         assert key_of(other) != key_of(same)
+
+
+def test_named_layouts_that_cannot_run_are_told() -> None:
+    asked, machine = serving.options("qwen3-8b", dummy_weights=True, dtype="bfloat16"), box("h100", 2)
+    named = [Layout.parse(name) for name in ("tp1", "tp4", "tp2+fp4")]
+    (made,) = predict_all(asked, machine, [Workload()], named).values()
+    of_four, of_fp4 = sorted(left_out(made), reverse=True)
+    assert of_four.startswith("tp4 is left out: tp4 needs four devices")
+    assert of_fp4.startswith("tp2+fp4 is left out: ")
 
 
 def sweep(tmp_path: Path, concurrencies: Sequence[int] = (1, 8)) -> Sweep:

@@ -69,6 +69,7 @@ BY_HAND = replace(
         weights={16: 0.80},
         few_rows={},
         reads_on={},
+        gaps_on={},
         compute={16: 0.60},
         expert_weights={},
         expert_compute={},

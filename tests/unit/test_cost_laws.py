@@ -198,3 +198,37 @@ def test_tokens_that_come_while_others_prompts_are_read_count() -> None:
     last_s = 2 * (made.ttft_s - placement.engine.first_s) - (made.ttft_s - placement.engine.first_s) * 2 / 22
     waits_s = last_s - (made.ttft_s - placement.engine.first_s)
     assert made.tpot_s == pytest.approx((waits_s + (100 - 10) * step_s) / 100, rel=0.02)
+
+
+def test_gaps_between_kernels_are_as_long_as_a_generation_of_gpus_makes_them() -> None:
+    made = engine("vllm")
+    own = replace(made, kernels=replace(made.kernels, gaps_on={"NVIDIA H100 80GB HBM3": 0.5}))
+
+    def host_s(by: Any) -> float:
+        return float(
+            stage_s(
+                place(LLAMA_8B, Layout.parse("tp1"), "bfloat16", box("h100", 1), by), 0, 0, Pass(1, 1024), 1.0
+            )["host"]
+        )
+
+    bare = replace(made, kernels=replace(made.kernels, gaps_on={}, product_gap_s=0.0, attention_gap_s=0.0))
+    assert host_s(own) - host_s(bare) == pytest.approx((host_s(made) - host_s(bare)) / 2)
+
+
+def test_a_prompt_that_joins_waits_for_launches_under_any_engine() -> None:
+    """What tensor parallelism saves of a short prompt's products is lost where the host launches layer by layer."""
+    load = Workload(1024, 128, 128, steady=True)
+    tpot = {
+        launch_s: estimate(
+            place(
+                LLAMA_8B,
+                Layout.parse("tp8"),
+                "bfloat16",
+                box("h100", 8),
+                replace(engine("vllm"), eager_layer_s=launch_s),
+            ),
+            load,
+        ).tpot_s
+        for launch_s in (0.0, 7e-4)
+    }
+    assert tpot[7e-4] > 1.2 * tpot[0.0]

@@ -380,6 +380,18 @@ MACHINES: dict[str, tuple[MachineFacts, Severity, str, str]] = {
         "triton",
         "3.4.0 is installed, and torch 2.11.0 wants triton==3.6.0",
     ),
+    "an optional package lacks what we do not use of it": (
+        on(
+            no_driver(),
+            clashes=(
+                Clash("flashinfer-python 0.6.14", "cuda-tile>=1.4.0", None, spared=True),
+                Clash("flashinfer-python 0.6.14", "nvidia-cutlass-dsl>=4.5.0", None, spared=True),
+            ),
+        ),
+        INFO,
+        "flashinfer-python",
+        "0.6.14 names packages that are not installed: cuda-tile>=1.4.0, nvidia-cutlass-dsl>=4.5.0",
+    ),
     "few open files": (on(no_driver(), open_files=1024), WARNING, "open files", "a process may have 1024"),
     "a Ray cluster that wants a token": (
         on(no_driver(), ray_cluster=RayCluster("10.0.0.1:6379", 401)),
@@ -581,16 +593,26 @@ def test_the_links_of_eight_devices_fit_on_a_screen(
 
 def test_metadata_tells_what_clashes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, release, wants in (
-        ("torch", "9.1", ("triton==9.6.0", "absent-one; extra == 'test'", "numpy", "sympy>=1.0")),
+        (
+            "torch",
+            "9.1",
+            ("triton==9.6.0", "absent-one; extra == 'test'", "absent-two>1", "numpy", "sympy>=1.0"),
+        ),
+        ("flashinfer-python", "9.0", ("absent-three>=2", "triton<9.1")),
         ("triton", "9.4.0", ()),
         ("sympy", "1.14", ()),
     ):
-        info = tmp_path / f"{name}-{release}.dist-info"
+        info = tmp_path / f"{name.replace('-', '_')}-{release}.dist-info"
         info.mkdir()
         lines = [f"Name: {name}", f"Version: {release}", *(f"Requires-Dist: {line}" for line in wants)]
         (info / "METADATA").write_text("Metadata-Version: 2.1\n" + "\n".join(lines) + "\n")
     monkeypatch.syspath_prepend(tmp_path)
-    assert list(clashes(["torch", "not-there"])) == [Clash("torch 9.1", "triton==9.6.0", "9.4.0")]
+    assert list(clashes(["torch", "not-there", "flashinfer-python"])) == [
+        Clash("torch 9.1", "triton==9.6.0", "9.4.0"),
+        Clash("torch 9.1", "absent-two>1", None),
+        Clash("flashinfer-python 9.0", "absent-three>=2", None, spared=True),
+        Clash("flashinfer-python 9.0", "triton<9.1", "9.4.0"),
+    ]
 
 
 class Dashboard(http.server.BaseHTTPRequestHandler):

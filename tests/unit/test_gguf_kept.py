@@ -27,12 +27,14 @@ from strategies import tensor
 from strategies.formats import FORMATS
 from strategies.gguf_kept import KEPT, together
 from strategies.pipeline import shard_replica
-from strategies.plan import ParallelDims
+from strategies.plan import Layout, ParallelDims
 from strategies.planner import plan
+from strategies.published import Published, Stored
 from strategies.quantize import as_kept, kept_on
 from strategies.scheme import GGUF, Scheme
 from strategies.source import spec_of
 from strategies.spec import ModelSpec, Workload
+from strategies.ways_out import ways_out
 from tests.interpreted import *  # noqa: F403
 from tests.unit.machines import LLAMA_8B, box
 from tests.unit.test_checkpoint import source_of
@@ -168,7 +170,7 @@ def test_a_cpu_widens_the_blocks_unless_they_are_named(tmp_path: Path) -> None:
     ]
 
 
-def test_a_gpu_is_planned_to_keep_them_at_their_bytes(tmp_path: Path) -> None:
+def test_a_gpu_is_planned_to_keep_them_at_their_bytes_where_they_are_named(tmp_path: Path) -> None:
     file, _ = gguf_of(tmp_path, "llama", mixed, **WIDE)
     spec = spec_of(source_of(file))
     q, kv, hidden, mlp = 256, 2 * 64, 256, 512
@@ -176,14 +178,23 @@ def test_a_gpu_is_planned_to_keep_them_at_their_bytes(tmp_path: Path) -> None:
     params = (q + 2 * kv) * hidden, hidden * q, 2 * mlp * hidden, hidden * mlp
     held = 1.5 * params[0] + 2 * params[1] + 0.75 * params[2] + 1.25 * params[3]
     assert spec.published.kept_bytes == pytest.approx(held / sum(params))
-    workload = Workload(64, 16)
-    made = plan(spec, box("rtx-4090", 2), workload, "bfloat16")
-    assert {c.layout.format.name for c in made.candidates if c.not_runnable is None} == {GGUF}
-    (named,) = plan(spec, box("rtx-4090", 2), workload, "bfloat16", layouts=[ParallelDims(tp=2)]).candidates
-    assert named.layout.name == "tp2+gguf"
+    workload, machine = Workload(64, 16), box("rtx-4090", 2)
+    made = plan(spec, machine, workload, "bfloat16")
+    assert {c.layout.format.name for c in made.candidates if c.not_runnable is None} == {""}
+    named = Layout(ParallelDims(tp=2), as_kept(spec, FORMATS[GGUF]))
+    (kept,) = plan(spec, machine, workload, "bfloat16", layouts=[named]).candidates
+    assert kept.layout.name == "tp2+gguf"
     assert as_kept(spec, FORMATS[GGUF]).weight_bytes == spec.published.kept_bytes
     on_cpu = kept_on("cpu", spec).published
     assert on_cpu is not None and (on_cpu.format, on_cpu.kept_bytes > spec.published.kept_bytes) == ("", True)
+
+
+def test_what_fits_only_in_its_own_blocks_is_told_how() -> None:
+    stored = Published(Stored.GGUF, 0, format=GGUF, kept_bytes=0.63, kept_bytes_on_cpu=1.06)
+    ways = ways_out(replace(LLAMA_8B, layers=70, published=stored), box("rtx-4090", 1), "bfloat16", 64)
+    (own,) = (way for way in ways if "gguf" in way)
+    assert own.startswith("Fewer bits: gguf (5 bits a weight")
+    assert own.endswith("as --layout tp1+gguf; the file's own weights.")
 
 
 def test_models_without_blocks_are_told_so(tmp_path: Path) -> None:

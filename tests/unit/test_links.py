@@ -19,10 +19,10 @@ from cluster.proof import Outcome, Proof, Step
 from cluster.prove import NO_PEERS, Rung
 from cluster.topology import Topology
 from launch import links
+from launch.configured import engine_config
 from launch.links import only_proved, prove_first_layer, ways_beside_nccl
 from launch.options import EngineOptions
 from launch.progress import Progress
-from launch.start import engine_config
 from orchestrator.engine_config import EngineConfig
 from strategies.plan import ParallelDims
 from tests.fake_nvml import dual_h100

@@ -14,7 +14,7 @@ from strategies.formats import FORMATS
 from strategies.place import place
 from strategies.plan import Layout, ParallelDims, Placement
 from strategies.read_spec import builtin, from_hf_config
-from strategies.runnable import check_runs, why_not
+from strategies.runnable import check_known, why_not
 from strategies.spec import Experts, ModelSpec, Workload
 from tests.unit.machines import LLAMA_8B, box
 
@@ -158,6 +158,8 @@ def test_a_layouts_name_reads_back(name):
     [
         ("tp2+fp9", r"\+fp9 is not a format; formats are \+kvfp8, \+fp8"),
         ("tp2+fp8+int4", "names 2 formats"),
+        ("tp2+offload+int8", "offload comes last, and once: tp2.int8.offload"),
+        ("tp2+offload+offload", "offload comes last, and once: tp2.offload"),
         ("tp4ep3", "ep must divide tp or equal tp × dp, 4; it is 3"),
     ],
 )
@@ -179,13 +181,14 @@ def test_the_engine_says_what_it_does_not_run(tmp_path: Path, capsys):
     assert why_not(LLAMA_8B, Layout.parse("tp2+int4")) is None
     assert why_not(LLAMA_8B, Layout.parse("tp2+fp4")) == "+fp4 is planned only"
     assert "runs where --layout names it" in why_not(LLAMA_8B, Layout.parse("tp2+int4"), named=False)
-    assert why_not(LLAMA_8B, Layout.parse("tp2+int4+offload")) == "offloaded weights are planned only"
-    assert "plans and prices" in why_not(spec_of("DeepSeek-R1"), Layout.parse("tp8"))
-    check_runs(LLAMA_8B)
+    assert why_not(LLAMA_8B, Layout.parse("tp2+int4+offload")) is None
+    assert "where --layout names it" in why_not(LLAMA_8B, Layout.parse("tp2+offload"), named=False)
+    assert "has latent attention" in why_not(spec_of("DeepSeek-R1"), Layout.parse("tp8"))
+    check_known(LLAMA_8B)
     with pytest.raises(
-        BadModel, match=r"DeepSeek-R1 \(deepseek_v3\) is a mixture of experts; this version plans it"
+        BadModel, match=r"DeepSeek-R1 \(deepseek_v3\) is a mixture of experts; the engine has"
     ):
-        check_runs(spec_of("DeepSeek-R1"))
+        check_known(spec_of("DeepSeek-R1"))
     from launch import __main__
 
     assert __main__.main(["generate", "qwen3-30b-a3b", "--weights", "dummy", "--prompt", "hi"]) == 2
@@ -198,5 +201,5 @@ def test_experts_need_experts():
 
 
 def test_every_format_is_named_once():
-    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 12
+    assert len({kept.name for kept in FORMATS.values()}) == len(FORMATS) == 16
     assert json.dumps(sorted(FORMATS))

@@ -76,6 +76,7 @@ def test_specs_need_neither_torch_nor_ray_nor_the_package_itself() -> None:
         ("smolm2", "nearest built-in names are smollm2"),
         ("???", "built-in names are .*Qwen3-8B.*smollm2"),
         ("./nowhere", "does not exist"),
+        ("", "MODEL is empty; give a directory"),
         ("nowhere.gguf", "does not exist"),
     ],
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from ctypes import c_uint32
 from itertools import cycle, islice
 from pathlib import Path
@@ -14,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from cluster.collectives import cuda, one_shot
+from cluster.collectives import cuda, one_shot, transports
 from cluster.collectives.one_shot import (
     DTYPES,
     TRIAL_ROUNDS,
@@ -60,6 +63,7 @@ class Two(Members):
 
 
 PAGE = os.sysconf("SC_PAGESIZE")
+needs_nvrtc = pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is there for Linux and Windows alone")
 BOTH = Reach(64 << 10, 1 << 20)
 
 
@@ -241,6 +245,54 @@ def test_ranks_read_in_the_file_what_the_others_write(monkeypatch: pytest.Monkey
     assert not os.path.exists(offers[0].split()[0])
 
 
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_every_part_lies_near_its_writers_gpu_whichever_rank_is_first(
+    opened: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpus = iter(("0000:01:00.0", "0000:41:00.0", "0000:81:00.0"))
+    monkeypatch.setattr(cuda, "pci_address", lambda: next(gpus))
+    monkeypatch.setattr(cuda, "unregister_host", lambda address: None)
+    placed: list[tuple[str, int]] = []
+
+    def pages_there() -> int:
+        return os.stat(offers[0].split()[0]).st_blocks * 512
+
+    @contextmanager
+    def noted(gpu: str) -> Iterator[None]:
+        yield
+        placed.append((gpu, pages_there()))
+
+    def registered(address: int, n_bytes: int) -> int:
+        placed.append(("all", n_bytes))
+        return address
+
+    monkeypatch.setattr(cuda, "register_host", registered)
+    monkeypatch.setattr(transports, "local_cores", lambda gpu: gpu)
+    monkeypatch.setattr(transports, "on_cores", noted)
+    part = 3 * 8 * PAGE + 5 * PAGE
+    ends = [MappedHostMemory(rank, 3, 8 * PAGE, 5 * PAGE) for rank in range(3)]
+    offers = [end.offer() for end in ends]
+    ends[opened].open(offers)
+    assert placed == [
+        ("0000:01:00.0", part),
+        ("0000:41:00.0", 2 * part),
+        ("0000:81:00.0", 3 * part),
+        ("all", 3 * part),
+    ]
+    ends[opened].close()
+    ends[0].close()
+
+
+def test_a_thread_leaves_its_cores_for_a_while_and_only_where_it_may() -> None:
+    allowed = os.sched_getaffinity(0)
+    one = min(allowed)
+    with transports.on_cores({one, 100_000}):
+        assert os.sched_getaffinity(0) == {one}
+    assert os.sched_getaffinity(0) == allowed
+    with transports.on_cores({100_000}):
+        assert os.sched_getaffinity(0) == allowed
+
+
 def test_a_file_that_is_not_the_first_ranks_is_left_alone(tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.write_bytes(b"keep" * 4096)
@@ -271,21 +323,20 @@ def test_a_launch_reaches_the_driver_as_cuda_h_lays_it_out(
     assert seen == [allowed] * overlap + [(5, 1, 1, 256, 1, 1, 0, 0x7F00_1234_5678, 42)]
 
 
-@pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
-@pytest.mark.parametrize("ranks", [2, MAX_RANKS])
-def test_the_source_compiles_where_there_is_a_compiler(architecture: str, ranks: int) -> None:
-    try:
-        binary = compile_kernels(architecture, ranks)
-    except OSError:
-        pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
+@needs_nvrtc
+@pytest.mark.parametrize(
+    ("architecture", "ranks"),
+    [("sm_75", MAX_RANKS), ("sm_80", 2), ("sm_86", 2), ("sm_89", 2), ("sm_90", 3)],
+)
+def test_the_source_compiles_for_every_generation_since_turing(architecture: str, ranks: int) -> None:
+    """By the compiler of NVIDIA's wheel, with nothing of a toolkit on the loader's path: as on a user's machine."""
+    binary = compile_kernels(architecture, ranks)
     for protocol in Protocol:
         for name in DTYPES.values():
             assert f"all_reduce_{protocol.value}_{name}".encode() in binary
 
 
+@needs_nvrtc
 def test_a_source_that_does_not_compile_is_an_error_with_the_compilers_words() -> None:
-    try:
-        with pytest.raises(RuntimeError, match=r"(?s)sm_90.*undeclared_thing"):
-            cuda.compile_source("int x = undeclared_thing;", "sm_90", {})
-    except OSError:
-        pytest.skip("no NVRTC here; torch's wheel for CUDA brings it")
+    with pytest.raises(RuntimeError, match=r"(?s)sm_90.*undeclared_thing"):
+        cuda.compile_source("int x = undeclared_thing;", "sm_90", {})

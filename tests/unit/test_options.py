@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from cluster.errors import BadLayout, UserError
+from launch.configured import engine_config
 from launch.options import (
     EngineOptions,
     add_engine_arguments,
@@ -17,7 +18,6 @@ from launch.options import (
     engine_options,
     layout,
 )
-from launch.start import engine_config
 from strategies.plan import ParallelDims
 
 
@@ -52,7 +52,7 @@ def test_formats(kept: str, model: Path) -> None:
     assert engine_options(args).format == kept
 
 
-@pytest.mark.parametrize("name", ["tp2+fp4", "tp2+fp4+kvfp8", "tp2+int4+offload", "tp2ep2"])
+@pytest.mark.parametrize("name", ["tp2+fp4", "tp2+fp4+kvfp8", "tp2+fp4+offload", "tp2ep2"])
 def test_formats_that_are_planned_only(name: str) -> None:
     with pytest.raises(BadLayout, match="can be planned, not run, by this version"):
         layout(parsed("--layout", name))
@@ -144,3 +144,40 @@ def test_shares_of_a_gpus_memory_that_are_none(model: Path, share: str) -> None:
         UserError, match=f"--gpu-memory-utilization is {share}; it must be over 0 and at most 1"
     ):
         made(model, "--gpu-memory-utilization", share)
+
+
+def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
+    options = made(
+        model, "--layout", "tp2+int8+offload", "--resident-layers", "1", "--device-memory-gb", "25.3"
+    )
+    assert (options.format, options.offload, options.resident_layers) == ("int8", True, 1)
+    config = engine_config(options, ParallelDims(2))
+    assert (config.offload, config.resident_layers) == (True, 1)
+    assert config.memory_cap_bytes == 25_300_000_000
+    assert not made(model, "--layout", "tp2").offload
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--layout tp1 --resident-layers 1", "of offloaded layouts; add --layout tp1\\+offload"),
+        (
+            "--layout zero3+offload --resident-layers 1",
+            "ZeRO-3 keeps every layer off the device: leave it away",
+        ),
+        ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
+        ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
+        ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),
+        ("--layout tp1+int8+offload --offload-dir /tmp", "in int8.* leave \\+int8 away, or --offload-dir"),
+        ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
+        ("--device-memory-gb nan", "must be from 1 to 10000 GB"),
+    ],
+)
+def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:
+    with pytest.raises(UserError, match=says):
+        made(model, *argv.split())
+
+
+def test_an_empty_folder_is_not_this_one() -> None:
+    with pytest.raises(SystemExit):
+        parsed("--layout", "tp1+offload", "--offload-dir", "")

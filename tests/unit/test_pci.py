@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.network import Interface, fastest_interface
-from cluster.pci import Hop, Slot, read_slot
+from cluster.pci import Hop, Slot, local_cores, read_slot
 
 CARD = "0000:01:00.0"
 
@@ -104,3 +104,15 @@ def test_the_fastest_way_to_other_nodes(tmp_path: Path) -> None:
         (port / "rate").write_text(f"{int(number) * 400} Gb/sec (4X NDR)\n")
         (port / "state").write_text(f"{state}\n")
     assert fastest_interface(tmp_path) == Interface("mlx5_0:1", 50e9)
+
+
+@pytest.mark.parametrize(
+    ("told", "cores"),
+    [("0-3,16-17\n", {0, 1, 2, 3, 16, 17}), ("5\n", {5}), ("\n", set()), (None, set())],
+)
+def test_cores_beside_a_card(tmp_path: Path, told: str | None, cores: set[int]) -> None:
+    devices = tree(tmp_path, ("0000:00:01.1", "16.0", "16"), (CARD, "16.0", "16"))
+    if told is not None:
+        (devices / CARD / "local_cpulist").write_text(told)
+    assert local_cores(CARD, devices) == cores
+    assert local_cores("", devices) == set(), "a GPU whose address is not known"

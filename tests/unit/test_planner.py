@@ -56,6 +56,22 @@ def test_ways_out_hold_when_taken():
     assert ways == ["Fewer bits", "Fewer bits", "Offload", "More cards"]  # cheapest first
 
 
+def test_no_memory_mends_a_dtype_that_no_device_computes_in():
+    made = plan(SMOL, box("cpu", 2, pool="host"), Workload(64, 32), "float16")
+    assert made.chosen is None and "not in float16; choose with --dtype" in made.candidates[0].reason
+    (only,) = [s for s in made.explanation if SMOL.name in s]
+    assert only.startswith(f"No layout of {SMOL.name} runs on ") and only == made.explanation[-1]
+
+
+def test_what_is_said_of_a_layout_names_its_format_too():
+    asked = [Layout.parse(name) for name in ("tp1+int8", "tp1+sparse24+kvfp8")]
+    made = plan(SMOL, box("cpu", 2, pool="host"), Workload(64, 32), "float32", layouts=asked)
+    first, second = (c.layout.name for c in made.candidates[:2])
+    assert made.explanation[0].startswith(f"{first} serves one request")
+    assert any(s.startswith((f"{second} comes next", f"{second} does as well")) for s in made.explanation)
+    assert not any("over 0 tokens" in s for s in made.explanation)
+
+
 def test_a_context_too_long_says_what_would_fit():
     machine = box("rtx-4090", 1)
     made = plan(LLAMA_8B, machine, Workload(), "bfloat16", max_model_len=131072)
@@ -285,7 +301,7 @@ def test_deepseek_r1_on_eight_h200s_is_priced_in_8_bits_and_not_run():
     made = wide(spec, box("h200", 8), concurrency=64, objective=Objective.THROUGHPUT)
     assert made.chosen is None
     best = made.candidates[0]
-    assert best.feasible and "plans and prices" in best.not_runnable
+    assert best.feasible and "plain tp and dp alone" in best.not_runnable
     names = {c.layout.name for c in made.candidates if c.feasible}
     assert {"tp8+fp8", "tp8ep8+fp8", "dp8ep8+fp8"} <= names
     assert any(s.startswith("Planned only") for s in made.explanation)

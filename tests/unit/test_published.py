@@ -78,6 +78,8 @@ def tensors_of(how: str, n: int, k: int, group: int) -> tuple[dict[str, Tensor],
         found = {"qweight": t(pack_rows(mixed(codes))), "qzeros": t(pack_rows(mixed(points)))}
         return found | {"scales": t(scale.T.copy())}, (codes - wide(points)) * wide(scale)
     small = torch.randn(n, k, generator=torch.Generator().manual_seed(n * k)).to(torch.float8_e4m3fn)
+    if how.startswith("nf4"):
+        return nf4(n, k, nested=how == "nf4 nested")
     if how == "blocks":
         scales = RND.random((-(-n // 128), -(-k // 128))).astype(np.float32)
         every = np.repeat(np.repeat(scales, 128, 0), 128, 1)[:n, :k]
@@ -90,6 +92,32 @@ def tensors_of(how: str, n: int, k: int, group: int) -> tuple[dict[str, Tensor],
     scales = t(RND.random(shape).astype(np.float32))
     found = {"weight": small, "weight_scale": scales.reshape(()) if how == "fp8 tensor" else scales}
     return found, small.float().numpy() * scales.numpy()
+
+
+def nf4(n: int, k: int, *, nested: bool) -> tuple[dict[str, Tensor], np.ndarray]:
+    """As bitsandbytes 0.50's QuantState.as_dict(packed=True) has it, whose dequantize_4bit gives the same."""
+    codes, table = (
+        RND.integers(0, 16, n * k).astype(np.uint8),
+        np.sort(RND.normal(size=16)).astype(np.float32),
+    )
+    scales = RND.random(n * k // 64).astype(np.float32) + np.float32(0.1)
+    told: dict[str, Any] = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": [n, k]}
+    t = torch.from_numpy
+    found = {"weight": t((codes[0::2] << 4 | codes[1::2])[:, None]), "weight.quant_map": t(table)}
+    if nested:
+        eight, of_eight = (
+            RND.integers(0, 256, len(scales)).astype(np.uint8),
+            RND.random(256).astype(np.float32),
+        )
+        second = RND.random(-(-len(scales) // 256)).astype(np.float32)
+        scales = of_eight[eight] * np.repeat(second, 256)[: len(scales)] + np.float32(0.25)
+        told |= {"nested_blocksize": 256, "nested_dtype": "float32", "nested_offset": 0.25}
+        found |= {"weight.nested_absmax": t(second), "weight.nested_quant_map": t(of_eight)}
+    found["weight.absmax"] = t(eight) if nested else t(scales)
+    found["weight.quant_state.bitsandbytes__nf4"] = t(
+        np.frombuffer(json.dumps(told).encode(), np.uint8).copy()
+    )
+    return found, (table[codes].reshape(-1, 64) * scales[:, None]).reshape(n, k)
 
 
 def compressed(form: str, kind: str, bits: int, strategy: str, **more: Any) -> dict[str, Any]:
@@ -121,6 +149,8 @@ CONFIGS = {
     "fp8 tensor": {"quant_method": "fp8", "activation_scheme": "static"},
     "fp8 channel": compressed("float-quantized", "float", 8, "channel"),
     "int8": compressed("int-quantized", "int", 8, "channel"),
+    "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+    "nf4 nested": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_use_double_quant": True},
 }
 
 
@@ -153,7 +183,9 @@ def test_reads_to_the_bit(how: str, tmp_path: Path) -> None:
         assert torch.equal(part.float(), wide[3:50, 32:160]), name
 
 
-@pytest.mark.parametrize("how", [how for how in CONFIGS if how not in ("blocks", "gptq act-order")])
+@pytest.mark.parametrize(
+    "how", [how for how in CONFIGS if how not in ("blocks", "gptq act-order") and how[0] != "n"]
+)
 @pytest.mark.parametrize("layout", ["tp1", "tp2", "tp3"])
 def test_ranks_hold_the_codes_themselves(how: str, layout: str, tmp_path: Path) -> None:
     """A KV group is 64 columns and the MLP five groups: ranks get unlike parts, and no code is made anew."""
@@ -182,6 +214,20 @@ def test_ranks_hold_the_codes_themselves(how: str, layout: str, tmp_path: Path) 
                 assert torch.equal(actual, own.to(layer.scales.dtype).float()), to
 
 
+@pytest.mark.parametrize("how", ["nf4 nested", "blocks"])
+def test_what_is_widened_may_be_made_small_anew(how: str, tmp_path: Path) -> None:
+    spec, wanted = published(tmp_path, how)
+    (shard,) = shard_replica(spec, ParallelDims(), kept=FORMATS["int8"])
+    with torch.device("meta"):
+        model = Transformer(spec)
+    checkpoint = open_checkpoint(resolve(str(tmp_path)), spec)
+    load(model, shard, spec, checkpoint, torch.device("cpu"), torch.float32, None, FORMATS["int8"])
+    down, wide = model.layers[0].mlp.down, wanted["model.layers.0.mlp.down_proj.weight"]
+    assert isinstance(down, Quantized)
+    apart = (down.dequantized(slice(None)) - wide).abs().amax(1)
+    assert (apart <= 0.51 * down.scales).all() and apart.max() > 0
+
+
 def test_packing_is_undone() -> None:
     for bits in (4, 8):
         codes = torch.from_numpy(RND.integers(0, 1 << bits, (5, 37)).astype(np.uint8))
@@ -191,7 +237,10 @@ def test_packing_is_undone() -> None:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"quant_method": "bitsandbytes"}, "quantized by bitsandbytes are not read; compressed-tensors"),
+        (
+            {"quant_method": "bitsandbytes"},
+            "bitsandbytes' 8 bits are not read, its 4 bits are; use the bf16 weights",
+        ),
         ({}, "quantized by no named method"),
         ({"quant_method": "gptq", "bits": 3, "group_size": 128}, "bits is 3; it must be 4 or 8"),
         ({"quant_method": "gptq", "bits": 4, "group_size": 12}, "group_size is 12"),
@@ -221,6 +270,17 @@ def test_a_mislabelled_checkpoint_is_found_before_it_is_loaded(tmp_path: Path) -
         BadModel, match=r"weight_scale is \[192, 3\] in the checkpoint, but \[192, 2\] by its config"
     ):
         open_checkpoint(resolve(str(tmp_path)), wrong).verify()
+
+
+NF4_STATE = "quant_state.bitsandbytes__nf4"
+
+
+def as_bytes(text: bytes) -> Tensor:
+    return torch.tensor(list(text), dtype=torch.uint8)
+
+
+def offset_nan(state: Tensor) -> Tensor:
+    return as_bytes(bytes(state.tolist()).replace(b'"nested_offset": 0.25', b'"nested_offset": NaN'))
 
 
 def restored(directory: Path, part: str, change: Callable[[Tensor], Tensor]) -> None:
@@ -254,6 +314,16 @@ def restored(directory: Path, part: str, change: Callable[[Tensor], Tensor]) -> 
             lambda x: x.to(torch.int32),
             "weight_scale is stored as I32; supported are",
         ),
+        ("nf4 nested", "weight.absmax", lambda x: x.float(), "absmax is stored as F32; .*writes U8"),
+        ("nf4", "weight.absmax", lambda x: x.to(torch.int8), "absmax is stored as I8; supported are F64"),
+        ("nf4", "weight", lambda x: x.to(torch.int8), "down_proj.weight is stored as I8; .*writes U8"),
+        (
+            "nf4 nested",
+            f"weight.{NF4_STATE}",
+            lambda _: as_bytes(b'{"blocksize": 1e400}'),
+            "is no quantization that",
+        ),
+        ("nf4 nested", f"weight.{NF4_STATE}", offset_nan, "is no quantization that"),
     ],
 )
 def test_scales_and_orders_of_another_shape_are_found_before_it_is_loaded(

@@ -99,6 +99,14 @@ def test_outputs_in_half_precision_are_logits_within_the_slack() -> None:
     assert outputs(made, "tp1") is None  # nobody looked at its logits
 
 
+def test_offloaded_layers_answer_as_resident_ones_and_weights_of_their_own_as_nothing() -> None:
+    far, other = trial(1, 1, 1, "others"), trial(1, 1, 1, "")
+    trials = {"tp1": {2: trial(1, 1, 1)}, "tp2+offload": {2: far}, "zero3+offload": {2: other}}
+    made = Comparison({2: PLAN}, trials, WORKLOAD, PAIR, "float32")
+    told = [outputs(made, name) for name in trials]
+    assert told == ["equal", "different", None]
+
+
 def test_outputs_are_compared_within_a_format_and_a_load() -> None:
     one = Comparison({2: PLAN}, {"tp1": {2: trial(1, 1, 1)}}, WORKLOAD, PAIR, "float32")
     eight = trial(1, 1, 1, "in 8 bits")

@@ -13,8 +13,9 @@ import pytest
 from cluster.errors import BadLayout, GangDied
 from cluster.gang import Gang, Member
 from launch import start
+from launch.configured import limits_for
 from launch.options import EngineOptions
-from launch.start import Restarting, limits_for
+from launch.start import Restarting
 from orchestrator.scheduler import SchedulerConfig
 from strategies.plan import ParallelDims
 from strategies.source import ModelSource, SourceKind

@@ -32,6 +32,9 @@ serve:
   max_num_seqs: 5
   max_num_batched_tokens: 600
   gpu_memory_utilization: 0.8
+  device_memory_gb: 20
+  resident_layers: 2
+  offload_dir: disk
   request_timeout_s: 60
   step_timeout_s: 90
   drain_timeout_s: 20
@@ -84,6 +87,9 @@ def test_every_key_becomes_the_flag_of_serve_that_it_is_named_for(tmp_path: Path
         "max_num_seqs": 5,
         "max_num_batched_tokens": 600,
         "gpu_memory_utilization": 0.8,
+        "device_memory_gb": 20.0,
+        "resident_layers": 2,
+        "offload_dir": tmp_path / "disk",
         "request_timeout": 60.0,
         "step_timeout": 90.0,
         "drain_timeout": 20.0,

@@ -3,6 +3,7 @@
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.argmax import argmax
 from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
+from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8
 from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.overlap import supported
 from orchestrator.engine.kernels.quantized import quantized
@@ -15,7 +16,9 @@ __all__ = [
     "gate_up",
     "gemv",
     "groups_of_8",
+    "int8_by_int8",
     "quantized",
     "silu_mul",
     "supported",
+    "takes_int8",
 ]

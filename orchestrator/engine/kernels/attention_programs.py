@@ -72,7 +72,10 @@ def _attend(
         else:
             k_ND = tl.load(keys + place_ND, mask=dim_D[None, :] < HEAD_DIM, other=0.0)
             v_ND = tl.load(values + place_ND, mask=dim_D[None, :] < HEAD_DIM, other=0.0)
-        k_ND, v_ND = k_ND.to(q_MD.dtype), v_ND.to(q_MD.dtype)  # a cache in float8 is widened
+        if (
+            k_ND.dtype != q_MD.dtype
+        ):  # float8, which compute capability 8.9 turns into bfloat16 by way of float32 only
+            k_ND, v_ND = k_ND.to(tl.float32).to(q_MD.dtype), v_ND.to(tl.float32).to(q_MD.dtype)
         offsets_N = _cache_offsets(blocks_N, start + TILE + key_N, first, last, BLOCK_SIZE, ROW)
         blocks_N = _blocks(table, start + 2 * TILE + key_N, first, last, BLOCK_SIZE)
         score_MN = tl.dot(q_MD, tl.trans(k_ND), input_precision="ieee")

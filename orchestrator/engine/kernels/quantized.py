@@ -19,9 +19,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orchestrator.engine.kernels.quantized_dot import dot, widened
+from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, dot, widened
+from orchestrator.engine.kernels.rounding import rounded
 
-FP8_MOST = 448.0  # of e4m3
 MAX_ROWS = 2
 """Rows of x that the streaming kernels take; each number of rows has a kernel of its own to compile."""
 
@@ -30,10 +30,6 @@ MIDDLE_ROWS = 128
 
 FLOAT8_ROWS = 16
 """Up to which weights in float8 are widened too: to round x as well costs a launch more."""
-
-WIDENED_WEIGHTS = 2**26
-"""So many are widened at once for cuBLAS: 128 MiB in bfloat16. With a quarter of it 4096 channels of 14336 columns came
-in parts of 1170, which cuBLAS takes three times as long for (2048 rows on an H100, 2026-11-22)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,34 +223,10 @@ def multiplies_float8(x_MK: Tensor, codes: Tensor) -> bool:
     return x_MK.dtype == torch.bfloat16 and x_MK.shape[1] % 16 == 0 and len(codes) % 16 == 0
 
 
-@triton.jit
-def _to_float8(x, small, scales, K: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr):
-    """A program has one row, read twice: the second time from cache."""
-    row = tl.program_id(0).to(tl.int64) * K
-    column = tl.arange(0, BLOCK)
-    largest = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, K, BLOCK):
-        some = tl.load(x + row + start + column, mask=start + column < K, other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(some))
-    scale = tl.maximum(tl.max(largest, axis=0) / MOST, 1e-12)
-    tl.store(scales + tl.program_id(0), scale)
-    for start in tl.range(0, K, BLOCK):
-        inside = start + column < K
-        some = tl.load(x + row + start + column, mask=inside, other=0.0).to(tl.float32) / scale
-        some = tl.minimum(tl.maximum(some, -MOST), MOST)
-        tl.store(small + row + start + column, some.to(small.dtype.element_ty), mask=inside)
-
-
 def to_float8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
     """Each row scaled so that its largest is e4m3's: [M, K], and the scales, float32 [M, 1]."""
-    m, k = x_MK.shape
-    small_MK = torch.empty((m, k), dtype=torch.float8_e4m3fn, device=x_MK.device)
-    scales_M1 = torch.empty((m, 1), dtype=torch.float32, device=x_MK.device)
-    block = min(4096, triton.next_power_of_2(k))
-    _to_float8[(m,)](
-        x_MK, small_MK, scales_M1, K=k, BLOCK=block, MOST=FP8_MOST, num_warps=max(1, block // 512)
-    )
-    return small_MK, scales_M1
+    small_MK, scales_M = rounded(x_MK, torch.float8_e4m3fn)
+    return small_MK, scales_M.unsqueeze(1)
 
 
 def by_float8(x_MK: Tensor, codes: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -9,6 +9,7 @@ Dimensions as in quantized.py, which has the trick for 4 bits.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
@@ -23,6 +24,11 @@ PROGRAMS_OF_FEW_ROWS4 = {16: 900, 32: 512}
 """Of 4 bits, widening takes most of the time: smaller parts spread it more evenly. By the rows of a tile."""
 MOST_SPLITS = 8
 SMALL_SHARED_BYTES = 160_000  # a multiprocessor with less has 99 KB for a program, as a 4090's
+
+
+WIDENED_WEIGHTS = 2**26
+"""So many are widened at once for cuBLAS: 128 MiB in bfloat16. With a quarter of it 4096 channels of 14336 columns came
+in parts of 1170, which cuBLAS takes three times as long for (2048 rows on an H100, 2026-11-22)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,7 +274,8 @@ def dot(
     """
     m, k = x_MK.shape
     n = len(codes)
-    tile = tile or choose_dot_tile(m, group, _shared_bytes(x_MK.device))
+    halves = x_MK.dtype.itemsize == 2  # a tile of float32 takes twice the shared memory
+    tile = tile or choose_dot_tile(m, group, _shared_bytes(x_MK.device) if halves else 0)
     splits = splits or splits_of(n, k, tile, m, group)
     size, all_ = (tile.columns // 8, k // 8) if group else (min(tile.columns, triton.next_power_of_2(k)), k)
     size = max(16, size)
@@ -342,13 +349,24 @@ def widened(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, at_once: int
 ) -> Tensor:
     """x @ weight.T + bias by cuBLAS, so many weights widened at once."""
+
+    def fill(rows: slice, room: Tensor) -> None:
+        widen(codes[rows], scales[rows], group, room)
+
+    return in_pieces(x_MK, len(codes), fill, bias_N, at_once)
+
+
+def in_pieces(
+    x_MK: Tensor, n: int, fill: Callable[[slice, Tensor], None], bias_N: Tensor | None, at_once: int
+) -> Tensor:
+    """x @ weight.T + bias by cuBLAS: `fill` puts some rows of the weight, of `n`, into memory, `at_once` numbers."""
     m, k = x_MK.shape
-    n = len(codes)
     step = max(1, at_once // k)
     room = torch.empty((min(step, n), k), dtype=x_MK.dtype, device=x_MK.device)
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     for start in range(0, n, step):
         rows = slice(start, min(start + step, n))
-        wide = widen(codes[rows], scales[rows], group, room[: rows.stop - start])
+        wide = room[: rows.stop - start]
+        fill(rows, wide)
         torch.mm(x_MK, wide.t(), out=out[:, rows])
     return out if bias_N is None else out.add_(bias_N)

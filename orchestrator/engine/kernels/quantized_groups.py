@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, in_pieces
+
 STREAM_ROWS = 2
 DOT_ROWS = 128
-WIDENED_WEIGHTS = 2**26  # at once, see quantized.py
 CHANNELS, COLUMNS = 64, 64  # of a program of `_dot`
 
 
@@ -138,20 +139,16 @@ def groups_of_8(
     block = max(16, triton.next_power_of_2(m))
     _dot[(triton.cdiv(n, CHANNELS), triton.cdiv(m, block))](
         x_MK, codes_NK, scales, bias, out, m, n,
-        M_BLOCK=block, CHANNELS=CHANNELS, COLUMNS=COLUMNS, num_warps=4, num_stages=3, **how,
+        M_BLOCK=block, CHANNELS=CHANNELS, COLUMNS=COLUMNS, num_warps=4, num_stages=3 if block < 64 else 2, **how,
     )  # fmt: skip
     return out
 
 
 def _by_widening(x_MK: Tensor, codes_NK: Tensor, scales: Tensor, bias_N: Tensor | None) -> Tensor:
     n, k = codes_NK.shape
-    step = max(1, WIDENED_WEIGHTS // k)
-    room = torch.empty((min(step, n), k), dtype=x_MK.dtype, device=x_MK.device)
-    out = torch.empty((len(x_MK), n), dtype=x_MK.dtype, device=x_MK.device)
     how = {"K": k, "GROUP": k // scales.shape[1], "NUMBERS": scales.shape[2], "BLOCK": 2048}
-    for start in range(0, n, step):
-        rows = slice(start, min(start + step, n))
-        wide = room[: rows.stop - start]
-        _widen[(triton.cdiv(wide.numel(), 2048),)](codes_NK[rows], scales[rows], wide, wide.numel(), **how)
-        torch.mm(x_MK, wide.t(), out=out[:, rows])
-    return out if bias_N is None else out.add_(bias_N)
+
+    def fill(rows: slice, room: Tensor) -> None:
+        _widen[(triton.cdiv(room.numel(), 2048),)](codes_NK[rows], scales[rows], room, room.numel(), **how)
+
+    return in_pieces(x_MK, n, fill, bias_N, WIDENED_WEIGHTS)

@@ -1,0 +1,68 @@
+"""What options come to: the engine of every rank, and the scheduler's limits."""
+
+from __future__ import annotations
+
+import os
+
+from cluster.errors import BadLayout
+from launch.links import ways_beside_nccl
+from launch.options import EngineOptions
+from orchestrator.engine_config import EngineConfig
+from orchestrator.scheduler import SchedulerConfig
+from strategies.plan import ParallelDims
+
+JOIN_TIMEOUT_S = 120.0
+OFFLOAD_KV_TOKENS = 8192  # of cache, that offloaded layers leave room for
+
+
+def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
+    cores = len(os.sched_getaffinity(0))
+    return EngineConfig(
+        source=options.source,
+        spec=options.spec,
+        dtype=options.dtype,
+        device=options.device,
+        format=options.format,
+        compatible=options.compatible,
+        zero3=options.zero3,
+        offload=options.offload,
+        resident_layers=options.resident_layers,
+        offload_dir=options.offload_dir,
+        offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
+        memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
+        dummy_weights=options.dummy_weights,
+        block_size=options.block_size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        threads=max(1, cores // dims.world_size),
+        graphs=options.captures,
+        memory_utilization=options.gpu_memory_utilization,
+        seed=options.seed,
+        grammars=options.grammars,
+        join_timeout_s=JOIN_TIMEOUT_S,
+        ways=ways_beside_nccl(options, dims),
+    )
+
+
+def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> SchedulerConfig:
+    """The scheduler's limits where every rank has room for `blocks`. Raises BadLayout if a context does not fit."""
+    size, asked = options.block_size, options.max_model_len
+    blocks = min(blocks, options.num_blocks or blocks)
+    least = options.least_context
+    if blocks * size < least:
+        raise BadLayout(
+            f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "
+            "Lower --max-model-len, or split the model over more devices"
+        )
+    context = asked or min(options.spec.max_positions, blocks * size)
+    useful = options.max_num_seqs * -(-context // size)
+    return SchedulerConfig(
+        num_blocks=min(blocks, useful),
+        block_size=size,
+        max_num_seqs=options.max_num_seqs,
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_model_len=context,
+        groups=dims.pp,
+        prefix_caching=options.prefix_caching,
+        run_ahead=options.device == "cuda" and options.dtype != "float64" and not options.compatible,
+    )

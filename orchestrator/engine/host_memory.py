@@ -1,0 +1,32 @@
+"""Host memory that a GPU's copy engine reads and writes by itself: pages of their own, in large ones, locked."""
+
+from __future__ import annotations
+
+import mmap
+import weakref
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def paged(n_bytes: int) -> Tensor:
+    """uint8 [n_bytes], from the start of a page on, and on no page with anything else."""
+    memory = mmap.mmap(-1, n_bytes)
+    with suppress(OSError):  # a kernel without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)  # which keeps the mapping
+
+
+def pin(host: Tensor) -> None:
+    """Locks what `paged` gave. torch's own pinned memory comes in powers of two: up to twice as much as is wanted."""
+    runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    address = host.data_ptr()
+    status = runtime.cudaHostRegister(address, host.nbytes, 0)
+    if status != runtime.cudaError.success:
+        raise MemoryError(
+            f"cudaHostRegister of {host.nbytes / 1e9:.2f} GB failed with CUDA error {int(status)}; "
+            "see `ulimit -l`, and how much memory is free"
+        )
+    weakref.finalize(host, runtime.cudaHostUnregister, address).atexit = False

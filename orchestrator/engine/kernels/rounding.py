@@ -1,0 +1,46 @@
+"""Rows of x in 8 bits, each scaled by its largest as it comes: for products of int8 by int8 and of float8 by float8."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+MOST = {torch.int8: 127.0, torch.float8_e4m3fn: 448.0}
+_ROUNDER = tl.constexpr(
+    12582912.0
+)  # 1.5 × 2**23: what is added to it is rounded to whole numbers, halves to even
+
+
+@triton.jit
+def _rounded(x, small, scales, K: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.constexpr, WHOLE: tl.constexpr):
+    """A program has one row, read twice: the second time from cache."""
+    row = tl.program_id(0).to(tl.int64) * K
+    column = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in tl.range(0, K, BLOCK):
+        some = tl.load(x + row + start + column, mask=start + column < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(some))
+    scale = tl.maximum(tl.max(largest, axis=0) / MOST, 1e-12)
+    tl.store(scales + tl.program_id(0), scale)
+    for start in tl.range(0, K, BLOCK):
+        inside = start + column < K
+        some = tl.load(x + row + start + column, mask=inside, other=0.0).to(tl.float32) / scale
+        some = tl.minimum(tl.maximum(some, -MOST), MOST)
+        if WHOLE:
+            some = (some + _ROUNDER) - _ROUNDER
+        tl.store(small + row + start + column, some.to(small.dtype.element_ty), mask=inside)
+
+
+def rounded(x_MK: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """To int8 or e4m3, each row scaled so that its largest is the dtype's: [M, K], and the scales, float32 [M]."""
+    m, k = x_MK.shape
+    small_MK = torch.empty((m, k), dtype=dtype, device=x_MK.device)
+    scales_M = torch.empty(m, dtype=torch.float32, device=x_MK.device)
+    block = min(4096, triton.next_power_of_2(k))
+    _rounded[(m,)](
+        x_MK, small_MK, scales_M,
+        K=k, BLOCK=block, MOST=MOST[dtype], WHOLE=dtype == torch.int8, num_warps=max(1, block // 512),
+    )  # fmt: skip
+    return small_MK, scales_M

@@ -1,0 +1,126 @@
+"""A rank's transformer with its weights, all on the device or, offloaded, as many layers as fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from cluster.discover import read_cpu
+from cluster.errors import BadLayout
+from orchestrator.engine.checkpoint import Checkpoint
+from orchestrator.engine.disk import READERS, LayerFile
+from orchestrator.engine.loader import load
+from orchestrator.engine.memory import available_host_bytes, check_float8
+from orchestrator.engine.model import Transformer
+from orchestrator.engine.offload import spots, stream
+from orchestrator.engine_config import EngineConfig
+from strategies import tensor
+from strategies.cost_memory import work_bytes
+from strategies.formats import FORMATS
+from strategies.offload import Streaming, check_host, resident_layers
+from strategies.plan import Shard
+from strategies.quantize import as_kept
+from strategies.scheme import SPARSE24
+
+
+class DiskRate(NamedTuple):
+    bytes_per_s: float
+    is_direct: bool  # past the page cache
+
+    def told(self, step_bytes: int) -> str:
+        how = (
+            "directly"
+            if self.is_direct
+            else "through the page cache, for the file system refuses direct reads"
+        )
+        most = f", which allows {self.bytes_per_s / step_bytes:.2f} steps a second" if step_bytes else ""
+        return f"a disk (read {how} by {READERS} threads, {self.bytes_per_s / 1e9:.2f} GB/s{most})"
+
+
+class Residence(NamedTuple):
+    layers: int  # of the rank
+    resident: int  # of them, on the device
+    step_bytes: int  # that come from host memory, or a disk, at every step
+    disk: DiskRate | None = None  # None: from host memory
+
+    @property
+    def told(self) -> str:
+        """What a user is told of it."""
+        if not self.step_bytes:
+            kept = f"all {self.layers} layers of a rank stay on its device"
+            return (
+                kept
+                if self.resident == self.layers
+                else f"{kept}, {self.layers - self.resident} in the buffers"
+            )
+        came = "host memory" if self.disk is None else self.disk.told(self.step_bytes)
+        return (
+            f"{self.resident} of a rank's {self.layers} layers stay on its device; {self.step_bytes / 1e9:.2f} GB come "
+            f"from {came} at every step"
+        )
+
+
+def loaded(
+    config: EngineConfig,
+    shard: Shard,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    free: int,
+    progress: Callable[[int, int], None],
+) -> tuple[Transformer, Residence]:
+    """`free` bytes of the device are to be had. Raises BadLayout and BadModel."""
+    spec, dtype = config.spec, getattr(torch, config.dtype)
+    with torch.device("meta"):
+        model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
+    kept = FORMATS[config.format]
+    check_float8(kept, device)
+    layers = len(shard.layers)
+    streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
+    if kept.weights == SPARSE24 and streaming.buffers:
+        raise BadLayout(f"+{SPARSE24} keeps all layers on the device; leave +offload away")
+    file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
+    given = None if file is None else file.allocate
+    load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, given)
+    streams = stream(model, streaming, device, file)
+    if streams is None:
+        return model, Residence(layers, layers, 0)
+    rate = None if file is None else DiskRate(streams.disk.bytes_per_s, file.is_direct)
+    return model, Residence(layers, streaming.resident, streams.step_bytes, rate)
+
+
+def _file(model: Transformer, streaming: Streaming, config: EngineConfig, dtype: torch.dtype) -> LayerFile:
+    """For the layers that are streamed, empty yet. Raises BadLayout."""
+    if kept := FORMATS[config.format].weights:
+        raise BadLayout(f"--offload-dir keeps weights in the model's dtype; leave +{kept} away")
+    parts = [spots(model.layers[i], f"layers.{i}", dtype.itemsize) for i in streaming.streamed]
+    assert config.offload_dir is not None
+    return LayerFile(config.offload_dir, [part for part, _ in parts], [size for _, size in parts], dtype)
+
+
+def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: int) -> int:
+    """Of a rank's layers, how many stay on a device with `free` bytes. Raises BadLayout."""
+    layers = len(shard.layers)
+    if config.resident_layers is not None:
+        return min(layers, config.resident_layers)
+    if device.type != "cuda":  # the host's memory is the device's
+        return layers
+    needs = work_bytes(
+        config.spec,
+        shard,
+        config.dtype,
+        as_kept(config.spec, FORMATS[config.format]),
+        tokens=config.max_num_batched_tokens,
+        rows=config.max_num_seqs,
+        cached=config.offload_kv_tokens,
+    )
+    resident = resident_layers(layers, needs.layer, free - needs.beside_layers)
+    ranks = shard.tp * shard.pp  # on this host, as far as a rank knows
+    if config.offload_dir is not None:  # whose room is looked at when the file is made
+        return resident
+    # A control group counts pages of files that were read as used: its limit alone says something.
+    check_host(
+        (layers - resident) * needs.layer * ranks, min(available_host_bytes(), read_cpu().memory_bytes)
+    )
+    return resident

@@ -1,0 +1,233 @@
+"""Layers that come from host memory: which, where to and when, on a CPU with the same two buffers as a GPU."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from cluster.errors import BadLayout, UserError
+from launch.disk_limit import limit, streamed_bytes, tell_disk
+from launch.options import EngineOptions
+from launch.predict import capped
+from launch.progress import Progress
+from orchestrator.engine.disk import LayerFile
+from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
+from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
+from orchestrator.engine.residence import Residence
+from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
+from strategies.overlap import Overlap
+from strategies.plan import Layout
+from strategies.planner import plan
+from strategies.read_spec import builtin
+from strategies.source import ModelSource, SourceKind
+from strategies.spec import Workload
+from tests.unit.machines import box
+from tests.unit.test_overlap import TwoRanks
+
+CPU = torch.device("cpu")
+
+
+class Stack(nn.Module):
+    """Layers of unlike weights; `width` of some may differ, as in checkpoints that keep some layers in full."""
+
+    def __init__(self, layers: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.Linear(7, 5 + i % 2), nn.Tanh(), nn.Linear(5 + i % 2, 7)) for i in range(layers)
+        )
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+@given(st.integers(1, 100), st.data())
+def test_streamed_layers_lie_evenly_and_end_with_the_last(layers: int, data: st.DataObject) -> None:
+    resident = data.draw(st.integers(0, layers - 1))
+    found = Streaming(layers, resident).streamed
+    assert len(found) == layers - resident
+    assert found[-1] == layers - 1
+    gaps = {b - a for a, b in zip((-1, *found), found, strict=False)}
+    assert min(gaps) >= 1
+    assert max(gaps) - min(gaps) <= 1
+
+
+@given(st.integers(1, 40))
+def test_a_step_ends_with_the_buffers_as_it_began(count: int) -> None:
+    streaming = Streaming(count, 0)
+    held = {buffer: buffer for buffer in range(streaming.buffers)}
+    for position in range(count):
+        buffer = streaming.buffer_of(position)
+        assert held[buffer] == position
+        held[buffer] = streaming.after(position)
+        assert streaming.buffer_of(held[buffer]) == buffer
+    assert held == {buffer: buffer for buffer in range(streaming.buffers)}
+
+
+@pytest.mark.parametrize("layers", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("resident", [0, 1, 2, 3])
+def test_outputs_are_the_very_same_at_every_step(layers: int, resident: int) -> None:
+    whole, streamed = Stack(layers), Stack(layers)
+    found = stream(streamed, Streaming(layers, min(layers, resident)), CPU)
+    assert (found is None) == (resident >= layers)
+    for step in range(3):
+        x = torch.full((2, 7), 0.1 * step + 0.1)
+        assert torch.equal(streamed(x), whole(x))
+
+
+@pytest.mark.parametrize(("layers", "resident"), [(4, 0), (5, 0), (7, 2), (2, 0), (3, 2)])
+def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_path: Path) -> None:
+    whole, streamed = Stack(layers), Stack(layers)
+    streaming = Streaming(layers, resident)
+    parts = [spots(streamed.layers[i], f"layers.{i}", 4) for i in streaming.streamed]
+    file = LayerFile(tmp_path, [part for part, _ in parts], [size for _, size in parts], torch.float32)
+    for name, parameter in streamed.named_parameters():
+        given = file.allocate(name)
+        assert (given is None) == (int(name.split(".")[1]) not in streaming.streamed)
+        if given is not None:
+            given.copy_(parameter)
+    del given
+    with torch.no_grad():
+        for i in streaming.streamed:
+            for parameter in streamed.layers[i].parameters():
+                parameter.zero_()  # what is computed with came from the file
+    found = stream(streamed, streaming, CPU, file)
+    assert isinstance(found, Stream)
+    assert list(tmp_path.iterdir()) == []
+    for step in range(4):
+        x = torch.full((2, 7), 0.1 * step + 0.1)
+        assert torch.equal(streamed(x), whole(x))
+
+
+def test_a_disk_without_room_is_said_with_its_figures(tmp_path: Path) -> None:
+    with pytest.raises(BadLayout, match=r"keeps 9000000\.0 GB of a rank's weights in .* which has room for"):
+        LayerFile(tmp_path, [{}], [9 * 10**15], torch.float32)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadLayout, match=r"--offload-dir .*file: .*; give a folder on a disk with room"):
+        LayerFile(tmp_path / "file", [{}], [4096], torch.float32)
+
+
+def test_a_weight_that_has_not_come_is_an_error_and_not_an_answer() -> None:
+    model = Stack(4)
+    stream(model, Streaming(4, 0), CPU)
+    x = model.layers[0](torch.ones(1, 7))
+    with pytest.raises(AssertionError, match="buffer 0 has 2, not 0"):
+        model.layers[0](x)
+
+
+def test_only_buffers_and_resident_layers_are_on_the_device() -> None:
+    model = Stack(8)
+    before, layer = resident_bytes(model), 2048
+    found = stream(model, Streaming(8, 2), CPU)
+    assert isinstance(found, Stream)
+    resident = sum(p.nbytes for i in (0, 4) for p in model.layers[i].parameters())
+    kept = resident_bytes(model)
+    assert kept <= resident + BUFFERS * layer
+    assert kept < before + BUFFERS * layer
+    assert found.step_bytes > 0
+
+
+class Summed(nn.Module):
+    """A layer with two sums between ranks, as a transformer's has."""
+
+    def __init__(self, overlap: Overlap) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(3, 3), nn.Linear(3, 3)
+        self._overlap = overlap
+
+    def forward(self, x: Tensor) -> Tensor:
+        half = self._overlap.all_reduce(self.first(x).view(-1)).view(x.shape)
+        return self._overlap.all_reduce(self.second(half).view(-1)).view(x.shape)
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4, 5])
+def test_two_parts_of_a_batch_take_turns_over_the_same_buffers(layers: int) -> None:
+    def made() -> tuple[Overlap, Stack]:
+        overlap, model = Overlap(TwoRanks()), Stack(0)
+        torch.manual_seed(1)
+        model.layers = nn.ModuleList(Summed(overlap) for _ in range(layers))
+        return overlap, model.requires_grad_(False)
+
+    (_, whole), (overlap, streamed) = made(), made()
+    stream(streamed, Streaming(layers, 0), CPU)
+    parts = [torch.ones(2, 3), torch.full((2, 3), 2.0)]
+    for _ in range(2):
+        found = overlap.run([lambda x=x: streamed(x) for x in parts])
+        for x, got in zip(parts, found, strict=True):
+            assert torch.equal(got, whole(x))
+
+
+@pytest.mark.parametrize(
+    ("room", "resident"), [(80, 8), (1000, 8), (79, 5), (70, 5), (69, 4), (20, 0), (29, 0)]
+)
+def test_as_many_layers_stay_as_fit_beside_two_buffers(room: int, resident: int) -> None:
+    assert resident_layers(8, 10, room) == resident
+
+
+def test_what_cannot_be_offloaded_is_said_with_its_figures() -> None:
+    with pytest.raises(BadLayout, match=r"needs 2 layers of 1\.00 GB .* and 1\.90 GB is left"):
+        resident_layers(8, 10**9, 19 * 10**8)
+    with pytest.raises(BadLayout, match=r"keeps 50\.0 GB .* of which 40\.0 GB is available"):
+        check_host(50 * 10**9, 40 * 10**9)
+    check_host(40 * 10**9, 40 * 10**9)
+
+
+def test_a_plan_says_what_a_disk_allows() -> None:
+    spec, layout, machine = builtin("qwen2.5-32b"), Layout.parse("tp2+offload"), box("rtx-4090", 2)
+    (asked,) = plan(spec, machine, Workload(), "bfloat16", layouts=[layout]).candidates
+    source = ModelSource("qwen2.5-32b", None, SourceKind.BUILTIN)
+    sizes = (True, None, 256, 2048, 16, None, True, 0, None, True)
+    options = EngineOptions(source, spec, "cuda", "bfloat16", *sizes)
+    layer = 2 * spec.layer_params
+    every = streamed_bytes(replace(options, resident_layers=0), asked, machine, Workload())
+    assert every == pytest.approx(spec.layers * layer, rel=0.01)  # both ranks read the one disk
+    half = streamed_bytes(replace(options, resident_layers=32), asked, machine, Workload())
+    assert half == pytest.approx(every / 2, rel=0.01)
+    assert (
+        streamed_bytes(replace(options, resident_layers=62), asked, machine, Workload()) == 0
+    )  # in the buffers
+    nowhere = replace(options, resident_layers=62, offload_dir=Path("/proc/nothing"))
+    with pytest.raises(
+        UserError, match=r"--offload-dir /proc/nothing: .*; give a folder on a disk with room"
+    ):
+        tell_disk(nowhere, asked, machine, Workload(), Progress(quiet=True))
+    told = streamed_bytes(options, asked, machine, Workload())
+    assert 0 < told < every
+    assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(
+        "reads 5.00 GB/s: one request gets 0.25 tokens/s at most"
+    )
+
+
+def test_a_cap_counts_what_went_since_the_process_came() -> None:
+    gb = 10**9
+    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
+    assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
+
+
+def test_a_plan_says_how_many_layers_stay_and_a_cap_leaves_fewer() -> None:
+    spec, layout = builtin("qwen2.5-32b"), Layout.parse("tp1+offload")
+    kept = []
+    for machine in (box("rtx-4090", 1), capped(box("rtx-4090", 1), 20.0)):
+        (found,) = plan(spec, machine, Workload(), "bfloat16", layouts=[layout]).candidates
+        assert found.feasible and found.not_runnable is None
+        (told,) = [note for note in found.marked if "resident" in note]
+        resident, of = re.match(r"(\d+) of a rank's (\d+) layers resident; [\d.]+ GB come", told).groups()
+        assert of == "64"
+        kept.append(int(resident))
+    assert 64 > kept[0] > kept[1] > 0
+
+
+def test_what_stays_in_the_buffers_comes_but_once() -> None:
+    assert Residence(8, 8, 0).told == "all 8 layers of a rank stay on its device"
+    assert Residence(8, 6, 0).told == "all 8 layers of a rank stay on its device, 2 in the buffers"
+    assert "6 of a rank's 8 layers stay on its device; 2.00 GB come" in Residence(8, 6, 2 * 10**9).told

@@ -31,10 +31,6 @@ class Tile:
     warps: int
     ahead: int
 
-    @property
-    def defines(self) -> dict[str, int]:
-        return {"MT": self.channels, "NT": self.rows, "WARPS": self.warps, "DEPTH": self.ahead}
-
 
 TILES = {1: Tile(1, 1, 8, 4), 2: Tile(2, 2, 8, 2), 4: Tile(2, 4, 8, 2)}
 GATED_TILES = {1: Tile(2, 1, 8, 2), 2: Tile(2, 2, 8, 2), 4: Tile(2, 4, 8, 2)}
@@ -79,23 +75,34 @@ def _kernel(
     tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool, device: torch.device
 ) -> cuda.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
-    defines = {
-        **tile.defines,
+    text = source(tile, group, dtype, scales, gated)
+    return cuda.Kernel(cuda.load(binary(text, f"sm_{major}{minor}")), "few_rows4")
+
+
+def source(tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool) -> str:
+    """few_rows4.cu for a tile."""
+    sizes = {
+        "MT": tile.channels,
+        "NT": tile.rows,
+        "WARPS": tile.warps,
+        "DEPTH": tile.ahead,
         "GROUP": group,
         "IS_HALF": int(dtype == torch.float16),
         "WIDE_SCALES": int(scales == torch.float32),
         "GATED": int(gated),
     }
-    return cuda.Kernel(cuda.load(binary(f"sm_{major}{minor}", defines)), "few_rows4")
+    return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + _text()
 
 
-def binary(architecture: str, defines: dict[str, int]) -> bytes:
-    """Compiled here, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
-    text = Path(__file__).with_suffix(".cu").read_text()
-    key = hashlib.sha256(f"{torch.version.cuda} {architecture} {sorted(defines.items())} {text}".encode()).hexdigest()
-    kept = get_cache_manager(key)
-    found = kept.get_file(_FILE)
-    if found is None:
-        kept.put(cuda.compile_source(text, architecture, defines), _FILE)
-        found = kept.get_file(_FILE)
-    return Path(found).read_bytes()
+@cache
+def _text() -> str:
+    return Path(__file__).with_suffix(".cu").read_text()
+
+
+def binary(text: str, architecture: str) -> bytes:
+    """Compiled in a process of its own, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
+    kept = get_cache_manager(hashlib.sha256(f"{torch.version.cuda} {architecture} {text}".encode()).hexdigest())
+    if kept.get_file(_FILE) is None:
+        (made,) = cuda.compile_sources([text], architecture)
+        kept.put(made, _FILE)
+    return Path(kept.get_file(_FILE)).read_bytes()

@@ -63,7 +63,9 @@ def product(
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, gated, x_MK.device)
     channels = tile.channels * (8 if gated else 16)
     bias = None if bias_N is None else bias_N.data_ptr()
-    pointers = [c_void_p(p) for p in (codes.data_ptr(), scales.data_ptr(), x_MK.data_ptr(), bias, out.data_ptr())]
+    pointers = [
+        c_void_p(p) for p in (codes.data_ptr(), scales.data_ptr(), x_MK.data_ptr(), bias, out.data_ptr())
+    ]
     stream = torch.cuda.current_stream().cuda_stream
     sizes = c_int(m), c_int(n), c_int(k)
     kernel.launch(-(-outputs // channels), 32 * tile.warps, stream, *pointers, *sizes, overlap=pdl)
@@ -101,7 +103,9 @@ def _text() -> str:
 
 def binary(text: str, architecture: str) -> bytes:
     """Compiled in a process of its own, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
-    kept = get_cache_manager(hashlib.sha256(f"{torch.version.cuda} {architecture} {text}".encode()).hexdigest())
+    kept = get_cache_manager(
+        hashlib.sha256(f"{torch.version.cuda} {architecture} {text}".encode()).hexdigest()
+    )
     if kept.get_file(_FILE) is None:
         (made,) = cuda.compile_sources([text], architecture)
         kept.put(made, _FILE)

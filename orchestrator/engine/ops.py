@@ -34,6 +34,12 @@ def _kernels() -> Any:
     return import_module("orchestrator.engine.kernels.all")
 
 
+def rows_by_kernel() -> tuple[int, ...]:
+    """Of a quantized product on a GPU: the fewest rows that choose another kernel, or another tile."""
+    fewest: tuple[int, ...] = _kernels().ROWS_BY_KERNEL
+    return fewest
+
+
 def add_rms_norm(
     x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +124,10 @@ def quantized_linear(
 def quantized_gate_up(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
 ) -> Tensor:
-    return gated(quantized_linear(x_MK, codes, scales, bias_N, how))
+    if how.format == W8A8 or (how.bits == 8 and how.group):
+        return gated(quantized_linear(x_MK, codes, scales, bias_N, how))
+    out: Tensor = _kernels().quantized_gate_up(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
+    return out
 
 
 def gated(both_MN: Tensor) -> Tensor:

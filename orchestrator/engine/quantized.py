@@ -99,7 +99,8 @@ class Quantized(nn.Module):
             self.scales.data[rows] = scales_NG.squeeze(1).to(self.scales.dtype)
             return
         if self.how.format == GGUF:
-            codes_NK, scales_NG2 = as_gguf(codes_NK, scales_NG, stored.least_NG, self.how)
+            least_NG = None if stored.least_NG is None else stored.least_NG.to(device)
+            codes_NK, scales_NG2 = as_gguf(codes_NK, scales_NG, least_NG, self.how)
             self.codes.data[rows] = pack(codes_NK, self.how.group) if self.how.bits == 4 else codes_NK
             self.scales.data[rows] = scales_NG2.to(self.scales.dtype)
             return

@@ -27,6 +27,7 @@ from orchestrator.engine.paged_attention import (
     batch_in_graph,
     to_device,
 )
+from orchestrator.engine.quantized import Quantized
 from orchestrator.engine.told import FIELDS, Block, Shape, numbers_of
 
 THREADS = 8  # at work at once; a kernel takes one of them 0.5 to 2 s
@@ -93,10 +94,10 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
     if model.head is not None:
         products.append(model.head)
     gate_up = layer.mlp.gate_up
-    for rows in (1, 2):  # more go through cuBLAS, which wants 32 MiB to work in of each thread
-        for product in products:
+    for product in (*products, gate_up):
+        # More go through cuBLAS, which wants 32 MiB to work in of each thread.
+        for rows in ops.rows_by_kernel() if isinstance(product, Quantized) else (1, 2):
             yield partial(product.forward, states(rows, product.in_features))  # no hooks: no sums
-        yield partial(gate_up.forward, states(rows, spec.hidden))
     yield partial(gate_up.forward, states(ROWS[-1], spec.hidden))
     yield partial(ops.argmax, states(1, spec.vocab))
     for rows in (1, MANY_TOKENS):

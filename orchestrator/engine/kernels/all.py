@@ -6,11 +6,12 @@ from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
 from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8
 from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.overlap import supported
-from orchestrator.engine.kernels.quantized import quantized
+from orchestrator.engine.kernels.quantized import ROWS_BY_KERNEL, quantized, quantized_gate_up
 from orchestrator.engine.kernels.quantized_groups import groups_of_8
 
 __all__ = [
     "MAX_ROWS",
+    "ROWS_BY_KERNEL",
     "add_rms_norm",
     "argmax",
     "gate_up",
@@ -18,6 +19,7 @@ __all__ = [
     "groups_of_8",
     "int8_by_int8",
     "quantized",
+    "quantized_gate_up",
     "silu_mul",
     "supported",
     "takes_int8",

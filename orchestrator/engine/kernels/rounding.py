@@ -22,11 +22,12 @@ def _rounded(x, small, scales, K: tl.constexpr, BLOCK: tl.constexpr, MOST: tl.co
     for start in tl.range(0, K, BLOCK):
         some = tl.load(x + row + start + column, mask=start + column < K, other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(some))
-    scale = tl.maximum(tl.max(largest, axis=0) / MOST, 1e-12)
+    scale = tl.maximum(tl.div_rn(tl.max(largest, axis=0), MOST), 1e-12)
     tl.store(scales + tl.program_id(0), scale)
     for start in tl.range(0, K, BLOCK):
         inside = start + column < K
-        some = tl.load(x + row + start + column, mask=inside, other=0.0).to(tl.float32) / scale
+        some = tl.load(x + row + start + column, mask=inside, other=0.0).to(tl.float32)
+        some = tl.div_rn(some, scale)  # as everywhere else: of numbers of eight bits, many lie half way
         some = tl.minimum(tl.maximum(some, -MOST), MOST)
         if WHOLE:
             some = (some + _ROUNDER) - _ROUNDER

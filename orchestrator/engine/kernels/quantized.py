@@ -2,8 +2,8 @@
 
 A few rows of x are bound by the bytes of the weights: programs stream them past all rows, as gemv.py does. Tens of rows
 go through tensor cores, the weights widened on their way from memory. For more the weights are widened into memory
-first and cuBLAS multiplies, which gives it a piece at a time that stays in the L2 cache. Of 4 bits up to 32 rows go by
-few_rows4.py, where it can.
+first and cuBLAS multiplies, which gives it a piece at a time that stays in the L2 cache. Of 4 bits up to 128 rows go
+by four_bits.py, where it can.
 
 4 bits: bits of a code are put into the mantissa of a float between 1 and 2, which is 1 + code / 16: an AND and an OR,
 where a conversion takes a slot of a slower unit. The rest is folded into scale and zero.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orchestrator.engine.kernels import few_rows4
+from orchestrator.engine.kernels import four_bits
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, dot, widened
 from orchestrator.engine.kernels.rounding import rounded
@@ -214,8 +214,9 @@ def quantized(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
 ) -> Tensor:
     """x @ weight.T + bias → [M, N], by what suits so many rows. `group`: of 4-bit weights; 0: 8 bits."""
-    if group and few_rows4.takes(x_MK, scales, group):
-        return few_rows4.product(x_MK, codes, scales, bias_N, group, pdl=pdl)
+    if group and four_bits.takes(x_MK, scales, group):
+        by_rows = four_bits.few_rows if len(x_MK) <= four_bits.FEW_ROWS else four_bits.tens_of_rows
+        return by_rows(x_MK, codes, scales, bias_N, group, pdl=pdl)
     return by_triton(x_MK, codes, scales, bias_N, group, pdl=pdl)
 
 
@@ -223,9 +224,9 @@ def quantized_gate_up(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
 ) -> Tensor:
     """SiLU(gate) × up → [M, N / 2], the gate's rows first in the weight."""
-    if group and few_rows4.takes(x_MK, scales, group):
-        return few_rows4.product(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
-    return silu_mul(by_triton(x_MK, codes, scales, bias_N, group, pdl=pdl), pdl=pdl)
+    if group and len(x_MK) <= four_bits.FEW_ROWS and four_bits.takes(x_MK, scales, group):
+        return four_bits.few_rows(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
+    return silu_mul(quantized(x_MK, codes, scales, bias_N, group, pdl=pdl), pdl=pdl)
 
 
 def by_triton(

@@ -299,12 +299,18 @@ def dot(
         )  # fmt: skip
     else:
         _dot8[grid](x_MK, codes, parts, m, n, m * n, per_split, COLUMNS=size, **common)
+    return added(parts, bias_N, out, None if group else scales)
+
+
+def added(parts: Tensor, bias_N: Tensor | None, out_MN: Tensor, scales_N: Tensor | None = None) -> Tensor:
+    """The sum of the parts, float32 [S, M, N], in their order, scaled, and the bias. → `out_MN`."""
+    splits, m, n = parts.shape
     block = 1024
     _added[(triton.cdiv(n, block), m)](
-        parts, scales, scales if bias_N is None else bias_N, out, m, n, m * n,
-        SPLITS=splits, HAS_SCALES=not group, HAS_BIAS=bias_N is not None, BLOCK=block,
+        parts, parts if scales_N is None else scales_N, parts if bias_N is None else bias_N, out_MN, m, n, m * n,
+        SPLITS=splits, HAS_SCALES=scales_N is not None, HAS_BIAS=bias_N is not None, BLOCK=block,
     )  # fmt: skip
-    return out
+    return out_MN
 
 
 @triton.jit

@@ -1,0 +1,181 @@
+"""Up to 128 rows times weights in 4 bits by tensor cores (four_bits.cu), on any GPU from sm_80 on.
+
+Compiled by NVRTC, kept where Triton keeps its kernels. Dimensions: M rows of x, N output channels, K columns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from ctypes import c_int, c_void_p
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from triton.runtime.cache import get_cache_manager
+
+from cluster.collectives import cuda
+from orchestrator.engine.kernels.quantized_dot import added
+
+FEW_ROWS, MOST_ROWS = 16, 128
+CHUNK = 128  # columns that a warp takes at a time
+PROGRAMS = 132
+"""Blocks to be under way, one on each of an H100's processors. Not the GPU's own number: sums are alike on all GPUs."""
+_FILE = "four_bits.cubin"
+
+
+@dataclass(frozen=True, slots=True)
+class Few:
+    """Of a block: 16s of channels, 8s of rows, warps that share the columns, loads ahead of each, blocks at once."""
+
+    channels: int
+    rows: int
+    warps: int
+    ahead: int
+    blocks: int
+    x_ahead: bool = False
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            **{"TENS": 0, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
+            **{"DEPTH": self.ahead, "X_AHEAD": int(self.x_ahead)},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Tens:
+    """16s of a warp's channels, 8s of rows, warps beside each other, blocks at once."""
+
+    channels: int
+    rows: int
+    warps: int
+    blocks: int
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {
+            **{"TENS": 1, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
+        }
+
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.rows * 8 * CHUNK * 2
+
+    def splits(self, n: int, k: int) -> int:
+        """Parts of the columns, of four chunks at least."""
+        blocks = -(-n // (16 * self.channels * self.warps))
+        return max(1, min(PROGRAMS * self.blocks // blocks, k // CHUNK // 4))
+
+
+FEW = {1: Few(2, 1, 8, 1, 2), 2: Few(2, 2, 8, 1, 2)}
+TENS = {4: Tens(2, 4, 8, 1), 8: Tens(2, 8, 8, 1), 16: Tens(2, 16, 8, 1)}
+
+
+def takes(x_MK: Tensor, scales: Tensor, group: int) -> bool:
+    if not x_MK.is_cuda or group not in (32, 64, 128) or len(x_MK) > MOST_ROWS or x_MK.shape[1] % CHUNK:
+        return False
+    fits = x_MK.dtype in (torch.float16, torch.bfloat16) and scales.dtype in (x_MK.dtype, torch.float32)
+    return fits and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
+
+
+def few_rows(
+    x_MK: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias_N: Tensor | None,
+    group: int,
+    *,
+    gated: bool = False,
+    pdl: bool = False,
+    tile: Few | None = None,
+) -> Tensor:
+    """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]: in float32, rounded once. Contiguous tensors."""
+    m, k = x_MK.shape
+    n = len(codes)
+    tile = tile or FEW[1 if m <= 8 else 2]
+    outputs = n // 2 if gated else n
+    out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
+    kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, gated, x_MK.device)
+    blocks = -(-outputs // (tile.channels * (8 if gated else 16)))
+    kernel.launch(
+        blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out),
+        c_int(m), c_int(n), c_int(k), overlap=pdl,
+    )  # fmt: skip
+    return out
+
+
+def tens_of_rows(
+    x_MK: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    bias_N: Tensor | None,
+    group: int,
+    *,
+    pdl: bool = False,
+    tile: Tens | None = None,
+    splits: int = 0,
+) -> Tensor:
+    """x @ weight.T + bias → [M, N], the weights rounded to x's dtype, summed in float32. Contiguous tensors."""
+    m, k = x_MK.shape
+    n = len(codes)
+    tile = tile or TENS[4 if m <= 32 else 8 if m <= 64 else 16]
+    splits = splits or tile.splits(n, k)
+    out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
+    parts = torch.empty((splits, m, n) if splits > 1 else 0, dtype=torch.float32, device=x_MK.device)
+    kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, False, x_MK.device)
+    blocks = -(-n // (16 * tile.channels * tile.warps)) * splits
+    kernel.launch(
+        blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out, parts),
+        c_int(m), c_int(n), c_int(k), c_int(splits), overlap=pdl,
+    )  # fmt: skip
+    return added(parts, bias_N, out) if splits > 1 else out
+
+
+def _stream() -> int:
+    stream: int = torch.cuda.current_stream().cuda_stream
+    return stream
+
+
+def _pointers(*tensors: Tensor | None) -> list[c_void_p]:
+    return [c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+
+
+@cache
+def _kernel(
+    tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool, device: torch.device
+) -> cuda.Kernel:
+    major, minor = torch.cuda.get_device_capability(device)
+    module = cuda.load(binary(source(tile, group, dtype, scales, gated), f"sm_{major}{minor}"))
+    if isinstance(tile, Few):
+        return cuda.Kernel(module, "few_rows")
+    return cuda.Kernel(module, "tens_of_rows", tile.shared_bytes)
+
+
+def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool) -> str:
+    """four_bits.cu for a tile."""
+    sizes = {
+        **tile.sizes,
+        "GROUP": group,
+        "IS_HALF": int(dtype == torch.float16),
+        "WIDE_SCALES": int(scales == torch.float32),
+        "GATED": int(gated),
+    }
+    return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + _text()
+
+
+@cache
+def _text() -> str:
+    return Path(__file__).with_suffix(".cu").read_text()
+
+
+def binary(text: str, architecture: str) -> bytes:
+    """Compiled in a process of its own, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
+    kept = get_cache_manager(
+        hashlib.sha256(f"{torch.version.cuda} {architecture} {text}".encode()).hexdigest()
+    )
+    if kept.get_file(_FILE) is None:
+        (made,) = cuda.compile_sources([text], architecture)
+        kept.put(made, _FILE)
+    return Path(kept.get_file(_FILE)).read_bytes()

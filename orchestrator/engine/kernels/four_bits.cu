@@ -15,8 +15,6 @@ typedef unsigned long long u64;
 
 #define V (GROUP / 32)     // words of a group that a thread has
 #define GROUPS (128 / GROUP)  // of a chunk
-#define THREADS (WARPS * 32)
-#define CHANNELS (16 * MT)  // of a warp
 #if IS_HALF
 #define MAGIC 0x64006400u
 #define ONES 0x3C003C00u
@@ -62,57 +60,34 @@ template <int COUNT>
 struct Words {
   u32 at[COUNT];
 };
+__device__ __forceinline__ void load_codes(Words<V>& to, const u32* from) {  // once a step: not to stay in L1
+#if GROUP == 128
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(to.at[0]), "=r"(to.at[1]), "=r"(to.at[2]), "=r"(to.at[3]) : "l"(from));
+#elif GROUP == 64
+  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to.at[0]), "=r"(to.at[1]) : "l"(from));
+#else
+  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to.at[0]) : "l"(from));
+#endif
+}
 
 struct Scale {
 #if WIDE_SCALES
   float2 pair;
+  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const float2*)scales + index); }
   __device__ __forceinline__ float scale() const { return pair.x; }
   __device__ __forceinline__ float zero() const { return pair.y; }
 #else
   u32 pair;
+  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const u32*)scales + index); }
   __device__ __forceinline__ float scale() const { return wide((u16)pair); }
   __device__ __forceinline__ float zero() const { return wide((u16)(pair >> 16)); }
 #endif
 };
 
-// -- copies to shared memory: `bytes` are 4, 8 or 16 --
-
-__device__ __forceinline__ void copy16(const void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
-}
-template <int BYTES>
-__device__ __forceinline__ void copy(const void* to, const void* from) {
-  if (BYTES == 16)
-    copy16(to, from);
-  else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from), "n"(BYTES)
-                 : "memory");
-}
-__device__ __forceinline__ void copies_given() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-template <int LATEST>
-__device__ __forceinline__ void copies_done_but() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(LATEST) : "memory");
-}
-
-// What a thread has of a chunk: its words of two channels of each 16, and their scales. Only it reads what it copied.
-struct __align__(16) Chunk {
-  Words<V> codes[MT][2][GROUPS][THREADS];
-  Scale scales[MT][2][GROUPS][THREADS];
-
-  __device__ __forceinline__ void fetch(const u32* words, const void* all, const u32 (&channels)[MT][2], int K, int chunk,
-                                        int place) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-          const u32 word = channels[i][half] * (u32)(K / 8) + chunk * 16 + group * (GROUP / 8) + place * V;
-          copy<V * 4>(&codes[i][half][group][threadIdx.x], words + word);
-          const u32 scale = channels[i][half] * (u32)(K / GROUP) + chunk * GROUPS + group;
-          copy<sizeof(Scale)>(&scales[i][half][group][threadIdx.x], (const Scale*)all + scale);
-        }
-  }
+struct Chunk {  // what a thread has of one: two channels of each 16
+  Words<V> codes[MT][2][GROUPS];
+  Scale scales[MT][2][GROUPS];
 };
 
 // x of a group's eight planes, as it lies: a thread's V columns of each.
@@ -124,12 +99,9 @@ struct Raw {
 #else
   u16 at[8];
 #endif
-  // `where`: of a column of the chunk.
-  template <typename Where>
-  __device__ __forceinline__ void load(Where where, int group, int place) {
+  __device__ __forceinline__ void load(const u16* from) {
 #pragma unroll
-    for (int plane = 0; plane < 8; plane++)
-      at[plane] = *(const decltype(&at[0]))where(group * GROUP + plane * (GROUP / 8) + place * V);
+    for (int plane = 0; plane < 8; plane++) at[plane] = *(decltype(&at[0]))(from + plane * (GROUP / 8));
   }
   __device__ __forceinline__ u32 pair(int plane, int word) const {  // of this plane and the one four on
 #if GROUP == 128
@@ -147,161 +119,168 @@ struct Raw {
 // fixed order. A group's part of a sum is scale * (sum of (BASE + code) x) + (zero - (BASE + 8) scale) * (sum of x), in
 // float32: no weight is rounded. The sum of x is one more product, by ones, which has it where it is needed.
 //
-// STAGES: chunks that a warp keeps, one of them at work. X_ROWS: of x, 1 or 8 NT. GATED: SiLU(gate) * up, the gate's rows
-// first in W.
+// DEPTH: chunks on their way. X_AHEAD: x is read a chunk ahead. GATED: SiLU(gate) * up, the gate's rows first in W.
+#define CHANNELS (16 * MT)
 #define ROWS (8 * NT)
 
-struct __align__(16) Stage {
-  Chunk chunk;
-  uint4 x[WARPS][X_ROWS][16];  // a chunk's columns by eights
-};
-
-// Where eight columns of a row lie, so that four rows' 32 bytes of a plane are in different banks.
-__device__ __forceinline__ int swizzled(int row, int eight) { return eight ^ row % 4 * 2; }
-
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     few_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x, const u16* __restrict__ bias,
-             u16* out, int M, int N, int K) {
+              u16* out, int M, int N, int K) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  extern __shared__ uint4 shared[];
-  Stage* stages = (Stage*)shared;
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
 #if GATED
   const int outputs = N / 2, first = blockIdx.x * (CHANNELS / 2);
 #else
   const int outputs = N, first = blockIdx.x * CHANNELS;
 #endif
-  u32 channels[MT][2];
+  const u32* codes_of[MT][2];
+  u64 scales_of[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #if GATED
-      const int in_half = min(first + i % (MT / 2) * 16 + half * 8 + quad, outputs - 1);
-      channels[i][half] = in_half + (i < MT / 2 ? 0 : outputs);
+      const int in_half = min(first + (i % (MT / 2)) * 16 + half * 8 + quad, outputs - 1);
+      const u64 channel = in_half + (i < MT / 2 ? 0 : outputs);
 #else
-      channels[i][half] = min(first + i * 16 + half * 8 + quad, outputs - 1);
+      const u64 channel = min(first + i * 16 + half * 8 + quad, outputs - 1);
 #endif
+      codes_of[i][half] = words + channel * (K / 8) + place * V;
+      scales_of[i][half] = channel * (K / GROUP);
     }
   const int chunks = K / 128;
-  auto fetch_x = [&](Stage& to, int chunk) {
-    for (int at = lane; at < min(M, X_ROWS) * 16; at += 32) {
-      const int row = at / 16;
-      copy16(&to.x[warp][row][swizzled(row, at % 16)], x + (u32)row * K + chunk * 128 + at % 16 * 8);
-    }
+
+  auto fetch = [&](Chunk& to, int chunk) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+          load_codes(to.codes[i][half][group], codes_of[i][half] + chunk * 16 + group * (GROUP / 8));
+          to.scales[i][half][group].load(scales, scales_of[i][half] + chunk * GROUPS + group);
+        }
   };
 
+  Chunk coming[DEPTH];
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++)
-    if (warp + i * WARPS < chunks) stages[i].chunk.fetch(words, scales, channels, K, warp + i * WARPS, place);
+  for (int i = 0; i < DEPTH; i++)
+    if (warp + i * WARPS < chunks) fetch(coming[i], warp + i * WARPS);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
+
+  const u16* rows[NT];
 #pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) {
-    if (warp + i * WARPS < chunks) fetch_x(stages[i], warp + i * WARPS);
-    copies_given();
-  }
+  for (int j = 0; j < NT; j++) rows[j] = x + (u64)min(j * 8 + quad, M - 1) * K + place * V;
+#if X_AHEAD
+  Raw ahead[NT][GROUPS];
+  auto fetch_x = [&](int chunk) {
+#pragma unroll
+    for (int j = 0; j < NT; j++)
+#pragma unroll
+      for (int group = 0; group < GROUPS; group++) ahead[j][group].load(rows[j] + chunk * 128 + group * GROUP);
+  };
+  if (warp < chunks) fetch_x(warp);
+#endif
 
   float total[MT][NT][4] = {};
-  int slot = 0;
-#pragma unroll 1
-  for (int chunk = warp; chunk < chunks; chunk += WARPS) {
-    copies_done_but<STAGES - 2>();
-    __syncwarp();  // x is copied by all; and all have read what is written over next
-    const int coming = chunk + (STAGES - 1) * WARPS, last = slot == 0 ? STAGES - 1 : slot - 1;
-    if (coming < chunks) {
-      stages[last].chunk.fetch(words, scales, channels, K, coming, place);
-      fetch_x(stages[last], coming);
-    }
-    copies_given();
-    const Stage& now = stages[slot];
-    slot = slot == STAGES - 1 ? 0 : slot + 1;
+  for (int begin = warp; begin < chunks; begin += DEPTH * WARPS)
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      Words<V> codes[MT][2];
-      float scale[MT][2], zero[MT][2];
+    for (int stage = 0; stage < DEPTH; stage++) {
+      const int chunk = begin + stage * WARPS;
+      if (chunk >= chunks) break;
+      Chunk& now = coming[stage];
+#if X_AHEAD
+      Raw here[NT][GROUPS];
 #pragma unroll
-      for (int i = 0; i < MT; i++)
+      for (int j = 0; j < NT; j++)
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-          codes[i][half] = now.chunk.codes[i][half][group][threadIdx.x];
-          const Scale of = now.chunk.scales[i][half][group][threadIdx.x];
-          scale[i][half] = of.scale();
-          zero[i][half] = of.zero() - (BASE + 8.0f) * scale[i][half];
-        }
+        for (int group = 0; group < GROUPS; group++) here[j][group] = ahead[j][group];
+      if (chunk + WARPS < chunks) fetch_x(chunk + WARPS);
+#endif
 #pragma unroll
-      for (int j = 0; j < NT; j++) {
-        const int row = X_ROWS == 1 ? 0 : min(j * 8 + quad, M - 1);
-        Raw raw;
-        raw.load([&](int column) {
-          return (const u16*)&now.x[warp][row][swizzled(row, column / 8)] + column % 8;
-        }, group, place);
-        float part[MT][4] = {}, sum[4] = {};
+      for (int group = 0; group < GROUPS; group++) {
+        u32 left[MT][V][2][4];  // [word][half of the planes]: rows quad and quad + 8 of one plane, then of the next
+        float scale[MT][2], zero[MT][2];
 #pragma unroll
-        for (int word = 0; word < V; word++)
+        for (int i = 0; i < MT; i++) {
 #pragma unroll
-          for (int pair = 0; pair < 2; pair++) {
-            const u32 b0 = raw.pair(2 * pair, word), b1 = raw.pair(2 * pair + 1, word);
-            multiply_add(sum, ONES, ONES, ONES, ONES, b0, b1);
+          for (int word = 0; word < V; word++)
 #pragma unroll
-            for (int i = 0; i < MT; i++) {
-              const u32 upper = codes[i][0].at[word], lower = codes[i][1].at[word];  // rows quad and quad + 8
-              multiply_add(part[i], codes_at(upper, 2 * pair), codes_at(lower, 2 * pair), codes_at(upper, 2 * pair + 1),
-                           codes_at(lower, 2 * pair + 1), b0, b1);
-            }
+            for (int pair = 0; pair < 2; pair++)
+#pragma unroll
+              for (int which = 0; which < 4; which++)
+                left[i][word][pair][which] = codes_at(now.codes[i][which % 2][group].at[word], 2 * pair + which / 2);
+#pragma unroll
+          for (int half = 0; half < 2; half++) {
+            scale[i][half] = now.scales[i][half][group].scale();
+            zero[i][half] = now.scales[i][half][group].zero() - (BASE + 8.0f) * scale[i][half];
           }
+        }
+        if (group == GROUPS - 1 && chunk + DEPTH * WARPS < chunks) fetch(now, chunk + DEPTH * WARPS);
 #pragma unroll
-        for (int i = 0; i < MT; i++)
+        for (int j = 0; j < NT; j++) {
+#if X_AHEAD
+          const Raw& raw = here[j][group];
+#else
+          Raw raw;
+          raw.load(rows[j] + chunk * 128 + group * GROUP);
+#endif
+          float part[MT][4] = {}, sum[4] = {};
 #pragma unroll
-          for (int c = 0; c < 4; c++) total[i][j][c] += scale[i][c / 2] * part[i][c] + zero[i][c / 2] * sum[c];
+          for (int word = 0; word < V; word++)
+#pragma unroll
+            for (int pair = 0; pair < 2; pair++) {
+              const u32 b0 = raw.pair(2 * pair, word), b1 = raw.pair(2 * pair + 1, word);
+              multiply_add(sum, ONES, ONES, ONES, ONES, b0, b1);
+#pragma unroll
+              for (int i = 0; i < MT; i++) {
+                const u32(&a)[4] = left[i][word][pair];
+                multiply_add(part[i], a[0], a[1], a[2], a[3], b0, b1);
+              }
+            }
+#pragma unroll
+          for (int i = 0; i < MT; i++)
+#pragma unroll
+            for (int c = 0; c < 4; c++)
+              total[i][j][c] += scale[i][c / 2] * part[i][c] + zero[i][c / 2] * sum[c];
+        }
       }
     }
-  }
 
-  copies_done_but<0>();
-  __syncthreads();  // the stages are free
-  float(*parts)[ROWS][CHANNELS + 4] = (float(*)[ROWS][CHANNELS + 4]) shared;
+  __shared__ float parts[WARPS][ROWS][CHANNELS + 4];
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int j = 0; j < NT; j++)
 #pragma unroll
-      for (int c = 0; c < 4; c++) {
-        const int row = j * 8 + place * 2 + c % 2;
-        if (row < M) parts[warp][row][i * 16 + c / 2 * 8 + quad] = total[i][j][c];
-      }
+      for (int c = 0; c < 4; c++) parts[warp][j * 8 + place * 2 + c % 2][i * 16 + c / 2 * 8 + quad] = total[i][j][c];
   __syncthreads();
   const int of_block = GATED ? CHANNELS / 2 : CHANNELS;
-  for (int at = threadIdx.x; at < M * of_block; at += THREADS) {
+  for (int at = threadIdx.x; at < M * of_block; at += WARPS * 32) {
     const int row = at / of_block, channel = at % of_block, n = first + channel;
     if (n >= outputs) continue;
     float value = bias ? wide(bias[n]) : 0.0f;
-#pragma unroll
     for (int i = 0; i < WARPS; i++) value += parts[i][row][channel];
 #if GATED
     float up = bias ? wide(bias[outputs + n]) : 0.0f;
-#pragma unroll
     for (int i = 0; i < WARPS; i++) up += parts[i][row][CHANNELS / 2 + channel];
     value = value / (1.0f + __expf(-value)) * up;
 #endif
-    out[(u32)row * outputs + n] = narrow(value);
+    out[(u64)row * outputs + n] = narrow(value);
   }
 }
 
 #else
-// A block has 16 MT WARPS / PARTS channels, all rows, in PARTS for a warp, and one of the parts of K, which `splits` says: it writes float32 sums to
+// A block has 16 MT WARPS channels, all rows, and one of the parts of K, which `splits` says: it writes float32 sums to
 // parts[split], or y itself where there is one. A chunk of x is brought to shared memory by all, in pairs, a chunk ahead.
 // Weights are rounded to x's type, as y is, before they are multiplied.
-//
-// STAGES: chunks of codes that are kept, one of them at work. TOGETHER: 8s of rows that a pair of columns is multiplied by
-// before the next pair.
-#define BESIDE (WARPS / PARTS)
-#define X_ROWS (NT * 8 * PARTS)
-#define TASKS (X_ROWS * 4)  // a row's columns of one place in a quad
-#define TASKS_EACH ((TASKS + THREADS - 1) / THREADS)
+#define CHANNELS (16 * MT)
+#define TASKS (NT * 8 * 4)  // a row's columns of one place in a quad
+#define TASKS_EACH ((TASKS + WARPS * 32 - 1) / (WARPS * 32))
 #define WORDS_A_TASK (4 / TASKS_EACH)  // that are multiplied while a task's x is on its way
 #define UNITS_A_ROW 16  // of four pairs
 
@@ -327,38 +306,50 @@ __device__ __forceinline__ u32 weights(u32 word, int plane, u32 scale, u32 zero)
 }
 #endif
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     tens_of_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x,
                  const u16* __restrict__ bias, u16* out, float* parts, int M, int N, int K, int splits) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   extern __shared__ uint4 shared[];  // [2][rows][units]
-  Chunk* stages = (Chunk*)(shared + 2 * X_ROWS * UNITS_A_ROW);
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
-  const int split = blockIdx.x % splits, first = (blockIdx.x / splits * BESIDE + warp % BESIDE) * CHANNELS;
-  const int first_row = warp / BESIDE * NT * 8;
+  const int split = blockIdx.x % splits, first = (blockIdx.x / splits * WARPS + warp) * CHANNELS;
   const int chunks = K / 128, begin = (u64)chunks * split / splits, end = (u64)chunks * (split + 1) / splits;
 
+  Words<V> now[MT][2][GROUPS], coming[MT][2][GROUPS];
+  Scale now_scales[MT][2][GROUPS], coming_scales[MT][2][GROUPS];
   u32 channels[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) channels[i][half] = min(first + i * 16 + half * 8 + quad, N - 1);
+  auto fetch = [&](int chunk) {
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+          const u32 word = channels[i][half] * (K / 8) + chunk * 16 + group * (GROUP / 8) + place * V;
+          load_codes(coming[i][half][group], words + word);
+          coming_scales[i][half][group].load(scales, channels[i][half] * (K / GROUP) + chunk * GROUPS + group);
+        }
+  };
   Raw raw[GROUPS];
   auto fetch_x = [&](int i, int chunk) {
-    const int task = threadIdx.x + i * THREADS, row = task / 4;
+    const int task = threadIdx.x + i * WARPS * 32, row = task / 4;
     if (row < M)
 #pragma unroll
       for (int group = 0; group < GROUPS; group++)
-        raw[group].load([&](int column) { return x + (u32)row * K + chunk * 128 + column; }, group, task % 4);
+        raw[group].load(x + (u32)row * K + chunk * 128 + group * GROUP + task % 4 * V);
   };
   // A unit has the four pairs of a word; so that eight threads read all banks, odd rows' are four further on.
   auto unit = [&](int buffer, int row, int word, int of) {
-    return (buffer * X_ROWS + row) * UNITS_A_ROW + ((word * 4 + of) ^ (row % 2 * 4));
+    return (buffer * NT * 8 + row) * UNITS_A_ROW + ((word * 4 + of) ^ (row % 2 * 4));
   };
   auto put_x = [&](int i, int buffer) {
-    const int task = threadIdx.x + i * THREADS, row = task / 4;
+    const int task = threadIdx.x + i * WARPS * 32, row = task / 4;
     if (row < M)
 #pragma unroll
       for (int word = 0; word < 4; word++) {
@@ -368,11 +359,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
       }
   };
 
-#pragma unroll
-  for (int i = 0; i < STAGES - 1; i++) {
-    if (begin + i < end) stages[i].fetch(words, scales, channels, K, begin + i, place);
-    copies_given();
-  }
+  fetch(begin);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
@@ -382,42 +369,45 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
     put_x(i, 0);
   }
   float total[MT][NT][4] = {};
-  int slot = 0;
 #pragma unroll 1
   for (int chunk = begin; chunk < end; chunk++) {
-    const int buffer = (chunk - begin) % 2, last = slot == 0 ? STAGES - 1 : slot - 1;
-    const bool more = chunk + 1 < end;
+    const int buffer = (chunk - begin) % 2;
+#pragma unroll
+    for (int i = 0; i < MT; i++)
+#pragma unroll
+      for (int half = 0; half < 2; half++)
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) {
+          now[i][half][group] = coming[i][half][group];
+          now_scales[i][half][group] = coming_scales[i][half][group];
+        }
     __syncthreads();  // this chunk of x is there, and nobody reads the buffer of the next one
-    copies_done_but<STAGES - 2>();
-    if (chunk + STAGES - 1 < end) stages[last].fetch(words, scales, channels, K, chunk + STAGES - 1, place);
-    copies_given();
-    const Chunk& now = stages[slot];
-    slot = slot == STAGES - 1 ? 0 : slot + 1;
+    const bool more = chunk + 1 < end;
 #pragma unroll
     for (int word = 0; word < 4; word++) {
       const int group = word / V;
+      if (more && word == 2) fetch(chunk + 1);  // no sooner: half of the registers that now has are free
       if (more && word % WORDS_A_TASK == 0) fetch_x(word / WORDS_A_TASK, chunk + 1);
       u32 left[MT][2][4];
 #pragma unroll
       for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Scale of = now.scales[i][half][group][threadIdx.x];
+          const Scale& of = now_scales[i][half][group];
 #if WIDE_SCALES
           const float scale = of.scale(), zero = of.zero();
 #else
           const u32 scale = __byte_perm(of.pair, 0, 0x1010), zero = __byte_perm(of.pair, 0, 0x3232);
 #endif
-          const u32 codes = now.codes[i][half][group][threadIdx.x].at[word % V];
 #pragma unroll
           for (int plane = 0; plane < 4; plane++)
-            left[i][plane / 2][plane % 2 * 2 + half] = weights(codes, plane, scale, zero);
+            left[i][plane / 2][plane % 2 * 2 + half] = weights(now[i][half][group].at[word % V], plane, scale, zero);
         }
 #pragma unroll
-      for (int begin_j = 0; begin_j < NT; begin_j += TOGETHER) {  // an instruction waits for the one before of its sum
+      for (int begin_j = 0; begin_j < NT; begin_j += TOGETHER) {
         uint4 right[TOGETHER];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) right[j] = shared[unit(buffer, first_row + (begin_j + j) * 8 + quad, word, place)];
+        for (int j = 0; j < TOGETHER; j++) right[j] = shared[unit(buffer, (begin_j + j) * 8 + quad, word, place)];
 #pragma unroll
         for (int pair = 0; pair < 2; pair++)
 #pragma unroll
@@ -438,7 +428,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
   for (int j = 0; j < NT; j++)
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {
-      const int row = first_row + j * 8 + place * 2 + odd;
+      const int row = j * 8 + place * 2 + odd;
       const u32 at = row * N + first + quad;
       if (row >= M) continue;
 #pragma unroll

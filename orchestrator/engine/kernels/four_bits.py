@@ -27,63 +27,52 @@ _FILE = "four_bits.cubin"
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """Of a block: 16s of channels, rows of x (1, 8, 16), warps that share the columns; chunks that a warp keeps, blocks
-    at once."""
+    """Of a block: 16s of channels, 8s of rows, warps that share the columns, loads ahead of each, blocks at once."""
 
     channels: int
     rows: int
     warps: int
-    stages: int
+    ahead: int
     blocks: int
+    x_ahead: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            **{"TENS": 0, "MT": self.channels, "NT": -(-self.rows // 8), "WARPS": self.warps},
-            **{"BLOCKS": self.blocks, "STAGES": self.stages, "X_ROWS": self.rows},
+            **{"TENS": 0, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
+            **{"DEPTH": self.ahead, "X_AHEAD": int(self.x_ahead)},
         }
-
-    def shared_bytes(self, scale_bytes: int) -> int:
-        """`scale_bytes`: of the scales and zeros of 128 columns."""
-        kept = self.channels * 2 * 32 * (16 + scale_bytes) + self.rows * CHUNK * 2
-        parts = -(-self.rows // 8) * 8 * (16 * self.channels + 4) * 4
-        return self.warps * max(self.stages * kept, parts)
 
 
 @dataclass(frozen=True, slots=True)
 class Tens:
-    """Of a warp: 16s of channels, 8s of rows; warps, chunks that each keeps, blocks at once, parts of the rows."""
+    """16s of a warp's channels, 8s of rows, warps beside each other, blocks at once."""
 
     channels: int
     rows: int
     warps: int
-    stages: int
     blocks: int
-    parts: int = 1
-    together: int = 4
+    together: int = 2
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            **{"TENS": 1, "MT": self.channels, "NT": self.rows, "WARPS": self.warps},
-            **{"BLOCKS": self.blocks, "STAGES": self.stages, "TOGETHER": self.together, "PARTS": self.parts},
+            "TOGETHER": self.together,
+            **{"TENS": 1, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
         }
 
-    def shared_bytes(self, scale_bytes: int) -> int:
-        kept = self.warps * self.channels * 2 * 32 * (16 + scale_bytes)
-        return 2 * self.parts * self.rows * 8 * CHUNK * 2 + self.stages * kept
-
-    def blocks_of(self, n: int) -> int:
-        return -(-n // (16 * self.channels * self.warps // self.parts))
+    @property
+    def shared_bytes(self) -> int:
+        return 2 * self.rows * 8 * CHUNK * 2
 
     def splits(self, n: int, k: int) -> int:
         """Parts of the columns, of four chunks at least."""
-        blocks = self.blocks_of(n)
+        blocks = -(-n // (16 * self.channels * self.warps))
         return max(1, min(PROGRAMS * self.blocks // blocks, k // CHUNK // 4))
 
 
-FEW = {1: Few(2, 1, 8, 3, 3), 8: Few(2, 8, 8, 3, 2), 16: Few(2, 16, 8, 2, 1)}
-TENS = {4: Tens(2, 4, 8, 3, 1), 8: Tens(2, 8, 8, 3, 1), 16: Tens(2, 16, 8, 2, 1)}
+FEW = {1: Few(2, 1, 8, 1, 2), 2: Few(2, 2, 8, 1, 2)}
+TENS = {4: Tens(2, 4, 8, 1), 8: Tens(2, 8, 8, 1), 16: Tens(2, 16, 8, 1)}
 
 
 def takes(x_MK: Tensor, scales: Tensor, group: int) -> bool:
@@ -107,7 +96,7 @@ def few_rows(
     """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]: in float32, rounded once. Contiguous tensors."""
     m, k = x_MK.shape
     n = len(codes)
-    tile = tile or FEW[1 if m == 1 else 8 if m <= 8 else 16]
+    tile = tile or FEW[1 if m <= 8 else 2]
     outputs = n // 2 if gated else n
     out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, gated, x_MK.device)
@@ -138,7 +127,7 @@ def tens_of_rows(
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     parts = torch.empty((splits, m, n) if splits > 1 else 0, dtype=torch.float32, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, False, x_MK.device)
-    blocks = tile.blocks_of(n) * splits
+    blocks = -(-n // (16 * tile.channels * tile.warps)) * splits
     kernel.launch(
         blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out, parts),
         c_int(m), c_int(n), c_int(k), c_int(splits), overlap=pdl,
@@ -161,8 +150,9 @@ def _kernel(
 ) -> cuda.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     module = cuda.load(binary(source(tile, group, dtype, scales, gated), f"sm_{major}{minor}"))
-    name = "few_rows" if isinstance(tile, Few) else "tens_of_rows"
-    return cuda.Kernel(module, name, tile.shared_bytes(2 * scales.itemsize * CHUNK // group))
+    if isinstance(tile, Few):
+        return cuda.Kernel(module, "few_rows")
+    return cuda.Kernel(module, "tens_of_rows", tile.shared_bytes)
 
 
 def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool) -> str:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+from orchestrator.engine.kernels import four_bits
 from orchestrator.engine.kernels import quantized as kernels
-from orchestrator.engine.quantized import Quantized
+from orchestrator.engine.quantized import Quantized, unpack
 from strategies.scheme import Scheme
 
 SCHEMES = [Scheme("int8"), Scheme("fp8"), Scheme("int4", 128), Scheme("int4", 64), Scheme("int4", 32)]
@@ -37,3 +39,34 @@ def test_products(how: Scheme, shape: tuple[int, int]) -> None:
         error = ((layer(x).double() - expected).norm() / expected.norm()).item()
         # x is rounded to float8 too where many rows are multiplied in it.
         assert error < (5e-2 if how.format == "fp8" and rows > kernels.FLOAT8_ROWS else 5e-3), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scales", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("group", [128, 64, 32])
+@torch.no_grad()
+def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.dtype) -> None:
+    """Channels that fill no tile, each kernel; of a few rows no weight is rounded."""
+    n, k = 1544, 640
+    torch.manual_seed(0)
+    layer = Quantized((n, k), Scheme("int4", group), True, torch.device("cuda"), dtype, scales)
+    layer.fill(0, torch.randn(n, k, device="cuda").to(dtype), None)
+    assert layer.bias is not None
+    layer.bias.data.normal_()
+    codes, pairs = unpack(layer.codes, group).view(n, -1, group), layer.scales.double()
+    wide = ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k)
+    for rows in (1, 2, 8, 9, 16, 17, 33, 65, 128):
+        x = torch.randn(rows, k, device="cuda").to(dtype)
+        assert four_bits.takes(x, layer.scales, group)
+        expected = x.double() @ wide.T + layer.bias.double()
+        gate, up = expected.chunk(2, dim=-1)
+        for actual, wanted in (
+            (kernels.quantized(x, layer.codes, layer.scales, layer.bias, group), expected),
+            (
+                kernels.quantized_gate_up(x, layer.codes, layer.scales, layer.bias, group),
+                F.silu(gate) * up,
+            ),
+        ):
+            error = ((actual.double() - wanted).norm() / wanted.norm()).item()
+            assert error < (4e-3 if dtype == torch.bfloat16 else 8e-4), rows

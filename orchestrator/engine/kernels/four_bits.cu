@@ -6,8 +6,8 @@
 // 16 bits apart in a word, a pair as the instruction wants it. A code's bits go into the mantissa of 128 (1024 in float16):
 // BASE + code, exactly.
 //
-// Defined from outside: TENS (which kernel), GROUP (128, 64, 32), MT (16s of a warp's channels), NT (8s of rows), WARPS,
-// BLOCKS (at once on a processor), IS_HALF (float16; else bfloat16), WIDE_SCALES (float32; else x's type).
+// Defined from outside: TENS (which kernel), GROUP (128, 64, 32), MT (16s of a warp's channels), NT (of tens: 8s of rows),
+// WARPS, BLOCKS (at once on a processor), IS_HALF (float16; else bfloat16), WIDE_SCALES (float32; else x's type).
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -15,6 +15,7 @@ typedef unsigned long long u64;
 
 #define V (GROUP / 32)     // words of a group that a thread has
 #define GROUPS (128 / GROUP)  // of a chunk
+#define CHANNELS (16 * MT)  // of a warp
 #if IS_HALF
 #define MAGIC 0x64006400u
 #define ONES 0x3C003C00u
@@ -85,11 +86,6 @@ struct Scale {
 #endif
 };
 
-struct Chunk {  // what a thread has of one: two channels of each 16
-  Words<V> codes[MT][2][GROUPS];
-  Scale scales[MT][2][GROUPS];
-};
-
 // x of a group's eight planes, as it lies: a thread's V columns of each.
 struct Raw {
 #if GROUP == 128
@@ -115,17 +111,16 @@ struct Raw {
 };
 
 #if !TENS
-// A warp has 16 MT channels and every WARPS-th chunk of 128 columns; a block's warps add their parts in shared memory, in a
-// fixed order. A group's part of a sum is scale * (sum of (BASE + code) x) + (zero - (BASE + 8) scale) * (sum of x), in
-// float32: no weight is rounded. The sum of x is one more product, by ones, which has it where it is needed.
+// Up to eight rows. A warp has 16 MT channels and every WARPS-th chunk of 128 columns, and a chunk of codes is on its way
+// while one is multiplied; a block's warps add their parts in shared memory, in a fixed order. A group's part of a sum is
+// scale * (sum of (BASE + code) x) + (zero - (BASE + 8) scale) * (sum of x), in float32: no weight is rounded. The sum of x
+// is one more product, by ones, which has it where it is needed.
 //
-// DEPTH: chunks on their way. X_AHEAD: x is read a chunk ahead. GATED: SiLU(gate) * up, the gate's rows first in W.
-#define CHANNELS (16 * MT)
-#define ROWS (8 * NT)
+// GATED: SiLU(gate) * up, the gate's rows first in W.
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     few_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x, const u16* __restrict__ bias,
-              u16* out, int M, int N, int K) {
+             u16* out, int M, int N, int K) {
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
@@ -142,7 +137,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
 #if GATED
-      const int in_half = min(first + (i % (MT / 2)) * 16 + half * 8 + quad, outputs - 1);
+      const int in_half = min(first + i % (MT / 2) * 16 + half * 8 + quad, outputs - 1);
       const u64 channel = in_half + (i < MT / 2 ? 0 : outputs);
 #else
       const u64 channel = min(first + i * 16 + half * 8 + quad, outputs - 1);
@@ -152,112 +147,73 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
   const int chunks = K / 128;
 
-  auto fetch = [&](Chunk& to, int chunk) {
+  Words<V> codes[MT][2][GROUPS];
+  Scale pairs[MT][2][GROUPS];
+  auto fetch = [&](int chunk) {
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
       for (int half = 0; half < 2; half++)
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) {
-          load_codes(to.codes[i][half][group], codes_of[i][half] + chunk * 16 + group * (GROUP / 8));
-          to.scales[i][half][group].load(scales, scales_of[i][half] + chunk * GROUPS + group);
+          load_codes(codes[i][half][group], codes_of[i][half] + chunk * 16 + group * (GROUP / 8));
+          pairs[i][half][group].load(scales, scales_of[i][half] + chunk * GROUPS + group);
         }
   };
-
-  Chunk coming[DEPTH];
-#pragma unroll
-  for (int i = 0; i < DEPTH; i++)
-    if (warp + i * WARPS < chunks) fetch(coming[i], warp + i * WARPS);
+  if (warp < chunks) fetch(warp);
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 
-  const u16* rows[NT];
+  const u16* own_x = x + (u64)min(quad, M - 1) * K + place * V;
+  float total[MT][4] = {};
+  for (int chunk = warp; chunk < chunks; chunk += WARPS)
 #pragma unroll
-  for (int j = 0; j < NT; j++) rows[j] = x + (u64)min(j * 8 + quad, M - 1) * K + place * V;
-#if X_AHEAD
-  Raw ahead[NT][GROUPS];
-  auto fetch_x = [&](int chunk) {
+    for (int group = 0; group < GROUPS; group++) {
+      u32 left[MT][V][2][4];  // [word][half of the planes]: rows quad and quad + 8 of one plane, then of the next
+      float scale[MT][2], zero[MT][2];
 #pragma unroll
-    for (int j = 0; j < NT; j++)
+      for (int i = 0; i < MT; i++) {
 #pragma unroll
-      for (int group = 0; group < GROUPS; group++) ahead[j][group].load(rows[j] + chunk * 128 + group * GROUP);
-  };
-  if (warp < chunks) fetch_x(warp);
-#endif
-
-  float total[MT][NT][4] = {};
-  for (int begin = warp; begin < chunks; begin += DEPTH * WARPS)
+        for (int word = 0; word < V; word++)
 #pragma unroll
-    for (int stage = 0; stage < DEPTH; stage++) {
-      const int chunk = begin + stage * WARPS;
-      if (chunk >= chunks) break;
-      Chunk& now = coming[stage];
-#if X_AHEAD
-      Raw here[NT][GROUPS];
+          for (int pair = 0; pair < 2; pair++)
 #pragma unroll
-      for (int j = 0; j < NT; j++)
+            for (int which = 0; which < 4; which++)
+              left[i][word][pair][which] = codes_at(codes[i][which % 2][group].at[word], 2 * pair + which / 2);
 #pragma unroll
-        for (int group = 0; group < GROUPS; group++) here[j][group] = ahead[j][group];
-      if (chunk + WARPS < chunks) fetch_x(chunk + WARPS);
-#endif
-#pragma unroll
-      for (int group = 0; group < GROUPS; group++) {
-        u32 left[MT][V][2][4];  // [word][half of the planes]: rows quad and quad + 8 of one plane, then of the next
-        float scale[MT][2], zero[MT][2];
-#pragma unroll
-        for (int i = 0; i < MT; i++) {
-#pragma unroll
-          for (int word = 0; word < V; word++)
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++)
-#pragma unroll
-              for (int which = 0; which < 4; which++)
-                left[i][word][pair][which] = codes_at(now.codes[i][which % 2][group].at[word], 2 * pair + which / 2);
-#pragma unroll
-          for (int half = 0; half < 2; half++) {
-            scale[i][half] = now.scales[i][half][group].scale();
-            zero[i][half] = now.scales[i][half][group].zero() - (BASE + 8.0f) * scale[i][half];
-          }
-        }
-        if (group == GROUPS - 1 && chunk + DEPTH * WARPS < chunks) fetch(now, chunk + DEPTH * WARPS);
-#pragma unroll
-        for (int j = 0; j < NT; j++) {
-#if X_AHEAD
-          const Raw& raw = here[j][group];
-#else
-          Raw raw;
-          raw.load(rows[j] + chunk * 128 + group * GROUP);
-#endif
-          float part[MT][4] = {}, sum[4] = {};
-#pragma unroll
-          for (int word = 0; word < V; word++)
-#pragma unroll
-            for (int pair = 0; pair < 2; pair++) {
-              const u32 b0 = raw.pair(2 * pair, word), b1 = raw.pair(2 * pair + 1, word);
-              multiply_add(sum, ONES, ONES, ONES, ONES, b0, b1);
-#pragma unroll
-              for (int i = 0; i < MT; i++) {
-                const u32(&a)[4] = left[i][word][pair];
-                multiply_add(part[i], a[0], a[1], a[2], a[3], b0, b1);
-              }
-            }
-#pragma unroll
-          for (int i = 0; i < MT; i++)
-#pragma unroll
-            for (int c = 0; c < 4; c++)
-              total[i][j][c] += scale[i][c / 2] * part[i][c] + zero[i][c / 2] * sum[c];
+        for (int half = 0; half < 2; half++) {
+          scale[i][half] = pairs[i][half][group].scale();
+          zero[i][half] = pairs[i][half][group].zero() - (BASE + 8.0f) * scale[i][half];
         }
       }
+      if (group == GROUPS - 1 && chunk + WARPS < chunks) fetch(chunk + WARPS);
+      Raw raw;
+      raw.load(own_x + chunk * 128 + group * GROUP);
+      float part[MT][4] = {}, sum[4] = {};
+#pragma unroll
+      for (int word = 0; word < V; word++)
+#pragma unroll
+        for (int pair = 0; pair < 2; pair++) {
+          const u32 b0 = raw.pair(2 * pair, word), b1 = raw.pair(2 * pair + 1, word);
+          multiply_add(sum, ONES, ONES, ONES, ONES, b0, b1);
+#pragma unroll
+          for (int i = 0; i < MT; i++) {
+            const u32(&a)[4] = left[i][word][pair];
+            multiply_add(part[i], a[0], a[1], a[2], a[3], b0, b1);
+          }
+        }
+#pragma unroll
+      for (int i = 0; i < MT; i++)
+#pragma unroll
+        for (int c = 0; c < 4; c++) total[i][c] += scale[i][c / 2] * part[i][c] + zero[i][c / 2] * sum[c];
     }
 
-  __shared__ float parts[WARPS][ROWS][CHANNELS + 4];
+  __shared__ float parts[WARPS][8][CHANNELS + 4];
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
-    for (int j = 0; j < NT; j++)
-#pragma unroll
-      for (int c = 0; c < 4; c++) parts[warp][j * 8 + place * 2 + c % 2][i * 16 + c / 2 * 8 + quad] = total[i][j][c];
+    for (int c = 0; c < 4; c++) parts[warp][place * 2 + c % 2][i * 16 + c / 2 * 8 + quad] = total[i][c];
   __syncthreads();
   const int of_block = GATED ? CHANNELS / 2 : CHANNELS;
   for (int at = threadIdx.x; at < M * of_block; at += WARPS * 32) {
@@ -278,7 +234,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 // A block has 16 MT WARPS channels, all rows, and one of the parts of K, which `splits` says: it writes float32 sums to
 // parts[split], or y itself where there is one. A chunk of x is brought to shared memory by all, in pairs, a chunk ahead.
 // Weights are rounded to x's type, as y is, before they are multiplied.
-#define CHANNELS (16 * MT)
 #define TASKS (NT * 8 * 4)  // a row's columns of one place in a quad
 #define TASKS_EACH ((TASKS + WARPS * 32 - 1) / (WARPS * 32))
 #define WORDS_A_TASK (4 / TASKS_EACH)  // that are multiplied while a task's x is on its way
@@ -404,20 +359,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
             left[i][plane / 2][plane % 2 * 2 + half] = weights(now[i][half][group].at[word % V], plane, scale, zero);
         }
 #pragma unroll
-      for (int begin_j = 0; begin_j < NT; begin_j += TOGETHER) {
-        uint4 right[TOGETHER];
+      for (int j = 0; j < NT; j++) {
+        const uint4 right = shared[unit(buffer, j * 8 + quad, word, place)];
 #pragma unroll
-        for (int j = 0; j < TOGETHER; j++) right[j] = shared[unit(buffer, (begin_j + j) * 8 + quad, word, place)];
-#pragma unroll
-        for (int pair = 0; pair < 2; pair++)
-#pragma unroll
-          for (int j = 0; j < TOGETHER; j++)
-#pragma unroll
-            for (int i = 0; i < MT; i++) {
-              const u32(&a)[4] = left[i][pair];
-              multiply_add(total[i][begin_j + j], a[0], a[1], a[2], a[3], pair ? right[j].z : right[j].x,
-                           pair ? right[j].w : right[j].y);
-            }
+        for (int i = 0; i < MT; i++) {
+          multiply_add(total[i][j], left[i][0][0], left[i][0][1], left[i][0][2], left[i][0][3], right.x, right.y);
+          multiply_add(total[i][j], left[i][1][0], left[i][1][1], left[i][1][2], left[i][1][3], right.z, right.w);
+        }
       }
       if (more && (word + 1) % WORDS_A_TASK == 0) put_x(word / WORDS_A_TASK, 1 - buffer);
     }

@@ -18,65 +18,77 @@ from triton.runtime.cache import get_cache_manager
 from cluster.collectives import cuda
 from orchestrator.engine.kernels.quantized_dot import added
 
-FEW_ROWS, MOST_ROWS = 16, 128
+FEW_ROWS, MOST_ROWS = 8, 128
 CHUNK = 128  # columns that a warp takes at a time
-PROGRAMS = 132
-"""Blocks to be under way, one on each of an H100's processors. Not the GPU's own number: sums are alike on all GPUs."""
+PROCESSORS = 132
+"""An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs."""
 _FILE = "four_bits.cubin"
 
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """Of a block: 16s of channels, 8s of rows, warps that share the columns, loads ahead of each, blocks at once."""
+    """Of a warp: 16s of channels; warps that share a block's columns; blocks at once on a processor."""
 
     channels: int
-    rows: int
     warps: int
-    ahead: int
     blocks: int
-    x_ahead: bool = False
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {
-            **{"TENS": 0, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
-            **{"DEPTH": self.ahead, "X_AHEAD": int(self.x_ahead)},
-        }
+        return {"TENS": 0, "MT": self.channels, "WARPS": self.warps, "BLOCKS": self.blocks}
 
 
 @dataclass(frozen=True, slots=True)
 class Tens:
-    """16s of a warp's channels, 8s of rows, warps beside each other, blocks at once."""
+    """Of a warp: 16s of channels, 8s of rows; warps of a block, beside each other; blocks at once on a processor."""
 
     channels: int
     rows: int
     warps: int
     blocks: int
-    together: int = 2
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            "TOGETHER": self.together,
-            **{"TENS": 1, "MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks},
+            **{"TENS": 1, "MT": self.channels, "NT": self.rows},
+            **{"WARPS": self.warps, "BLOCKS": self.blocks},
         }
 
     @property
     def shared_bytes(self) -> int:
         return 2 * self.rows * 8 * CHUNK * 2
 
+    def blocks_of(self, n: int) -> int:
+        return -(-n // (16 * self.channels * self.warps))
+
     def splits(self, n: int, k: int) -> int:
-        """Parts of the columns, of four chunks at least."""
-        blocks = -(-n // (16 * self.channels * self.warps))
-        return max(1, min(PROGRAMS * self.blocks // blocks, k // CHUNK // 4))
+        """Parts of the columns, of two chunks at least."""
+        return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
-FEW = {1: Few(2, 1, 8, 1, 2), 2: Few(2, 2, 8, 1, 2)}
-TENS = {4: Tens(2, 4, 8, 1), 8: Tens(2, 8, 8, 1), 16: Tens(2, 16, 8, 1)}
+GATED = Few(2, 4, 4)
+FEW_CHANNELS, MANY_CHANNELS = Few(2, 16, 1), Few(1, 8, 3)
+TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
+"""The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 1, 8, 16, 32, 64, 128 rows
+55, 61, 77, 93, 138, 223; Triton's kernels 69, 114, 122, 126, 161, 239; bf16 by cuBLAS 148, 169, 170, 171, 174, 182.
+Tried and dropped: codes by cp.async through shared memory (57 for one row, 254 for 128), x read a chunk ahead."""
+
+
+def choose_few(n: int, *, gated: bool) -> Few:
+    """Where there is no block for each processor, more warps share the columns."""
+    if gated:
+        return GATED
+    return FEW_CHANNELS if n <= PROCESSORS * 16 * FEW_CHANNELS.channels else MANY_CHANNELS
+
+
+def choose_tens(rows: int) -> Tens:
+    return TENS[max(16, 1 << (rows - 1).bit_length())]
 
 
 def takes(x_MK: Tensor, scales: Tensor, group: int) -> bool:
-    if not x_MK.is_cuda or group not in (32, 64, 128) or len(x_MK) > MOST_ROWS or x_MK.shape[1] % CHUNK:
+    if torch.version.cuda is None or not x_MK.is_cuda or group not in (32, 64, 128):
+        return False
+    if len(x_MK) > MOST_ROWS or x_MK.shape[1] % CHUNK:
         return False
     fits = x_MK.dtype in (torch.float16, torch.bfloat16) and scales.dtype in (x_MK.dtype, torch.float32)
     return fits and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
@@ -91,12 +103,11 @@ def few_rows(
     *,
     gated: bool = False,
     pdl: bool = False,
-    tile: Few | None = None,
 ) -> Tensor:
     """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]: in float32, rounded once. Contiguous tensors."""
     m, k = x_MK.shape
     n = len(codes)
-    tile = tile or FEW[1 if m <= 8 else 2]
+    tile = choose_few(n, gated=gated)
     outputs = n // 2 if gated else n
     out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, gated, x_MK.device)
@@ -116,18 +127,16 @@ def tens_of_rows(
     group: int,
     *,
     pdl: bool = False,
-    tile: Tens | None = None,
-    splits: int = 0,
 ) -> Tensor:
     """x @ weight.T + bias → [M, N], the weights rounded to x's dtype, summed in float32. Contiguous tensors."""
     m, k = x_MK.shape
     n = len(codes)
-    tile = tile or TENS[4 if m <= 32 else 8 if m <= 64 else 16]
-    splits = splits or tile.splits(n, k)
+    tile = choose_tens(m)
+    splits = tile.splits(n, k)
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     parts = torch.empty((splits, m, n) if splits > 1 else 0, dtype=torch.float32, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, False, x_MK.device)
-    blocks = -(-n // (16 * tile.channels * tile.warps)) * splits
+    blocks = tile.blocks_of(n) * splits
     kernel.launch(
         blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out, parts),
         c_int(m), c_int(n), c_int(k), c_int(splits), overlap=pdl,

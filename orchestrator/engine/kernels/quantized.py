@@ -34,7 +34,7 @@ MIDDLE_ROWS = 128
 FLOAT8_ROWS = 16
 """Up to which weights in float8 are widened too: to round x as well costs a launch more."""
 
-ROWS_BY_KERNEL = (1, 2, 9, 17, 33, 65)
+ROWS_BY_KERNEL = (1, 2, 3, 9, 17, 33, 65)
 """The fewest that choose another kernel, or another tile."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path as File
 
 import msgspec
 
-from cluster.files import write_whole
+from cluster.files import read_back, write_whole
 from cluster.paths import Curve, Fit, Op, Path, envelope, fit, moved_share
 from cluster.topology import Device, Link, Provenance, Topology
 
@@ -185,12 +185,9 @@ def kept(cache_dir: File, topology: Topology) -> MachineProfile | None:
 
 
 def read(path: File) -> MachineProfile | None:
-    """None if there is no file, or it is of another format or half-written."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=MachineProfile)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return found if found.format == FORMAT else None
+    """None if there is no file, or it is of another format or damaged."""
+    found = read_back(path, MachineProfile)
+    return found if found is not None and found.format == FORMAT else None
 
 
 def changes(profile: MachineProfile, topology: Topology) -> list[str]:

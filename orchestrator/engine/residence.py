@@ -78,8 +78,7 @@ def loaded(
     check_float8(kept, device)
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
-    if kept.weights == SPARSE24 and streaming.buffers:
-        raise BadLayout(f"+{SPARSE24} keeps all layers on the device; leave +offload away")
+    assert kept.weights != SPARSE24 or not streaming.buffers, "strategies.runnable refuses it"
     file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
     given = None if file is None else file.allocate
     load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, given)

@@ -103,24 +103,29 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.keys import read_keys
+
+    _check_bounds(args)
+    _raise_open_files()
+    keys = read_keys(args.api_key_file)
+    with listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key) as listener:
+        return _run(args, listener, keys)
+
+
+def _run(args: argparse.Namespace, listener: socket.socket, keys: list[str]) -> int:
     from launch.api.tools import form_of
     from launch.generation_config import GenerationConfig
     from launch.generation_config import read as read_generation
-    from launch.keys import read_keys
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
     from launch.predict import planned
     from launch.progress import Progress
     from orchestrator.text import text_of
 
-    _check_bounds(args)
-    _raise_open_files()
-    keys = read_keys(args.api_key_file)
     workload = workload_of(args)
     dims = layout(args)
     form_of("", args.tool_call_parser)  # raises where there is none of that name
-    listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
-    with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
+    with _store(args.batch_dir, listener.getsockname()[1]) as store:
         note = store / _LAYOUT
         if args.kept_as is not None and dims is None:  # where its replicas hold what is free
             dims = _ran_before(note, args)

@@ -34,7 +34,9 @@ from strategies.plan import ParallelDims, Shard
 from strategies.runnable import compatibility
 from strategies.spec import Workload
 
-ACQUIRE_TIMEOUT_S = 60.0
+ACQUIRE_TIMEOUT_S = (
+    600.0  # each imports torch: seconds, but minutes from a cold network disk or on busy cores
+)
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
@@ -146,7 +148,8 @@ def deployment(
             prove_first_layer(options, dims, engine_config(options, dims), progress)
             progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
-            gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
+            with progress.waiting(f"{dims.name}: starting workers"):
+                gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         placed = [Placed(gang, ranks_of(gang)) for gang in gangs]
         limits, weight_bytes = known or _made_ready(placed, shards, dims, options, progress)
         scored = _score(placed[0], score) if score else b""

@@ -18,9 +18,10 @@ from launch.options import EngineOptions
 from launch.predict import capped
 from launch.progress import Progress
 from orchestrator.engine.disk import LayerFile
-from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
+from orchestrator.engine.memory import capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
 from orchestrator.engine.residence import Residence
+from strategies.cost_memory import CONTEXT_BYTES
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
 from strategies.plan import Layout
@@ -210,7 +211,7 @@ def test_a_plan_says_what_a_disk_allows() -> None:
 
 def test_a_cap_counts_what_went_since_the_process_came() -> None:
     gb = 10**9
-    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
+    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CONTEXT_BYTES
     assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
 
 

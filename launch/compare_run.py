@@ -54,6 +54,7 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--num-gpu-blocks-override": options.num_blocks,
         "--gpu-memory-utilization": options.gpu_memory_utilization,
         "--device-memory-gb": options.device_memory_gb,
+        "--host-memory-gb": options.host_memory_gb,
         "--resident-layers": options.resident_layers,
         "--offload-dir": options.offload_dir,
         "CUDA graphs": not options.enforce_eager,

@@ -6,6 +6,7 @@ import os
 
 from cluster.errors import UserError
 from cluster.topology import Topology
+from launch.configured import priced_engine, room_of
 from launch.options import EngineOptions
 from launch.progress import Progress
 from strategies.cost_memory import memories, work_bytes
@@ -45,7 +46,8 @@ def limit(name: str, n_bytes: int, bytes_per_s: float) -> str:
 def streamed_bytes(options: EngineOptions, chosen: Candidate, topology: Topology, workload: Workload) -> int:
     """Of all ranks that read the disk for one step of a replica, and of the replicas that do so beside it."""
     if options.resident_layers is None:
-        placed = place(options.spec, chosen.layout, options.dtype, topology)
+        priced, room = priced_engine(options), room_of(options)
+        placed = place(options.spec, chosen.layout, options.dtype, topology, priced, workload, room)
         return sum(need.streamed for need in memories(placed, workload))
     return chosen.dims.dp * sum(_beyond(options, shard, options.resident_layers) for shard in chosen.shards)
 

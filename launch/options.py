@@ -8,6 +8,7 @@ from pathlib import Path
 
 from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
+from launch.memory import add_memory_arguments, check_memory
 from launch.models import resolve
 from strategies.formats import FORMATS, PLAIN
 from strategies.plan import Layout, ParallelDims
@@ -55,6 +56,8 @@ class EngineOptions:
     offload_dir: Path | None = None  # a disk's, on which they lie instead
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
+    host_memory_gb: float | None = None  # of each host, for offloaded weights; None: what is available
+    offload_kv_tokens: int | None = None  # of cache, that offloading leaves room for; None: see configured.py
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
@@ -118,12 +121,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
     )
-    engine.add_argument(
-        "--device-memory-gb",
-        type=float,
-        metavar="GB",
-        help="of each GPU's memory, that a process may take, CUDA's context and NCCL in it; in place of the share",
-    )
+    add_memory_arguments(engine)
     engine.add_argument(
         "--offload-dir",
         type=_folder,
@@ -256,6 +254,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         resident_layers=args.resident_layers,
         offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
         device_memory_gb=args.device_memory_gb,
+        host_memory_gb=args.host_memory_gb,
         step_timeout_s=args.step_timeout,
     )
 
@@ -333,11 +332,10 @@ def _check_sizes(args: argparse.Namespace) -> None:
     share = args.gpu_memory_utilization
     if not 0 < share <= 1:  # nan too
         raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
-    resident, most_gb = args.resident_layers, args.device_memory_gb
+    resident = args.resident_layers
     if resident is not None and resident < 0:
         raise UserError(f"--resident-layers is {resident}; it must be at least 0")
-    if most_gb is not None and not 1 <= most_gb <= 10_000:  # nan too
-        raise UserError(f"--device-memory-gb is {most_gb:g}; it must be from 1 to 10000 GB")
+    check_memory(args)
     patience_s = args.step_timeout
     if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
         raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")

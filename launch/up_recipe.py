@@ -206,6 +206,7 @@ _SERVE: _Keys = {
     "max_num_batched_tokens": ("--max-num-batched-tokens", _integer(1)),
     "gpu_memory_utilization": ("--gpu-memory-utilization", _number),
     "device_memory_gb": ("--device-memory-gb", _number),
+    "host_memory_gb": ("--host-memory-gb", _number),
     "resident_layers": ("--resident-layers", _integer(0)),
     "request_timeout_s": ("--request-timeout", _number),
     "step_timeout_s": ("--step-timeout", _number),

@@ -92,7 +92,8 @@ def plan(
     planned = [(c, p) for c, p in feasible if c.not_runnable is not None]
     sentences: tuple[str, ...] = ()
     if runs:
-        sentences = (*why, *explain(runs, workload))
+        streamed = [f"{c.layout.name}: {c.marked[-1]}." for c, _ in runs[1:] if c.offload]
+        sentences = (*why, *explain(runs, workload), *streamed)
         if why:
             ways = ways_out(spec, topology, dtype, longest)[1:]
             sentences += tuple(way for way in ways if not way.startswith("Offload"))
@@ -282,21 +283,22 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
     if made.source != MODEL:
         yield made.source
-    if placement.offload:
-        yield from _residence(placement, workload)
     yield from over_limits(made, workload)
+    if placement.offload:
+        yield _residence(placement, workload)
 
 
-def _residence(placement: Placement, workload: Workload) -> Iterator[str]:
-    """Of the rank that streams most."""
+def _residence(placement: Placement, workload: Workload) -> str:
+    """Of the rank that streams most, and what nobody knows of its host."""
     needs = memories(placement, workload)
     need = max(needs[: placement.dims.replica_size], key=lambda one: one.streamed)
-    if need.streaming is None:
-        return
+    if not need.streamed:
+        return "all of a rank's layers resident: nothing is streamed"
+    assert need.streaming is not None, "what is streamed has a schedule"
     where = "the disk" if placement.room.on_disk else "host memory"
-    yield (
+    told = (
         f"{need.streaming.resident} of a rank's {need.streaming.layers} layers resident; "
         f"{need.streamed / 1e9:.1f} GB come from {where} at every step"
     )
-    if unknown := unknown_host(placement, needs):
-        yield unknown
+    unknown = unknown_host(placement, needs)
+    return told if unknown is None else f"{told}; {unknown}"

@@ -144,28 +144,31 @@ def short_host(placement: Placement, workload: Workload) -> str | None:
     need, have = lacking
     reason = f"{gb(need)} of {placement.format.weights or placement.dtype} weights in host memory, which has {gb(have)}"
     for kept in _smaller_than(placement):
-        try:
-            other = place(
-                placement.spec,
-                Layout(placement.dims, kept, offload=True),
-                placement.dtype,
-                placement.topology,
-                placement.engine,
-                workload,
-                placement.room,
-            )
-        except BadLayout:
-            continue
-        needs = memories(other, workload)
-        if min(n.kv_tokens for n in needs) >= placement.room.longest and _lacking(other, needs) is None:
-            pinned = sum(n.pinned for n in needs)
-            name = f"{placement.dims.name}{kept.suffix}{'+offload' if pinned else ''}"
-            return (
-                f"{reason} free; {name} keeps {gb(pinned)} there"
-                if pinned
-                else f"{reason} free; {name} needs none"
-            )
+        for layout in (Layout(placement.dims, kept), Layout(placement.dims, kept, offload=True)):
+            pinned = _pinned(placement, layout, workload)
+            if pinned is not None:
+                there = f"keeps {gb(pinned)} there" if pinned else "needs none"
+                return f"{reason} free; {layout.name} {there}"
     return f"{reason} free; --offload-dir FOLDER keeps them on a disk"
+
+
+def _pinned(placement: Placement, layout: Layout, workload: Workload) -> int | None:
+    """Bytes of host memory that another layout on the same devices takes; None where it does not fit them."""
+    try:
+        other = place(
+            placement.spec,
+            layout,
+            placement.dtype,
+            placement.topology,
+            placement.engine,
+            workload,
+            placement.room,
+        )
+    except BadLayout:
+        return None
+    needs = memories(other, workload)
+    fits = min(need.kv_tokens for need in needs) >= placement.room.longest
+    return sum(need.pinned for need in needs) if fits and _lacking(other, needs) is None else None
 
 
 def unknown_host(placement: Placement, needs: Sequence[Memory]) -> str | None:

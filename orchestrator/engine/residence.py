@@ -105,21 +105,18 @@ def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: 
         return min(layers, config.resident_layers)
     if device.type != "cuda":  # the host's memory is the device's
         return layers
-    needs = work_bytes(
-        config.spec,
-        shard,
-        config.dtype,
-        as_kept(config.spec, FORMATS[config.format]),
-        tokens=config.max_num_batched_tokens,
-        rows=config.max_num_seqs,
-        cached=config.offload_kv_tokens,
+    kept, batch = as_kept(config.spec, FORMATS[config.format]), config.max_num_batched_tokens
+    most, least = config.offload_kv_tokens, config.least_kv_tokens or config.offload_kv_tokens
+    needs, poorer = (
+        work_bytes(config.spec, shard, config.dtype, kept, tokens=batch, rows=config.max_num_seqs, cached=n)
+        for n in (most, min(most, least))
     )
-    resident = resident_layers(layers, needs.layer, free - needs.beside_layers)
+    spare = needs.beside_layers - poorer.beside_layers
+    resident = resident_layers(layers, needs.layer, free - needs.beside_layers, spare)
     ranks = shard.tp * shard.pp  # on this host, as far as a rank knows
     if config.offload_dir is not None:  # whose room is looked at when the file is made
         return resident
     # A control group counts pages of files that were read as used: its limit alone says something.
-    check_host(
-        (layers - resident) * needs.layer * ranks, min(available_host_bytes(), read_cpu().memory_bytes)
-    )
+    available = config.host_memory_bytes or min(available_host_bytes(), read_cpu().memory_bytes)
+    check_host((layers - resident) * needs.layer * ranks, available)
     return resident

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from cluster.errors import BadLayout, UserError
 from launch.disk_limit import limit, streamed_bytes, tell_disk
+from launch.memory import capped
 from launch.options import EngineOptions
-from launch.predict import capped
 from launch.progress import Progress
 from orchestrator.engine.disk import LayerFile
 from orchestrator.engine.memory import capped_free

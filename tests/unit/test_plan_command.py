@@ -14,7 +14,7 @@ import pytest
 from cluster.profile import FORMAT, MachineProfile, Rates, fingerprint_of, profile_path, save
 from launch import __main__
 from launch.machine import found_here
-from launch.plan import plan_to_json
+from launch.plan_json import plan_to_json
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_8B, box

@@ -69,6 +69,7 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
         "host_memory_gb",
         "resident_layers",
         "offload_dir",
+        "host_kv_gb",
         "request_timeout_s",
         "step_timeout_s",
         "drain_timeout_s",

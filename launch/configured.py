@@ -34,6 +34,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         offload_kv_tokens=kv_reserve(options),
         least_kv_tokens=options.least_context,
         host_memory_bytes=None if options.host_memory_gb is None else int(options.host_memory_gb * 1e9),
+        host_kv_bytes=int((options.host_kv_gb or 0) * 1e9),
         memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
         dummy_weights=options.dummy_weights,
         block_size=options.block_size,

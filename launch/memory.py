@@ -24,7 +24,7 @@ def add_memory_arguments(parser: argparse._ActionsContainer) -> None:
         "--host-memory-gb",
         type=float,
         metavar="GB",
-        help="of each host's memory, that offloaded weights may be locked in; default: what is available",
+        help="of each host's memory, that offloaded weights and KV may be locked in; default: what is available",
     )
 
 

@@ -11,6 +11,7 @@ from launch.machine import peers_allowed
 from launch.memory import add_memory_arguments, check_memory
 from launch.models import resolve
 from strategies.formats import FORMATS, PLAIN
+from strategies.host_kv import check_asked
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, is_known, why_not
@@ -56,8 +57,9 @@ class EngineOptions:
     offload_dir: Path | None = None  # a disk's, on which they lie instead
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
-    host_memory_gb: float | None = None  # of each host, for offloaded weights; None: what is available
+    host_memory_gb: float | None = None  # of each host, for offloaded weights and KV; None: what is available
     offload_kv_tokens: int | None = None  # of cache, that offloading leaves room for; None: see configured.py
+    host_kv_gb: float | None = None  # of host memory, of each rank, for KV that its device has no room for
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
@@ -133,6 +135,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="of each rank's layers, that stay on the device with +offload; default: as many as fit",
+    )
+    engine.add_argument(
+        "--host-kv-gb",
+        type=float,
+        metavar="GB",
+        help="of host memory, of each rank, for KV blocks that its device has no room for: they come back from there",
     )
     engine.add_argument(
         "--step-timeout",
@@ -230,6 +238,8 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
     _check_offload(args, spec, kept, is_here=address is None)
+    caching = not args.no_enable_prefix_caching
+    check_asked(args.host_kv_gb, prefix_caching=caching, has_blocks=known)
     return EngineOptions(
         source=source,
         spec=spec,
@@ -241,7 +251,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
-        prefix_caching=known and not args.no_enable_prefix_caching,
+        prefix_caching=known and caching,
         seed=args.seed,
         address=address,
         peer_access=peers_allowed(),
@@ -255,6 +265,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
         device_memory_gb=args.device_memory_gb,
         host_memory_gb=args.host_memory_gb,
+        host_kv_gb=args.host_kv_gb,
         step_timeout_s=args.step_timeout,
     )
 

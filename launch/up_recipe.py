@@ -208,6 +208,7 @@ _SERVE: _Keys = {
     "device_memory_gb": ("--device-memory-gb", _number),
     "host_memory_gb": ("--host-memory-gb", _number),
     "resident_layers": ("--resident-layers", _integer(0)),
+    "host_kv_gb": ("--host-kv-gb", _number),
     "request_timeout_s": ("--request-timeout", _number),
     "step_timeout_s": ("--step-timeout", _number),
     "tool_call_parser": ("--tool-call-parser", _text),

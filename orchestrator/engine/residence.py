@@ -118,5 +118,6 @@ def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: 
         return resident
     # A control group counts pages of files that were read as used: its limit alone says something.
     available = config.host_memory_bytes or min(available_host_bytes(), read_cpu().memory_bytes)
+    available -= config.host_kv_bytes * ranks
     check_host((layers - resident) * needs.layer * ranks, available)
     return resident

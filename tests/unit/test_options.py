@@ -155,6 +155,9 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
     assert (config.offload, config.resident_layers) == (True, 1)
     assert config.memory_cap_bytes == 25_300_000_000
     assert not made(model, "--layout", "tp2").offload
+    assert config.host_kv_bytes == 0
+    asked = made(model, "--host-kv-gb", "2.5")
+    assert engine_config(asked, ParallelDims(2)).host_kv_bytes == 2_500_000_000
 
 
 @pytest.mark.parametrize(
@@ -171,6 +174,8 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
         ("--layout tp1+int8+offload --offload-dir /tmp", "in int8.* leave \\+int8 away, or --offload-dir"),
         ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
         ("--device-memory-gb nan", "must be from 1 to 10000 GB"),
+        ("--host-kv-gb 0", "must be over 0 and at most 10000 GB"),
+        ("--host-kv-gb 1 --no-enable-prefix-caching", "leave it away, or --no-enable-prefix-caching"),
     ],
 )
 def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:

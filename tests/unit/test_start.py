@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
 
@@ -18,6 +19,7 @@ from cluster.gang import Answer, Call, Gang, Member
 from launch import start
 from launch.configured import limits_for
 from launch.options import EngineOptions
+from launch.placed import Placed
 from launch.progress import Progress
 from launch.start import Restarting
 from orchestrator.scheduler import SchedulerConfig
@@ -91,6 +93,30 @@ class OneGang:
 
     def kill(self) -> None:
         self.killed.set()
+
+
+class Roomy(OneGang):
+    """Two ranks on one host, one on another, of whose memory each says how much there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hosts = ("here", "there", "here")
+        self.members = tuple(Member(i, host, host, i, 0, "") for i, host in enumerate(hosts))
+
+    def call(self, index: int, method: str) -> Any:
+        assert method == "host_bytes"
+        found: Future[int] = Future()
+        found.set_result({"here": 20, "there": 7}[self.members[index].node] * 10**9)
+        return found
+
+
+def test_every_host_has_room_for_the_kv_of_its_ranks() -> None:
+    placed = [Placed(cast(Gang, Roomy()), (0, 1, 2))]
+    start._check_host_room(placed, 7)
+    with pytest.raises(BadLayout, match=r"of there is 7.5 GB of host memory, of which 7.0 GB is"):
+        start._check_host_room(placed, 7.5)
+    with pytest.raises(BadLayout, match=r"11 for 2 ranks of here is 22.0 GB .*20.0 GB .*give 10.0 or less"):
+        start._check_host_room(placed, 11)
 
 
 class OneByOne:

@@ -237,7 +237,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
-    _check_offload(args, spec, kept, is_here=address is None)
+    _check_offload(args, spec, is_here=address is None)
     caching = not args.no_enable_prefix_caching
     check_asked(args.host_kv_gb, prefix_caching=caching, has_blocks=known)
     return EngineOptions(
@@ -276,8 +276,8 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_here: bool) -> None:
-    """What tells of offload has an offloaded layout to tell of. `kept`: the weights' format. Raises UserError."""
+def _check_offload(args: argparse.Namespace, spec: ModelSpec, *, is_here: bool) -> None:
+    """What tells of offload has an offloaded layout to tell of. Raises UserError."""
     resident, folder = args.resident_layers, args.offload_dir
     names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
     named = [Layout.parse(name) for name in names if name != "auto"]
@@ -291,16 +291,8 @@ def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_h
             raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
     if resident is not None and resident > spec.layers:
         raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
-    if folder is None:
-        return
-    if is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
+    if folder is not None and is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
         raise UserError(f"--offload-dir {folder} is a file; give a folder on a disk with room")
-    for made in offloaded:
-        if small := made.format.weights or FORMATS[kept].weights:
-            raise UserError(
-                f"{made.name} keeps weights in {small}, and --offload-dir those in the model's dtype alone; "
-                f"leave +{small} away, or --offload-dir"
-            )
 
 
 def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:

@@ -75,17 +75,29 @@ def test_layers_on_a_disk_answer_as_resident_ones_do(layout: str, pool: Pool, tm
 
 
 @pytest.mark.slow
-def test_offloaded_layers_in_four_bits_answer_as_resident_ones_do(pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ("int4", "float32"),
+        ("int4", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("int8w8a8", "float32"),
+    ],
+)
+def test_offloaded_layers_in_fewer_bits_answer_as_resident_ones_do(
+    kept: str, dtype: str, pool: Pool, tmp_path: Path
+) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
     model = make_model(tmp_path, "llama", std=0.1, num_hidden_layers=5, **sizes)
     given = prompts(model.config.vocab_size)[:3]
     found = []
-    for changes in ({}, {"offload": True, "resident_layers": 1}):
-        asked = options(tmp_path, num_blocks=18, format="int4", **changes)
+    away = {"offload": True, "resident_layers": 1}
+    for changes in ({}, away, {**away, "offload_dir": tmp_path / "disk"}):
+        asked = options(tmp_path, num_blocks=18, format=kept, dtype=dtype, **changes)
         with served("tp2", asked, pool) as deployed:
             sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
             found.append([c.token_ids for c in answers(deployed, asked, [(p, sampling) for p in given])])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize(

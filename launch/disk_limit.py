@@ -6,13 +6,15 @@ import os
 
 from cluster.errors import UserError
 from cluster.topology import Topology
+from launch.configured import priced_engine, room_of
 from launch.options import EngineOptions
 from launch.progress import Progress
 from strategies.cost_memory import memories, work_bytes
-from strategies.formats import FORMATS
+from strategies.formats import Format
 from strategies.offload import Streaming
 from strategies.place import place
 from strategies.plan import Candidate, Shard
+from strategies.quantize import as_kept
 from strategies.spec import Workload
 
 
@@ -45,12 +47,16 @@ def limit(name: str, n_bytes: int, bytes_per_s: float) -> str:
 def streamed_bytes(options: EngineOptions, chosen: Candidate, topology: Topology, workload: Workload) -> int:
     """Of all ranks that read the disk for one step of a replica, and of the replicas that do so beside it."""
     if options.resident_layers is None:
-        placed = place(options.spec, chosen.layout, options.dtype, topology)
+        priced, room = priced_engine(options), room_of(options)
+        placed = place(options.spec, chosen.layout, options.dtype, topology, priced, workload, room)
         return sum(need.streamed for need in memories(placed, workload))
-    return chosen.dims.dp * sum(_beyond(options, shard, options.resident_layers) for shard in chosen.shards)
+    kept = as_kept(options.spec, chosen.layout.format, options.device)
+    return chosen.dims.dp * sum(
+        _beyond(options, shard, kept, options.resident_layers) for shard in chosen.shards
+    )
 
 
-def _beyond(options: EngineOptions, shard: Shard, resident: int) -> int:
-    needs = work_bytes(options.spec, shard, options.dtype, FORMATS[""], tokens=1, rows=1, cached=0)
+def _beyond(options: EngineOptions, shard: Shard, kept: Format, resident: int) -> int:
+    needs = work_bytes(options.spec, shard, options.dtype, kept, tokens=1, rows=1, cached=0)
     layers = len(shard.layers)
     return len(Streaming(layers, min(layers, resident)).order) * needs.layer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ from cluster.topology import Topology
 from launch.config import read_machine
 from launch.kept import shelf
 from launch.machine import as_measured, cache_directory, found_here
+from launch.memory import add_memory_arguments, capped, check_memory, sharing
 from launch.models import spec_of
+from launch.plan_json import plan_to_json
 from strategies.engines import CPU, OURS, engine
 from strategies.explain import ms
-from strategies.intervals import ends
-from strategies.kept import MODEL, Kept
+from strategies.kept import Kept
 from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
 from strategies.runnable import check_layout
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
     )
+    add_memory_arguments(parser)
     parser.add_argument("--max-model-len", type=int, metavar="N", help="make room for so long a sequence")
     parser.add_argument(
         "--layouts", metavar="A,B", help="only these, such as tp2,pp2,tp2dp2,tp2+int4,tp8ep8+fp8"
@@ -111,6 +113,7 @@ def run(args: argparse.Namespace) -> int:
     rate = rate_of(args)
     alone = workload if rate is None else replace(workload, most_ttft_s=None, most_tpot_s=None)
     layouts = named_layouts(args.layouts)
+    check_memory(args)
     here = args.on is None
     topology = found_here() if here else read_machine(args.on)
     spec = spec_of(args.model)
@@ -118,9 +121,21 @@ def run(args: argparse.Namespace) -> int:
     dtype = choose_dtype(args.dtype, spec, topology)
     if here:
         topology = as_measured(topology, dtype)
+    topology = capped(topology, args.device_memory_gb, args.host_memory_gb)
+    ours = sharing(engine(CPU if topology.devices[0].kind == "cpu" else OURS), args.device_memory_gb)
     kept = kept_here(topology, spec, dtype) if here else ()
     longest = args.max_model_len
-    made = plan(spec, topology, alone, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
+    made = plan(
+        spec,
+        topology,
+        alone,
+        dtype,
+        layouts=layouts,
+        max_model_len=longest,
+        wide=True,
+        engine=ours,
+        kept=kept,
+    )
     simulated = None
     if rate is not None and made.candidates:
         from launch.progress import Progress
@@ -198,93 +213,6 @@ def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
     return next((d for d in known if all(d in device.flops_per_s for device in topology.devices)), spec.dtype)
 
 
-# --- for programs -------------------------------------------------------------------------------------------
-
-
-def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
-    """The object that `--json` prints: names and units are a contract."""
-    return {
-        "model": made.model,
-        "machine": made.machine,
-        "workload": {
-            "prompt_tokens": workload.prompt_tokens,
-            "output_tokens": workload.output_tokens,
-            "concurrency": workload.concurrency,
-            "objective": workload.objective.value,
-        },
-        "chosen": None if made.chosen is None else made.chosen.layout.name,
-        "candidates": [candidate_to_json(candidate) for candidate in made.candidates],
-    }
-
-
-def candidate_to_json(candidate: Candidate) -> dict[str, object]:
-    """With a `source` where the figures are not the model's alone."""
-    made: dict[str, object] = {
-        "layout": candidate.layout.name,
-        "feasible": candidate.feasible,
-        "reason": candidate.reason,
-        "predicted": _predicted(candidate),
-        "breakdown": _shares(candidate),
-        "interval": _interval(candidate),
-    }
-    if candidate.estimate is not None and candidate.estimate.source != MODEL:
-        made["source"] = candidate.estimate.source
-    return made
-
-
-def _predicted(candidate: Candidate) -> Mapping[str, float | None] | None:
-    made = candidate.estimate
-    if made is None:
-        return None
-    usd = made.usd_per_million_tokens
-    return {
-        "ttft_ms": round(made.ttft_s * 1e3, 4),
-        "tpot_ms": round(made.tpot_s * 1e3, 4),
-        "output_tokens_per_s": round(made.output_tokens_per_s, 4),
-        "memory_gb_per_gpu": round(made.memory_bytes_per_device / 1e9, 4),
-        "kv_tokens": made.kv_tokens,
-        "share_of_limit": round(made.share_of_limit, 6),
-        "usd_per_million_tokens": None if usd is None else round(usd, 6),
-    }
-
-
-def _interval(candidate: Candidate) -> Mapping[str, Mapping[str, float]] | None:
-    """Low and high of each predicted figure that may be off."""
-    predicted = _predicted(candidate)
-    if predicted is None or candidate.estimate is None:
-        return None
-    most = {"share_of_limit": 1.0}
-    return {
-        name: {"low": _rounded(low * value), "high": _rounded(min(most.get(name, math.inf), high * value))}
-        for name, (low, high) in ends(candidate.estimate.spread).items()
-        if (value := predicted[name]) is not None
-    }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _shares(candidate: Candidate) -> Mapping[str, float] | None:
-    """Of a decode step; they sum to 1. A cause that a layout does not have is 0."""
-    if candidate.estimate is None:
-        return None
-    causes = (
-        "weights",
-        "kv",
-        "compute",
-        "all_reduce",
-        "all_gather",
-        "all_to_all",
-        "send_recv",
-        "offload",
-        "host",
-    )
-    parts = candidate.estimate.breakdown
-    total = sum(parts.values())
-    return {cause: parts.get(cause, 0.0) / total for cause in causes}
-
-
 # --- for people ---------------------------------------------------------------------------------------------
 
 
@@ -347,7 +275,7 @@ def plan_table(made: Plan) -> Table:
     if len(every) > len(feasible):
         told.append(f"{len(every) - len(feasible)} more that fit rank below; --json lists them all")
     if planned:
-        told.append("* not chosen: planned only, or in fewer bits or offloaded, which --layout must name")
+        told.append("* not chosen: planned only, or in fewer bits, which --layout must name")
     table.caption = "\n".join(told) or None
     return table
 

@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 
 from cluster.topology import Topology
 from launch.compare_journal import Trials
-from launch.plan import candidate_to_json, plan_to_json
+from launch.plan_json import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
 from strategies.intervals import FIRST_TOKEN

@@ -317,7 +317,7 @@ def _serve(
 
 def _told(chosen: Planned, workload: Workload) -> dict[str, object]:
     """The plan, for the page."""
-    from launch.plan import plan_to_json
+    from launch.plan_json import plan_to_json
 
     told: dict[str, object] = {"layout": chosen.candidate.layout.name, "plan": None, "reasons": []}
     if chosen.plan is not None:

@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -36,20 +36,22 @@ class Spot:
 
     offset: int
     shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class LayerFile:
     """Packed layers, each from a page's start on."""
 
-    def __init__(
-        self, directory: Path, layers: Sequence[Mapping[str, Spot]], sizes: Sequence[int], dtype: torch.dtype
-    ):
+    def __init__(self, directory: Path, layers: Sequence[Mapping[str, Spot]], sizes: Sequence[int]) -> None:
         """`layers`: by parameter's name, offsets within the layer; `sizes`: of each layer. Raises BadLayout."""
         self.sizes = [-(-size // PAGE) * PAGE for size in sizes]
         self._starts = [sum(self.sizes[:i]) for i in range(len(sizes))]
-        self._dtype = dtype
         self._spots = {
-            name: Spot(start + spot.offset, spot.shape)
+            name: replace(spot, offset=start + spot.offset)
             for start, layer in zip(self._starts, layers, strict=True)
             for name, spot in layer.items()
         }
@@ -67,10 +69,8 @@ class LayerFile:
         if spot is None:
             return None
         assert self._mapping is not None, "it is filled before it is read"
-        count = spot.shape.numel()
-        return torch.frombuffer(self._mapping, dtype=self._dtype, count=count, offset=spot.offset).view(
-            spot.shape
-        )
+        found = torch.frombuffer(self._mapping, dtype=torch.uint8, count=spot.n_bytes, offset=spot.offset)
+        return found.view(spot.dtype).view(spot.shape)
 
     def finish(self) -> None:
         """All is written; nobody holds what `allocate` gave any more."""

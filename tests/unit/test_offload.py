@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from cluster.errors import BadLayout, UserError
 from launch.disk_limit import limit, streamed_bytes, tell_disk
+from launch.memory import capped
 from launch.options import EngineOptions
-from launch.predict import capped
 from launch.progress import Progress
 from orchestrator.engine.disk import LayerFile
-from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
+from orchestrator.engine.memory import capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
 from orchestrator.engine.residence import Residence
+from strategies.cost_memory import CONTEXT_BYTES
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
 from strategies.plan import Layout
@@ -89,8 +90,8 @@ def test_outputs_are_the_very_same_at_every_step(layers: int, resident: int) -> 
 def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_path: Path) -> None:
     whole, streamed = Stack(layers), Stack(layers)
     streaming = Streaming(layers, resident)
-    parts = [spots(streamed.layers[i], f"layers.{i}", 4) for i in streaming.streamed]
-    file = LayerFile(tmp_path, [part for part, _ in parts], [size for _, size in parts], torch.float32)
+    parts = [spots(streamed.layers[i], f"layers.{i}") for i in streaming.streamed]
+    file = LayerFile(tmp_path, [part for part, _ in parts], [size for _, size in parts])
     for name, parameter in streamed.named_parameters():
         given = file.allocate(name)
         assert (given is None) == (int(name.split(".")[1]) not in streaming.streamed)
@@ -111,10 +112,10 @@ def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_p
 
 def test_a_disk_without_room_is_said_with_its_figures(tmp_path: Path) -> None:
     with pytest.raises(BadLayout, match=r"keeps 9000000\.0 GB of a rank's weights in .* which has room for"):
-        LayerFile(tmp_path, [{}], [9 * 10**15], torch.float32)
+        LayerFile(tmp_path, [{}], [9 * 10**15])
     (tmp_path / "file").write_text("")
     with pytest.raises(BadLayout, match=r"--offload-dir .*file: .*; give a folder on a disk with room"):
-        LayerFile(tmp_path / "file", [{}], [4096], torch.float32)
+        LayerFile(tmp_path / "file", [{}], [4096])
 
 
 def test_a_weight_that_has_not_come_is_an_error_and_not_an_answer() -> None:
@@ -203,6 +204,11 @@ def test_a_plan_says_what_a_disk_allows() -> None:
         tell_disk(nowhere, asked, machine, Workload(), Progress(quiet=True))
     told = streamed_bytes(options, asked, machine, Workload())
     assert 0 < told < every
+    (int8,) = plan(
+        spec, machine, Workload(), "bfloat16", layouts=[Layout.parse("tp2+int8+offload")]
+    ).candidates
+    kept = streamed_bytes(replace(options, resident_layers=0, format="int8"), int8, machine, Workload())
+    assert kept == pytest.approx(every / 2, rel=0.01)
     assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(
         "reads 5.00 GB/s: one request gets 0.25 tokens/s at most"
     )
@@ -210,7 +216,7 @@ def test_a_plan_says_what_a_disk_allows() -> None:
 
 def test_a_cap_counts_what_went_since_the_process_came() -> None:
     gb = 10**9
-    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
+    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CONTEXT_BYTES
     assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
 
 

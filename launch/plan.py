@@ -22,7 +22,6 @@ from strategies.explain import ms
 from strategies.kept import Kept
 from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
-from strategies.runnable import check_layout
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         told = plan_to_json(made, workload)
         print(json.dumps(told if simulated is None else {**told, "simulated": to_json(simulated)}, indent=2))
     else:
-        show(made, workload, heading(made, topology, workload, dtype), simulated)
+        show(made, workload, heading(made, topology, workload, dtype), simulated, named=layouts is not None)
     return 0 if made.chosen is not None else NoFeasiblePlan.exit_code
 
 
@@ -183,13 +182,6 @@ def named_layouts(names: str | None) -> list[Layout] | None:
     return list(dict.fromkeys(Layout.parse(name) for name in names.split(",")))
 
 
-def layouts_of(names: str | None) -> list[Layout] | None:
-    """`tp2,dp2+int8` → layouts that run, each once; None: all plain ones. Raises BadLayout."""
-    if names is None:
-        return None
-    return list(dict.fromkeys(check_layout(Layout.parse(name)) for name in names.split(",")))
-
-
 def check_lengths(spec: ModelSpec, workload: Workload, max_model_len: int | None) -> None:
     """Prompt and output fit the context asked for, and that the model's positions. Raises BadRequest."""
     length = workload.prompt_tokens + workload.output_tokens
@@ -216,7 +208,9 @@ def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
 # --- for people ---------------------------------------------------------------------------------------------
 
 
-def show(made: Plan, workload: Workload, title: str, simulated: Simulations | None = None) -> None:
+def show(
+    made: Plan, workload: Workload, title: str, simulated: Simulations | None = None, *, named: bool = False
+) -> None:
     """The table, what was rejected, and the sentences."""
     from rich.console import Console, Group
 
@@ -227,7 +221,7 @@ def show(made: Plan, workload: Workload, title: str, simulated: Simulations | No
         from launch.queueing import table
 
         parts.append(table(simulated))
-    parts += rejections(made)
+    parts += rejections(made, every=named)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.layout.name} for {workload.objective}.")
     elif not any(candidate.feasible and candidate.not_runnable is None for candidate in made.candidates):
@@ -238,11 +232,15 @@ def show(made: Plan, workload: Workload, title: str, simulated: Simulations | No
     Console(highlight=False, markup=False, width=width).print(Group(*parts))
 
 
-def rejections(made: Plan) -> list[RenderableType]:
-    """What does not fit and why; nothing where all fits."""
-    every = [candidate for candidate in made.candidates if not candidate.feasible]
-    rejected = [c for c in every if c.layout.is_plain] or every
-    return ["Does not fit:", _rejections(rejected), ""] if rejected else []
+def rejections(made: Plan, *, every: bool) -> list[RenderableType]:
+    """What does not fit and why; nothing where all fits. `every`: what somebody named, not only plain layouts and those
+    that stream them."""
+    short = [candidate for candidate in made.candidates if not candidate.feasible]
+    own = [c for c in short if c.layout.is_plain or (c.offload and not c.format.name)]
+    rejected = short if every else own or short
+    found: list[RenderableType] = ["Does not fit:", _rejections(rejected), ""] if rejected else []
+    held = {c.layout.name: c.not_runnable for c in made.candidates if every and c.feasible and c.not_runnable}
+    return [*found, *(f"{name} is not run: {why}" for name, why in held.items())]
 
 
 def heading(made: Plan, topology: Topology, workload: Workload, dtype: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from launch.compare_layouts import refused
+from launch.compare_quality import told
 from launch.plan import WIDTH, bullets, heading, plan_table, rejections
 from launch.report import Comparison, error_percent, outputs, verdicts
 from launch.trial import Measured, Trial
 from strategies.explain import ms
-from strategies.plan import Estimate
+from strategies.plan import Candidate, Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,11 +29,11 @@ def show_comparison(made: Comparison) -> None:
             console.print(comparison_table(made, n), "", sep="\n")
         elif plan.chosen is not None:
             console.print(plan_table(plan))
-    for part in rejections(made.plan):
+    for part in rejections(made.plan, every=any(c.format.name for c in made.plan.candidates)):
         console.print(part)
     if made.plan.chosen is None:
         console.print(bullets(made.plan.explanation))
-    for line in (*sentences(verdicts(made)), *_health(made), *_failures(made)):
+    for line in (*sentences(verdicts(made)), *_qualities(made), *_health(made), *_failures(made)):
         console.print(line)
 
 
@@ -47,6 +49,9 @@ def comparison_table(made: Comparison, concurrency: int) -> Table:
             table.add_column(column, justify="right", no_wrap=True)
     table.add_column("\noutputs", no_wrap=True)
     plan = made.plans[concurrency]
+    has_formats = any(c.format.name for c in plan.candidates)
+    if has_formats:
+        table.add_column(" perpl-\n exity", justify="right", no_wrap=True)
     for candidate in plan.candidates:
         if candidate.estimate is not None and candidate.not_runnable is None:
             name = candidate.layout.name
@@ -54,11 +59,37 @@ def comparison_table(made: Comparison, concurrency: int) -> Table:
             cells = _cells(candidate.estimate, None if trial is None else trial.measured)
             style = "bold" if candidate is plan.chosen else None
             told = outputs(made, name) if trial is not None else None
-            table.add_row(name, *cells, told or "", style=style)
+            table.add_row(name, *cells, told or "", *([_quality(made, candidate)] * has_formats), style=style)
+    if has_formats:  # the others' arithmetic is below
+        for name, _ in refused(plan):
+            table.add_row(name, "refused")
     for url, trials in made.against.items():
         if concurrency in trials:
             table.add_row(_host(url), *_cells(None, trials[concurrency].measured), "")
     return table
+
+
+def _quality(made: Comparison, candidate: Candidate) -> str:
+    """Of the format: how much perplexity rises."""
+    found = made.quality.get(candidate.format.name)
+    return (
+        ""
+        if not candidate.format.name
+        else "?"
+        if found is None
+        else f"{found.perplexity_rise_percent:+.1f}%"
+    )
+
+
+def _qualities(made: Comparison) -> Iterator[str]:
+    """What formats do to answers, or why that is not told."""
+    formats = dict.fromkeys(c.format.name for c in made.plan.candidates if c.format.name and c.feasible)
+    for name, found in made.quality.items():
+        yield f"+{name}: {told(found)}"
+    missing = [f"+{name}" for name in formats if name not in made.quality]
+    if missing:
+        why = made.quality_unknown or "it was not measured"
+        yield f"What {' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} to answers cannot be told: {why}."
 
 
 def _host(url: str) -> str:

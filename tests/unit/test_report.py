@@ -57,7 +57,7 @@ def test_the_object_is_the_plans_with_results() -> None:
     assert {"model", "machine", "workload", "chosen", "candidates", "verdicts"} <= set(found)
     tp2 = by_layout(found)["tp2"]
     told = {"layout", "feasible", "reason", "predicted", "breakdown", "interval"}
-    assert told | {"notes", "results", "outputs"} == set(tp2)
+    assert told | {"notes", "results", "outputs", "quality", "refused"} == set(tp2)
     (result,) = tp2["results"]
     assert result["concurrency"] == 2
     assert result["predicted"] == tp2["predicted"]

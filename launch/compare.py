@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     for name, why in refused(plans[workload.concurrency]) if layouts is not None else ():
         progress.say(f"{name} is left out: {why}")
     known = why_unknown(options, topology)
-    comparison = Comparison(plans, {}, workload, topology, options.dtype, quality_unknown=known)
+    every = plans[workload.concurrency].candidates
+    named = layouts is not None or any(not c.layout.is_plain for c in every)
+    comparison = Comparison(plans, {}, workload, topology, options.dtype, quality_unknown=known, named=named)
     if args.no_measure:
         _show(comparison, as_json=args.json)
     else:

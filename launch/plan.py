@@ -233,14 +233,14 @@ def show(
 
 
 def rejections(made: Plan, *, every: bool) -> list[RenderableType]:
-    """What does not fit and why; nothing where all fits. `every`: what somebody named, not only plain layouts and those
-    that stream them."""
+    """What is refused and why; nothing where all fits. `every`: what somebody named, whatever refuses it; else what
+    does not fit of plain layouts and of those that stream them."""
+    if every:
+        refused = [c for c in made.candidates if not c.feasible or c.not_runnable is not None]
+        return ["Refused:", _rejections(refused), ""] if refused else []
     short = [candidate for candidate in made.candidates if not candidate.feasible]
-    own = [c for c in short if c.layout.is_plain or (c.offload and not c.format.name)]
-    rejected = short if every else own or short
-    found: list[RenderableType] = ["Does not fit:", _rejections(rejected), ""] if rejected else []
-    held = {c.layout.name: c.not_runnable for c in made.candidates if every and c.feasible and c.not_runnable}
-    return [*found, *(f"{name} is not run: {why}" for name, why in held.items())]
+    rejected = [c for c in short if c.layout.is_plain or (c.offload and not c.format.name)] or short
+    return ["Does not fit:", _rejections(rejected), ""] if rejected else []
 
 
 def heading(made: Plan, topology: Topology, workload: Workload, dtype: str) -> str:
@@ -308,7 +308,9 @@ def _rejections(rejected: Sequence[Candidate]) -> Table:
 
     by_reason: dict[str, list[str]] = {}
     for candidate in rejected:
-        by_reason.setdefault(str(candidate.reason), []).append(candidate.layout.name)
+        by_reason.setdefault(str(candidate.reason or candidate.not_runnable), []).append(
+            candidate.layout.name
+        )
     table = Table.grid(padding=(0, 2, 0, 0))
     for reason, names in by_reason.items():
         table.add_row("", ", ".join(names), reason)

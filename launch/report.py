@@ -34,6 +34,9 @@ class Comparison:
     against: Trials = field(default_factory=dict)
     quality: Qualities = field(default_factory=dict)
     quality_unknown: str | None = None  # why nothing can be told of it
+    named: bool = (
+        False  # the layouts were, or stand for what fits nowhere: those refused are shown one by one
+    )
 
     @property
     def plan(self) -> Plan:

@@ -29,7 +29,7 @@ def show_comparison(made: Comparison) -> None:
             console.print(comparison_table(made, n), "", sep="\n")
         elif plan.chosen is not None:
             console.print(plan_table(plan))
-    for part in rejections(made.plan, every=any(c.format.name for c in made.plan.candidates)):
+    for part in rejections(made.plan, every=made.named):
         console.print(part)
     if made.plan.chosen is None:
         console.print(bullets(made.plan.explanation))
@@ -49,18 +49,15 @@ def comparison_table(made: Comparison, concurrency: int) -> Table:
             table.add_column(column, justify="right", no_wrap=True)
     table.add_column("\noutputs", no_wrap=True)
     plan = made.plans[concurrency]
-    has_formats = any(c.format.name for c in plan.candidates)
-    if has_formats:
-        table.add_column(" perpl-\n exity", justify="right", no_wrap=True)
     for candidate in plan.candidates:
         if candidate.estimate is not None and candidate.not_runnable is None:
             name = candidate.layout.name
             trial = made.trial(name, concurrency)
             cells = _cells(candidate.estimate, None if trial is None else trial.measured)
             style = "bold" if candidate is plan.chosen else None
-            told = outputs(made, name) if trial is not None else None
-            table.add_row(name, *cells, told or "", *([_quality(made, candidate)] * has_formats), style=style)
-    if has_formats:  # the others' arithmetic is below
+            told = _outputs(made, candidate) if trial is not None else ""
+            table.add_row(name, *cells, told, style=style)
+    if made.named:  # their arithmetic is below
         for name, _ in refused(plan):
             table.add_row(name, "refused")
     for url, trials in made.against.items():
@@ -69,21 +66,19 @@ def comparison_table(made: Comparison, concurrency: int) -> Table:
     return table
 
 
-def _quality(made: Comparison, candidate: Candidate) -> str:
-    """Of the format: how much perplexity rises."""
+def _outputs(made: Comparison, candidate: Candidate) -> str:
+    """Beside the others of a format; else how much perplexity rises, for which no other layout stands."""
+    said = outputs(made, candidate.layout.name) or ""
+    if not candidate.format.name or said == "different":
+        return said
     found = made.quality.get(candidate.format.name)
-    return (
-        ""
-        if not candidate.format.name
-        else "?"
-        if found is None
-        else f"{found.perplexity_rise_percent:+.1f}%"
-    )
+    return "ppl ?" if found is None else f"ppl {found.perplexity_rise_percent:+.1f}%"
 
 
 def _qualities(made: Comparison) -> Iterator[str]:
     """What formats do to answers, or why that is not told."""
-    formats = dict.fromkeys(c.format.name for c in made.plan.candidates if c.format.name and c.feasible)
+    runs = [c for c in made.plan.candidates if c.format.name and c.feasible and c.not_runnable is None]
+    formats = dict.fromkeys(c.format.name for c in runs)
     for name, found in made.quality.items():
         yield f"+{name}: {told(found)}"
     missing = [f"+{name}" for name in formats if name not in made.quality]

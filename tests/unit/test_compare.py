@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,9 +15,10 @@ from cluster.discover import device_vitals, gpu_topology
 from cluster.errors import UserError
 from cluster.nvml import Vitals, read_gpus
 from cluster.topology import Topology
-from launch import compare_run
+from launch import compare_quality, compare_run
 from launch.compare_journal import NAME, key_of, open_journal
 from launch.compare_layouts import refused
+from launch.compare_quality import FormatQuality, formats_of, why_unknown
 from launch.compare_run import Clock, Sweep, facts_of, plans_of, predict_all, run_s, told
 from launch.compare_vitals import Health, Watch, joules_per_token
 from launch.memory import capped
@@ -81,6 +84,39 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         open_journal(tmp_path, FACTS, fresh=False)
     with pytest.raises(UserError, match="give a folder that can be written"):
         open_journal(tmp_path / NAME / "inside", FACTS, fresh=False)
+
+
+# --- what formats do to answers -----------------------------------------------------------------------------
+
+
+def test_quality_is_told_of_where_it_cannot_be_known() -> None:
+    machine = capped(box("h100", 1), 25.3)
+    random = serving.options("qwen3-8b", dummy_weights=True, dtype="bfloat16")
+    assert why_unknown(random, machine) == "the weights are random (--weights dummy)"
+    large = why_unknown(replace(random, dummy_weights=False), machine)
+    assert large is not None
+    assert large.startswith("its reference takes 32.8 GB in float32, and one device has 25.3 GB free")
+    assert formats_of(["", "int8", "int4", "int8"], random) == ["int8", "int4"]
+
+
+def test_quality_is_measured_once_a_format_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(command: Sequence[str], **given: object) -> subprocess.CompletedProcess[str]:
+        layout = command[command.index("--layout") + 1]
+        asked.append(layout)
+        if layout == "tp1+fp8":
+            return subprocess.CompletedProcess(command, 2, "", "shardwise quality: no float8 here\n")
+        made = {"perplexity_rise_percent": 0.5, "kl_divergence": 0.01, "top1_agreement": 0.97}
+        return subprocess.CompletedProcess(command, 0, json.dumps({**made, "tokens": 511, "text": "t"}), "")
+
+    monkeypatch.setattr(compare_quality.subprocess, "run", run)
+    options, said = serving.options("qwen3-8b", dtype="bfloat16"), Progress(quiet=True)
+    first = compare_quality.measure("m", ["int8", "fp8"], options, tmp_path, said, {})
+    assert first == {"int8": FormatQuality(0.5, 0.01, 0.97, 511, "t")} == compare_quality.read(tmp_path)
+    again = compare_quality.measure("m", ["int8", "int4"], options, tmp_path, said, first)
+    assert set(again) == {"int8", "int4"}
+    assert asked == ["tp1+int8", "tp1+fp8", "tp1+int4"]
 
 
 # --- what is left, and for how long -------------------------------------------------------------------------

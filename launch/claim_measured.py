@@ -132,8 +132,9 @@ def _pruning(found: Found) -> Row:
         zeros = product.dense_s / product.zeros_s - 1
         words = f"{_rows(product.rows)} {_us(product.dense_s)} dense, {zeros:+.0%} with 30 % zeros"
         if product.sparse24_s is not None:
-            gains.append(product.dense_s / product.sparse24_s - 1)
-            words += f", {gains[-1]:+.0%} at 2:4"
+            gain = product.dense_s / product.sparse24_s - 1
+            gains += [gain] if product.is_halved else []  # else the same bytes: noise
+            words += f", {gain:+.0%} at 2:4"
         told.append(words)
     zeros_gain = min(product.dense_s / product.zeros_s - 1 for product in found.products)
     best = max(gains, default=0.0)

@@ -84,7 +84,7 @@ def test_what_measuring_refutes_is_called_wrong():
         GPU,
         eager=Alone(0.010, 0.004),
         pinned_bytes_per_s=11e9,
-        products=[replace(p, sparse24_s=p.dense_s, is_halved=False) for p in GPU.products],
+        products=[replace(p, is_halved=False) for p in GPU.products],  # by noise alone
         loss=replace(GPU.loss, rise={"int8": 0.08}),
         drained={RULE: 400.0, "batches of 4": 400.0, "batches of 16": 900.0},
     )

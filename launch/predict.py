@@ -117,7 +117,7 @@ def planned(
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
-    if options.offload_dir is not None:
+    if options.offload_dir is not None and options.address is None:  # elsewhere, those who read from it tell
         tell_disk(options, made.chosen, topology, workload, progress)
     return Planned(made.chosen, made, topology)
 

@@ -16,6 +16,7 @@ from cluster.channel import Via
 from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
+from launch.disk_limit import check_disks
 from launch.head import adopt, check_head
 from launch.links import only_proved, prove_first_layer
 from launch.options import EngineOptions
@@ -184,6 +185,8 @@ def _made_ready(
         )
     if options.host_kv_gb is not None:
         _check_host_room(placed, options.host_kv_gb)
+    if options.offload_dir is not None and options.offload:
+        check_disks(placed, dims.name, options, progress)
     weight_bytes = _load(placed, dims, progress)
     if options.offload:
         _tell_residence(placed, dims, progress)

@@ -19,7 +19,7 @@ from orchestrator.engine.host_memory import rate_to
 from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
 from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, peak_of
 from orchestrator.engine.offload import resident_bytes
-from orchestrator.engine.residence import Residence, loaded
+from orchestrator.engine.residence import DiskRoom, Residence, disk_room, loaded
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
 from orchestrator.engine_config import EngineConfig
@@ -127,6 +127,12 @@ class Rank:
         self._overlap = Overlap(self.collectives.stage)
         tensor.apply(self.model, spec, shard, self._overlap)
         return self.weight_bytes()
+
+    @on_its_device
+    def disk_room(self, timed: bool) -> DiskRoom:
+        """Before `load`: what this rank will keep in the folder for offloaded layers, and what is there."""
+        free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
+        return disk_room(self.config, self.shard, self.device, free, timed=timed)
 
     def weight_bytes(self) -> int:
         return resident_bytes(self.model if self._compatible is None else self._compatible)

@@ -108,6 +108,6 @@ def check_disk(needed: int, free: int, folder: str) -> None:
     """Raises BadLayout."""
     if needed > free:
         raise BadLayout(
-            f"+offload keeps {needed / 1e9:.1f} GB of a rank's weights in {folder}, which has room for "
+            f"+offload keeps {needed / 1e9:.1f} GB of weights in {folder}, which has room for "
             f"{free / 1e9:.1f} GB; use another --offload-dir, or more devices"
         )

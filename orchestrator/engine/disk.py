@@ -55,12 +55,11 @@ class LayerFile:
             for start, layer in zip(self._starts, layers, strict=True)
             for name, spot in layer.items()
         }
+        check_disk(sum(self.sizes), free_bytes(directory), str(directory))
         try:
             self._fd, self.is_direct = _opened(directory, sum(self.sizes))
         except OSError as error:
-            raise BadLayout(
-                f"--offload-dir {directory}: {error.strerror}; give a folder on a disk with room"
-            ) from None
+            raise _unusable(directory, error) from None
         self._mapping: mmap.mmap | None = mmap.mmap(self._fd, sum(self.sizes))
 
     def allocate(self, name: str) -> Tensor | None:
@@ -92,8 +91,6 @@ class LayerFile:
 
 def _opened(directory: Path, size: int) -> tuple[int, bool]:
     """A file of that size, without a name; whether it is read past the page cache."""
-    directory.mkdir(parents=True, exist_ok=True)
-    check_disk(size, _free(directory), str(directory))
     made, name = tempfile.mkstemp(dir=directory, prefix="shardwise-offload-")
     try:
         os.posix_fallocate(made, 0, size)
@@ -106,9 +103,18 @@ def _opened(directory: Path, size: int) -> tuple[int, bool]:
         os.unlink(name)
 
 
-def _free(directory: Path) -> int:
-    room = os.statvfs(directory)
+def free_bytes(directory: Path) -> int:
+    """That a folder has room for, which is made if it is not there. Raises BadLayout."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        room = os.statvfs(directory)
+    except OSError as error:
+        raise _unusable(directory, error) from None
     return room.f_bavail * room.f_frsize
+
+
+def _unusable(directory: Path, error: OSError) -> BadLayout:
+    return BadLayout(f"--offload-dir {directory}: {error.strerror}; give a folder on a disk with room")
 
 
 class DiskLayers:

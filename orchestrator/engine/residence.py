@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cluster.discover import read_cpu
 from orchestrator.engine.checkpoint import Checkpoint
-from orchestrator.engine.disk import READERS, LayerFile
+from orchestrator.engine.disk import READERS, LayerFile, free_bytes
 from orchestrator.engine.loader import load
 from orchestrator.engine.memory import available_host_bytes, check_float8
 from orchestrator.engine.model import Transformer
@@ -61,6 +61,36 @@ class Residence(NamedTuple):
             f"{self.resident} of a rank's {self.layers} layers stay on its device; {self.step_bytes / 1e9:.2f} GB come "
             f"from {came} at every step"
         )
+
+
+class DiskRoom(NamedTuple):
+    """Of a rank, on the disk of its host."""
+
+    file_bytes: int  # that it will keep there
+    step_bytes: int  # that it will read at every step
+    free_bytes: int
+    bytes_per_s: float | None = None  # read; None: not timed, or no room to
+
+
+def disk_room(
+    config: EngineConfig, shard: Shard, device: torch.device, free: int, *, timed: bool
+) -> DiskRoom:
+    """Before anything is loaded, with `free` bytes of the device to be had. Raises BadLayout."""
+    from cluster.copy_probes import disk_read
+
+    assert config.offload_dir is not None
+    layers = len(shard.layers)
+    streaming = Streaming(layers, resident_of(config, shard, device, free))
+    kept = as_kept(config.spec, FORMATS[config.format], device.type)
+    layer = work_bytes(config.spec, shard, config.dtype, kept, tokens=1, rows=1, cached=0).layer
+    room = free_bytes(config.offload_dir)
+    found = disk_read(str(config.offload_dir)) if timed and streaming.order else None
+    return DiskRoom(
+        len(streaming.streamed) * layer,
+        len(streaming.order) * layer,
+        room,
+        None if found is None else found.bytes_per_s,
+    )
 
 
 def loaded(

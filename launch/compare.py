@@ -68,6 +68,7 @@ def run(args: argparse.Namespace) -> int:
     from launch.compare_layouts import refused
     from launch.compare_quality import why_unknown
     from launch.compare_run import plans_of
+    from launch.disk_limit import disk_rate
     from launch.options import check_blocks, engine_options
     from launch.predict import measured_machine, this_machine
     from launch.progress import Progress
@@ -84,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
     check_blocks(options)
     progress = Progress()
     topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
+    if options.offload_dir is not None:
+        options = replace(options, disk_bytes_per_s=disk_rate(options))
     plans = plans_of(options, topology, loads, layouts)
     for name, why in refused(plans[workload.concurrency]) if layouts is not None else ():
         progress.say(f"{name} is left out: {why}")

@@ -73,6 +73,8 @@ def room_of(options: EngineOptions, cached: int | None = None) -> Room:
         cached=kv_reserve(options) if cached is None else cached,
         resident=options.resident_layers,
         on_disk=options.offload_dir is not None,
+        disk_bytes_per_s=options.disk_bytes_per_s,
+        host_kv_bytes=int((options.host_kv_gb or 0) * 1e9),
     )
 
 

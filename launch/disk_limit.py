@@ -29,19 +29,26 @@ def tell_disk(
     options: EngineOptions, chosen: Candidate, topology: Topology, workload: Workload, progress: Progress
 ) -> None:
     """Reads from the disk for a moment. Raises UserError where the folder cannot be written to."""
+    n_bytes = streamed_bytes(options, chosen, topology, workload)
+    rate = disk_rate(options, reads=n_bytes > 0)
+    if rate is not None:  # else the start refuses it, by how much is missing
+        progress.say(limit(chosen.layout.name, n_bytes, rate))
+
+
+def disk_rate(options: EngineOptions, *, reads: bool = True) -> float | None:
+    """Bytes/s that the disk of --offload-dir reads now; None without room. Raises UserError where nothing can be
+    written, whether or not anything `reads`."""
     from cluster.copy_probes import disk_read
 
     assert options.offload_dir is not None
-    n_bytes = streamed_bytes(options, chosen, topology, workload)
     try:
         os.makedirs(options.offload_dir, exist_ok=True)
-        found = disk_read(str(options.offload_dir)) if n_bytes else None
+        found = disk_read(str(options.offload_dir)) if reads else None
     except OSError as error:
         raise UserError(
             f"--offload-dir {options.offload_dir}: {error.strerror}; give a folder on a disk with room"
         ) from None
-    if found is not None:  # else the start refuses it, by how much is missing
-        progress.say(limit(chosen.layout.name, n_bytes, found.bytes_per_s))
+    return None if found is None else found.bytes_per_s
 
 
 def check_disks(placed: Sequence[Placed], name: str, options: EngineOptions, progress: Progress) -> None:

@@ -55,6 +55,7 @@ class EngineOptions:
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
     offload_dir: Path | None = None  # a disk's, on which they lie instead
+    disk_bytes_per_s: float | None = None  # that it reads, where somebody looked
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
     host_memory_gb: float | None = None  # of each host, for offloaded weights and KV; None: what is available

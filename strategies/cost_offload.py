@@ -64,7 +64,10 @@ def _pulled(
         return None
     device = place.device(replica, rank)
     beside = sum(place.topology.devices[i].node == device.node for i in streaming)
-    rate = host_rate(device, max(1, math.ceil(beside * at_work)))
+    pulling = max(1, math.ceil(beside * at_work))
+    rate = host_rate(device, pulling)
+    if place.room.disk_bytes_per_s is not None:
+        rate = min(rate, place.room.disk_bytes_per_s / pulling)
     return Pulled(need.streaming, need.layer / rate, beside=device.kind != "cpu")
 
 

@@ -76,6 +76,8 @@ class Room:
     cached: int = 0  # that it should have, for all sequences at once
     resident: int | None = None  # layers of each rank that stay; None: as many as fit
     on_disk: bool = False  # the others lie there, not in host memory
+    disk_bytes_per_s: float | None = None  # that it reads, for all ranks together; None: not known
+    host_kv_bytes: int = 0  # of host memory, that each rank takes for KV beside them
 
 
 def resident_layers(layers: int, layer_bytes: int, room: int, spare: int = 0) -> int:

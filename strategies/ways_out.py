@@ -180,13 +180,18 @@ def unknown_host(placement: Placement, needs: Sequence[Memory]) -> str | None:
 
 
 def _lacking(placement: Placement, needs: Sequence[Memory]) -> tuple[int, int] | None:
-    """(bytes that are wanted, to be had) of the node that lacks most."""
+    """(bytes that are wanted, to be had beside KV blocks) of the node that lacks most."""
     wanted: dict[str, int] = {}
+    ranks: dict[str, int] = {}
     for index, need in zip(placement.devices, needs, strict=True):
         node = placement.topology.devices[index].node
         wanted[node] = wanted.get(node, 0) + need.pinned
+        ranks[node] = ranks.get(node, 0) + 1
     known = placement.topology.host_bytes
-    short = [(n, known[node]) for node, n in wanted.items() if node in known and n > known[node]]
+    left = {
+        node: known[node] - n * placement.room.host_kv_bytes for node, n in ranks.items() if node in known
+    }
+    short = [(n, left[node]) for node, n in wanted.items() if node in left and n > max(0, left[node])]
     return max(short, key=lambda of: of[0] - of[1], default=None)
 
 

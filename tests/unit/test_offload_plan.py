@@ -174,6 +174,17 @@ def test_a_card_alone_pulls_at_its_own_rate_and_all_at_what_they_did_together() 
     assert host_rate(unknown, 2) == 25e9 < host_rate(unknown, 1)  # two channels' worth for both
 
 
+def test_a_disk_gives_all_ranks_together_what_it_reads() -> None:
+    machine, layout = box("rtx-4090", 2), Layout.parse("tp2+offload")
+    slow, fast, unknown = (
+        place(QWEN_32B, layout, "bfloat16", machine, room=Room(on_disk=True, disk_bytes_per_s=rate))
+        for rate in (3e9, 1e12, None)
+    )
+    streamed = sum(need.streamed for need in memories(slow, Workload()))
+    assert estimate(slow, Workload()).tpot_s == pytest.approx(streamed / 3e9, rel=0.02)
+    assert estimate(fast, Workload()).tpot_s == estimate(unknown, Workload()).tpot_s
+
+
 def test_one_request_in_a_pipeline_has_one_link_at_a_time() -> None:
     machine = with_devices(box("rtx-4090", 2), host_bytes_per_s=25e9, host_together_bytes_per_s=25e9)
     split, piped = (
@@ -205,6 +216,8 @@ def test_a_host_too_small_is_told_with_the_nearest_way_out() -> None:
     assert reason("tp2+offload", 16).endswith("; tp2+int4 needs none")
     assert reason("tp1+int4+offload", 4).endswith("; --offload-dir FOLDER keeps them on a disk")
     assert reason("tp2+offload", 4, Room(on_disk=True)) is None
+    beside_kv = reason("tp2+offload", 200, Room(host_kv_bytes=60 * 10**9))
+    assert beside_kv is not None and "which has 80.0 GB free; tp2+int8+offload keeps" in beside_kv
     two = reason("dp2+int4+offload", 30)
     assert two is not None and "int4 weights in host memory" in two, "both replicas lock their own"
 

@@ -184,6 +184,8 @@ MISTAKES = {
     "--prompt-tokens 131072": "131,328; a sequence of Llama-3.1-8B may have 131,072",
     "--layouts tp2,xp2": "layout 'xp2' is not a name such as tp2",
     "--layouts tp0": "every size must be at least 1",
+    "--device-memory-gb 0.5": "--device-memory-gb is 0.5; it must be from 1 to 10000 GB",
+    "--host-memory-gb nan": "--host-memory-gb is nan; it must be from 1 to 10000 GB",
     "--on nowhere.yaml": "recipe nowhere.yaml does not exist",
 }
 

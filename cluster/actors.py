@@ -46,6 +46,7 @@ from cluster.ray_server import NAMESPACE, PrivateRay, join
 
 _KILL_S = 5.0
 _ADOPT_S = 10.0
+_PLACE_S = 60.0  # what is free is placed in a second
 _RENEWALS = 6  # of a lease
 _RESOURCE = {"cpu": "CPU", "cuda": "GPU"}
 
@@ -100,7 +101,7 @@ class Cluster:
         device: "cpu" or "cuda"; threads: OMP_NUM_THREADS of each. Nodes are filled one after the other, and
         members are numbered node by node. Each sees every GPU of its node: peers need that for direct access.
         Raises PlacementFailed (need, have, who holds it) at once when the devices do not exist, in 3 s when
-        others hold them, after `timeout_s` when actors do not start.
+        others hold them, after `timeout_s` when workers do not start: what they import may lie on a slow disk.
 
         All start side by side, and this thread alone waits: Ray ends a process that calls it in another thread
         while this one, interrupted, shuts it down.
@@ -114,7 +115,8 @@ class Cluster:
                 reservation.reserve(worker_class.__name__, size, resource, undo, name)
                 for size, name in zip(sizes, kept, strict=True)
             ]
-            if not all(group.wait(reservation.left(deadline)) for group in groups):
+            placed_by = min(deadline, time.monotonic() + _PLACE_S)
+            if not all(group.wait(reservation.left(placed_by)) for group in groups):
                 raise reservation.refused(sum(sizes), resource)
             environment = actor_environment(device, threads)
             actors = [
@@ -124,7 +126,7 @@ class Cluster:
             gangs = [RayGang(group, *known) for group, known in zip(groups, facts, strict=True)]
             for gang in gangs:
                 undo.callback(gang.kill)
-            results([call for gang in gangs for call in gang.host(worker_class)], reservation.left(deadline))
+            _host(gangs, worker_class, deadline, timeout_s)
             if self._keeping is not None:
                 for gang, name in zip(gangs, kept, strict=True):
                     results(
@@ -306,13 +308,29 @@ def _introduce(actors: Sequence[Any], deadline: float, timeout_s: float) -> tupl
         facts = ray.get([actor.introduce.remote() for actor in actors], timeout=reservation.left(deadline))
     except ray.exceptions.GetTimeoutError:
         raise PlacementFailed(
-            f"{len(actors)} actors were placed but did not all start within {timeout_s:g} s. "
-            "Give it more time, or look at the load of the nodes."
+            f"{len(actors)} workers were placed, and not all of their processes started in {timeout_s:g} s, the most "
+            "that is waited; look at the load of their nodes, or use fewer devices"
         ) from None
     except ray.exceptions.RayError as error:
         raise GangDied(f"an actor died while it started: {_how(error)}") from None
     order = sorted(range(len(actors)), key=lambda i: (facts[i].node_id, facts[i].device, facts[i].pid))
     return [actors[i] for i in order], [facts[i] for i in order]
+
+
+def _host(gangs: Sequence[RayGang], worker_class: type, deadline: float, timeout_s: float) -> None:
+    """Makes the hosted objects, for which every process imports all that they are made of."""
+    calls = [call for gang in gangs for call in gang.host(worker_class)]
+    try:
+        results(calls, reservation.left(deadline))
+    except GangDied:
+        late = sum(not call.wait(0) for call in calls)
+        if not late or time.monotonic() < deadline:
+            raise
+        module = worker_class.__module__
+        raise PlacementFailed(
+            f"{late} of {len(calls)} workers did not import {module} in {timeout_s:g} s, the most that is waited; look "
+            f"at the load and disk of their nodes: `python -X importtime -c 'import {module}'` tells what takes long"
+        ) from None
 
 
 # -- dying --

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from cluster.link_probes import met
 from cluster.nvml import read_pcie
 from cluster.probes import Target
-from cluster.profile import DiskRead, HostCopy, PairCopy
+from cluster.profile import DiskRead, HostCopy, HostPull, PairCopy
 
 COPY_BYTES = 128 << 20
 PIECES = 4  # copies in a row, so that what starts and ends them counts little
@@ -50,6 +50,36 @@ def host_copies(target: Target, meeting: str) -> tuple[list[HostCopy], Pcie]:
             found += _together(target, memory, pinned)
         _all_here()
         return found, pcie
+
+
+def host_pulls(target: Target, meeting: str) -> HostPull:
+    """Of this GPU, alone while the others wait for their turn, then with all at once."""
+    with met(target, meeting) as device, torch.cuda.device(device):
+        n_bytes = min(COPY_BYTES, torch.cuda.mem_get_info(device)[0] // 4)
+        host = torch.empty(n_bytes, dtype=torch.uint8, pin_memory=True).fill_(1)
+        on_device = torch.empty(n_bytes, dtype=torch.uint8, device=device)
+
+        def pulled() -> float:
+            """Bytes a second: copies wait in a row, as layers do."""
+            until, pieces = time.perf_counter() + TOGETHER_S, 0
+            start = time.perf_counter()
+            while time.perf_counter() < until:
+                for _ in range(PIECES):
+                    on_device.copy_(host, non_blocking=True)
+                torch.cuda.synchronize(device)
+                pieces += PIECES
+            return pieces * n_bytes / (time.perf_counter() - start)
+
+        alone = 0.0
+        for turn in range(target.ranks):
+            _all_here()
+            if turn == target.rank:
+                on_device.copy_(host)
+                alone = pulled()
+        _all_here()
+        together = pulled() if target.ranks > 1 else alone
+        _all_here()
+        return HostPull(target.rank, alone, together)
 
 
 _CASES = list(itertools.product((True, False), (True, False)))  # to the device, pinned

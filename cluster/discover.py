@@ -129,7 +129,15 @@ def gpu_topology(report: GpuReport, gpus: Sequence[Gpu], *, peer_access: bool = 
         (i, j): _link(report, (gpus[i], gpus[j]), (sheets[i], sheets[j]), peer_access)
         for i, j in itertools.combinations(range(len(gpus)), 2)
     }
-    return Topology(_machine_name(gpus), devices, links, report.driver)
+    host = host_memory_bytes()
+    return Topology(_machine_name(gpus), devices, links, report.driver, {node: host})
+
+
+def host_memory_bytes() -> int:
+    """That could be locked. A control group counts pages of files that were read as used: its limit alone says
+    something."""
+    available = _meminfo(Path("/proc/meminfo"))[1]
+    return min(available, read_cpu().memory_bytes)
 
 
 def link_kind(report: GpuReport, a: Gpu, b: Gpu, sheets: tuple[Sheet, Sheet]) -> LinkKind:

@@ -1,10 +1,20 @@
-"""Small files that other processes read while they are written."""
+"""Small files that other processes read while they are written, and read back: whatever is in them by then."""
 
 from __future__ import annotations
 
+import functools
+import logging
 import os
 import tempfile
 from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+T = TypeVar("T")
+LOG = logging.getLogger("shardwise")
+DAMAGED = (OSError, ValueError, RecursionError)
+"""What reading and parsing a file can raise: msgspec's errors, json's and those of UTF-8 are ValueErrors."""
 
 
 def write_whole(content: bytes, path: Path) -> None:
@@ -18,3 +28,23 @@ def write_whole(content: bytes, path: Path) -> None:
         except BaseException:
             os.unlink(file.name)
             raise
+
+
+def read_back(path: Path, kind: type[T]) -> T | None:
+    """A JSON file of ours. None where there is none, or, told in a line, where it is not what was written."""
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=kind)
+    except FileNotFoundError:
+        return None
+    except DAMAGED as error:
+        tell_damaged(path, error)
+        return None
+
+
+def tell_damaged(path: Path, error: Exception) -> None:
+    _tell(path, (str(error).splitlines() or [type(error).__name__])[0][:200])
+
+
+@functools.cache  # once, however often it is looked at
+def _tell(path: Path, why: str) -> None:
+    LOG.warning("%s is damaged (%s): it counts as missing", path, why)

@@ -25,6 +25,7 @@ from cluster.profile import (
     Detail,
     DiskRead,
     HostCopy,
+    HostPull,
     MachineProfile,
     PairCopy,
     Rates,
@@ -113,6 +114,7 @@ def _measure(bench: Bench, topology: Topology, trusted: Trusted, folder: File | 
     """In full where a `folder` is given, whose disk is timed too."""
     start = time.monotonic()
     rates = bench.alone()
+    pulls = bench.host_pulls()
     details: list[Detail] = []
     copies: list[HostCopy] = []
     pairs: list[PairCopy] = []
@@ -142,6 +144,8 @@ def _measure(bench: Bench, topology: Topology, trusted: Trusted, folder: File | 
         pair_copies=tuple(pairs),
         disk=disk,
         seconds=round(time.monotonic() - start, 1),
+        host_pulls=tuple(pulls),
+        host_bytes=topology.host_bytes,
     )
 
 
@@ -167,6 +171,20 @@ class Bench:
 
         self._progress("memory bandwidth and matrix rate")
         return tuple(self._needed(probes.rates, self._alone))
+
+    def host_pulls(self) -> list[HostPull]:
+        """What offloading goes by, so that a plan of one needs no full profile. Some of a second a GPU."""
+        if self._on_cpu:
+            return []
+        from cluster import copy_probes
+
+        self._progress("pulls from host memory, alone and all at once")
+        met = self._met(len(self._topology.devices))
+        try:
+            return self._ranks.each(copy_probes.host_pulls, met, PROBE_LIMIT_S)
+        except ChildFailed as error:
+            self.absent["pulls from host memory"] = str(error)
+            return []
 
     def details(self) -> list[Detail]:
         from cluster import probes

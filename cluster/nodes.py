@@ -58,7 +58,10 @@ def joined(name: str, nodes: Sequence[tuple[str, NodeReport]]) -> Topology:
         if a.node != b.node:
             links[a.index, b.index] = _network(interfaces[a.node], interfaces[b.node])
     drivers = {report.topology.driver for _, report in nodes}
-    return Topology(name, tuple(devices), links, drivers.pop() if len(drivers) == 1 else "")
+    host = {
+        node: sum(report.topology.host_bytes.values()) for node, report in nodes if report.topology.host_bytes
+    }
+    return Topology(name, tuple(devices), links, drivers.pop() if len(drivers) == 1 else "", host)
 
 
 def _network(a: Interface | None, b: Interface | None) -> Link:

@@ -7,8 +7,8 @@ The binding is handed in by tests (tests/fake_nvml.py).
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -146,6 +146,27 @@ def read_vitals(uuids: Sequence[str], binding: Binding = None) -> tuple[Vitals, 
             return tuple(_vitals(nvml, uuid, nvml.nvmlDeviceGetHandleByUUID(uuid)) for uuid in uuids)
     except nvml.NVMLError:
         return ()
+
+
+@contextmanager
+def memory_watch(indices: Sequence[int], binding: Binding = None) -> Iterator[Callable[[], tuple[int, ...]]]:
+    """A question to ask often: the bytes that are held on each of these GPUs, one call of the driver a GPU.
+
+    Empty where NVML does not start; GPUs that are not there are left out.
+    """
+    nvml = _pynvml() if binding is None else binding
+    with ExitStack() as open_session:
+        handles: list[Any] = []
+        with suppress(nvml.NVMLError):
+            open_session.enter_context(_session(nvml))
+            count = nvml.nvmlDeviceGetCount()
+            handles = [nvml.nvmlDeviceGetHandleByIndex(i) for i in indices if i < count]
+
+        def held() -> tuple[int, ...]:
+            answers = (_ask(nvml, "nvmlDeviceGetMemoryInfo", handle) for handle in handles)
+            return tuple(int(memory.total - memory.free) for memory in answers if memory is not None)
+
+        yield held
 
 
 def read_pcie(uuid: str, binding: Binding = None) -> tuple[int | None, int | None]:

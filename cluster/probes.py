@@ -79,7 +79,7 @@ def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) 
     """Weights beyond the caches, each read once a pass by a product with one row."""
     weights = _beyond_caches(target, device, dtype)
     in_all = sum(weight.nbytes for weight in weights)
-    return in_all / _repeated_s(_with_each(weights, 1), device, target.probe_s)
+    return in_all / repeated_s(_with_each(weights, 1), device, target.probe_s)
 
 
 def _few_rows(target: Target, device: torch.device) -> dict[int, float]:
@@ -116,7 +116,7 @@ def _flops_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> fl
         n, n, dtype=dtype, device=device
     )  # equal numbers take less power, so clocks stay higher
     x = torch.randn(tokens, n, dtype=dtype, device=device)
-    return 2 * tokens * n * n / _repeated_s(lambda: functional.linear(x, weight), device, target.probe_s)
+    return 2 * tokens * n * n / repeated_s(lambda: functional.linear(x, weight), device, target.probe_s)
 
 
 def _layer_s(target: Target, device: torch.device) -> float:
@@ -154,10 +154,10 @@ def _layer_s(target: Target, device: torch.device) -> float:
             x = layer(x)
 
     with torch.inference_mode():
-        return _repeated_s(run, device, target.probe_s) / layers
+        return repeated_s(run, device, target.probe_s) / layers
 
 
-def _repeated_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:
+def repeated_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:
     """As `_typical_s`, as often as fits `probe_s`."""
     first_s = _typical_s(run, device, 1)
     return _typical_s(run, device, max(LEAST_REPEATS, min(1000, int(probe_s / first_s))))
@@ -229,8 +229,8 @@ def _memory_bytes_per_s(target: Target, device: torch.device) -> tuple[float, fl
     least = max(SUM_BYTES[device.type], 2 * _last_level_cache_bytes() if device.type == "cpu" else 0)
     source = torch.ones(_room(device, least, 2) // 4, device=device)
     target_tensor = torch.zeros_like(source)
-    read_s = _repeated_s(lambda: source.sum(), device, target.probe_s)
-    copy_s = _repeated_s(lambda: target_tensor.copy_(source), device, target.probe_s)
+    read_s = repeated_s(lambda: source.sum(), device, target.probe_s)
+    copy_s = repeated_s(lambda: target_tensor.copy_(source), device, target.probe_s)
     return source.nbytes / read_s, 2 * source.nbytes / copy_s
 
 
@@ -252,7 +252,7 @@ def _products(target: Target, device: torch.device, dtype: str) -> dict[int, flo
     for rows in PRODUCT_ROWS[device.type]:
         run = _product(rows, n, dtype, device, weights)
         try:
-            seconds = _graphed_s(run, device, target.probe_s) if graphs else _repeated_s(run, device, share_s)
+            seconds = graphed_s(run, device, target.probe_s) if graphs else repeated_s(run, device, share_s)
         except RuntimeError:  # a shape for which the chip's library has no kernel
             continue
         found[rows] = count * 2 * rows * n * n / seconds
@@ -291,10 +291,10 @@ def _product(
     return {"int8": int8, "float8": float8}.get(dtype, plain)
 
 
-def _graphed_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:
+def graphed_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:
     """Of one run inside a CUDA graph, whose launch hides the host."""
     graph = _captured(run)
-    return _repeated_s(graph.replay, device, probe_s)
+    return repeated_s(graph.replay, device, probe_s)
 
 
 def _captured(run: Callable[[], object]) -> torch.cuda.CUDAGraph:

@@ -15,7 +15,7 @@ from pathlib import Path as File
 
 import msgspec
 
-from cluster.files import write_whole
+from cluster.files import read_back, write_whole
 from cluster.paths import Curve, Fit, Op, Path, envelope, fit, moved_share
 from cluster.topology import Device, Link, Provenance, Topology
 
@@ -74,6 +74,15 @@ class HostCopy:
 
 
 @dataclass(frozen=True, slots=True)
+class HostPull:
+    """What a GPU pulls from pinned host memory, nothing going the other way: how offloaded weights come."""
+
+    device: int
+    alone_bytes_per_s: float
+    together_bytes_per_s: float  # while all GPUs pull
+
+
+@dataclass(frozen=True, slots=True)
 class PairCopy:
     """From one GPU's memory to another's by a copy engine, over whatever path the driver takes."""
 
@@ -109,6 +118,8 @@ class MachineProfile:
     pair_copies: tuple[PairCopy, ...] = ()
     disk: DiskRead | None = None
     seconds: float = 0.0  # that measuring took
+    host_pulls: tuple[HostPull, ...] = ()  # in quick profiles too; empty in those of an earlier day
+    host_bytes: Mapping[str, int] = field(default_factory=dict)  # host memory that was to be had, by node
 
     @property
     def full(self) -> bool:
@@ -137,7 +148,8 @@ class MachineProfile:
 
     @property
     def topology(self) -> Topology:
-        return Topology(self.machine, self.devices, {(a, b): link for a, b, link in self.links}, self.driver)
+        links = {(a, b): link for a, b, link in self.links}
+        return Topology(self.machine, self.devices, links, self.driver, self.host_bytes)
 
     def _best(self, op: Op, ranks: int) -> Fit | None:
         for in_graph in (True, False):
@@ -185,12 +197,9 @@ def kept(cache_dir: File, topology: Topology) -> MachineProfile | None:
 
 
 def read(path: File) -> MachineProfile | None:
-    """None if there is no file, or it is of another format or half-written."""
-    try:
-        found = msgspec.json.decode(path.read_bytes(), type=MachineProfile)
-    except (OSError, msgspec.DecodeError):
-        return None
-    return found if found.format == FORMAT else None
+    """None if there is no file, or it is of another format or damaged."""
+    found = read_back(path, MachineProfile)
+    return found if found is not None and found.format == FORMAT else None
 
 
 def changes(profile: MachineProfile, topology: Topology) -> list[str]:
@@ -248,7 +257,7 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
     rates = _pool_rates(profile) if device.pool else profile.rates[index]
     bandwidth = rates.bandwidth_bytes_per_s
     detail = profile.details[index] if profile.details else None
-    to_device = [c.bytes_per_s for c in profile.host_copies if _feeds(c, device.index)]
+    alone, together = _pulls(profile, device)
     return replace(
         device,
         bandwidth_bytes_per_s=max(
@@ -259,14 +268,27 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
         flops_per_s={**device.flops_per_s, **rates.flops_per_s},
         layer_overhead_s=rates.layer_overhead_s,
         products=rates.products or (detail.products if detail else {}),
-        host_bytes_per_s=min(to_device, default=None),
+        host_bytes_per_s=alone,
+        host_together_bytes_per_s=together,
         provenance=Provenance.MEASURED,
     )
 
 
-def _feeds(copy: HostCopy, device: int) -> bool:
-    """Weights that stay in pinned host memory come this way, while the other GPUs' do too."""
-    return copy.device == device and copy.to_device and copy.pinned and copy.together
+def _pulls(profile: MachineProfile, device: Device) -> tuple[float | None, float | None]:
+    """From pinned host memory to a GPU: alone, and while all GPUs pull.
+
+    A profile that did not time pulls alone has both directions at once: what they carry together one may carry, as far
+    as a card alone does (an H100 54 GB/s alone, 28 in and 42 out at once).
+    """
+    for pull in profile.host_pulls:
+        if pull.device == device.index:
+            return pull.alone_bytes_per_s, pull.together_bytes_per_s
+    own = [c for c in profile.host_copies if c.device == device.index and c.pinned]
+    alone = next((c.bytes_per_s for c in own if c.to_device and not c.together), None)
+    both = sum(c.bytes_per_s for c in own if c.together)
+    if alone is None or not both:
+        return device.host_bytes_per_s, device.host_together_bytes_per_s
+    return alone, min(alone, both)
 
 
 def _pool_rates(profile: MachineProfile) -> Rates:

@@ -9,7 +9,7 @@ from pathlib import Path as File
 
 import msgspec
 
-from cluster.files import write_whole
+from cluster.files import read_back, write_whole
 from cluster.paths import Path
 from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
@@ -85,11 +85,8 @@ def proof_path(cache_dir: File, topology: Topology) -> File:
 
 def kept(cache_dir: File, topology: Topology) -> Proof | None:
     """None if there is none, or the devices, their links, driver, NCCL or torch are others now."""
-    try:
-        found = msgspec.json.decode(proof_path(cache_dir, topology).read_bytes(), type=Proof)
-    except (OSError, msgspec.DecodeError):
-        return None
-    same = (found.format, found.fingerprint) == (FORMAT, fingerprint_of(topology))
+    found = read_back(proof_path(cache_dir, topology), Proof)
+    same = found is not None and (found.format, found.fingerprint) == (FORMAT, fingerprint_of(topology))
     return found if same else None
 
 

@@ -96,6 +96,7 @@ _EMBEDDED_ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "RAY_AUTH_TOKEN": _TOKEN,
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_register_timeout_seconds": "600",  # Ray's own import, from a slow disk: its default is 60
     "RAY_prestart_worker_first_driver": "0",  # idle workers, one a slot, that no actor of ours could use:
     "RAY_enable_worker_prestart": "0",  # ours want an environment of their own
 }

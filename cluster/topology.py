@@ -54,7 +54,8 @@ class Device:
     products: Mapping[str, Mapping[int, float]] = field(
         default_factory=dict
     )  # dtype -> rows -> FLOP/s, measured
-    host_bytes_per_s: float | None = None  # from pinned host memory while all GPUs copy; None: not measured
+    host_bytes_per_s: float | None = None  # from pinned host memory, while no other GPU pulls
+    host_together_bytes_per_s: float | None = None  # the same while all GPUs pull; None: not measured
     provenance: Provenance = Provenance.DATASHEET
 
 
@@ -77,6 +78,9 @@ class Topology:
     devices: tuple[Device, ...]
     links: Mapping[tuple[int, int], Link] = field(default_factory=dict)  # (low index, high index)
     driver: str = ""  # its version; empty without one, and of a machine that is elsewhere
+    host_bytes: Mapping[str, int] = field(
+        default_factory=dict
+    )  # of host memory, to be had, by node, where known
 
     def link(self, a: int, b: int) -> Link:
         """The path between two devices, by index, in either order."""

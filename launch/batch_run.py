@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
+from cluster.files import read_back
 from launch.batch import check_output, errors_path, told_of
 from launch.batch_input import Source, endpoint_of, is_batch_file, write_lines
 
@@ -26,8 +27,6 @@ LOOK_S = 0.25  # between two looks at how far it is
 
 
 def run_here(args: argparse.Namespace, source: Source) -> int:
-    import msgspec
-
     from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
     from launch.predict import planned
@@ -60,7 +59,7 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
     examined = examine(path)
     conditions = {**conditions_of(options), "input": examined.sha256}
     if (directory / MANIFEST).is_file():
-        check_same(msgspec.json.decode((directory / MANIFEST).read_bytes()), conditions)
+        check_same(_begun_with(directory / MANIFEST), conditions)
     write_durably(directory / MANIFEST, conditions)
     text = text_of(options.source)
     workload = Workload(
@@ -80,6 +79,17 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
             shutil.copyfile(directory / name, to)
     progress.say(told_of(counts, args.output))
     return 0
+
+
+def _begun_with(manifest: Path) -> dict[str, Any]:
+    """Raises UserError where that cannot be told any more: its answers may be of another model."""
+    found = read_back(manifest, dict[str, Any])
+    if found is None:
+        raise UserError(
+            f"{manifest} cannot be read, and what the answers beside it are of is not known without it; "
+            "remove that directory, or give another --job-dir"
+        )
+    return found
 
 
 async def _answer(

@@ -12,13 +12,13 @@ from strategies.read_spec import builtin
 from strategies.spec import ModelSpec, Workload
 
 HOLDS, DEPENDS, IMPOSSIBLE, WRONG = "holds", "depends", "impossible", "wrong"
-_NEAR = 1.25  # a claim so near is taken to hold
+NEAR = 1.25  # a claim so near is taken to hold
 
 
 def off_by(claimed: float, computed: float) -> str:
     """`holds`, or by which factor a claim is off."""
     ratio = max(claimed / computed, computed / claimed)
-    return HOLDS if ratio <= _NEAR else f"off by {ratio:,.1f}×" if ratio < 100 else f"off by {ratio:,.0f}×"
+    return HOLDS if ratio <= NEAR else f"off by {ratio:,.1f}×" if ratio < 100 else f"off by {ratio:,.0f}×"
 
 
 def spec_of(name: str) -> ModelSpec:

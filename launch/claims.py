@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from cluster.errors import BadRequest
 from launch.claim_checks import CLAIMS, Answer, Claim
 
+if TYPE_CHECKING:
+    from launch.claim_measure import Measurement
+
+MEASURED_TITLE = "## Measured"
 _TITLE = """# What deployment guides claim
 
 Made by `shardwise claims --report {path}`. The claims are those of five widely read guides to running DeepSeek models
@@ -22,22 +28,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report", metavar="FILE.md", help="write the table as a page, as docs/claims.md is made"
     )
+    parser.add_argument(
+        "--measure",
+        action="store_true",
+        help="run what they promise of CUDA graphs, pinned memory, pruning, INT8 and batch sizes (A6, C5) on this "
+        "machine's first device; with --report FILE.md the page has it too",
+    )
+    parser.add_argument(
+        "--device",
+        choices=("auto", "cpu", "cuda"),
+        default="auto",
+        help="to measure on; default: cuda where there is one",
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
 
 
 def run(args: argparse.Namespace) -> int:
+    found = _measured(args) if args.measure else None
     answered = [(claim, claim.check()) for claim in chosen(args.ids)]
     if args.report:
-        write(Path(args.report), answered)
+        write(Path(args.report), answered, found)
     if args.json:
         rows = [
             {"id": c.id, "claim": c.said, "gives": a.gives, "verdict": a.verdict, "why": a.why}
             for c, a in answered
         ]
-        print(json.dumps({"claims": rows}, indent=2, ensure_ascii=False))
+        made: dict[str, object] = {"claims": rows}
+        if found is not None:
+            made["measured"] = asdict(found)
+        print(json.dumps(made, indent=2, ensure_ascii=False))
+    elif found is not None:
+        show_measured(found)
     else:
         show(answered)
     return 0
+
+
+def _measured(args: argparse.Namespace) -> Measurement:
+    from launch.claim_measure import measure, parts_of
+    from launch.progress import Progress
+
+    chosen(args.ids)
+    return measure(parts_of(args.ids), args.device, Progress())
 
 
 def chosen(ids: list[str]) -> list[Claim]:
@@ -59,7 +91,18 @@ def show(answered: list[tuple[Claim, Answer]]) -> None:
         console.print(f"    {answer.why}.", "")
 
 
-def write(path: Path, answered: list[tuple[Claim, Answer]]) -> None:
+def show_measured(found: Measurement) -> None:
+    from rich.console import Console
+
+    console = Console(highlight=False, markup=False)
+    console.print(found.told, "")
+    for row in found.rows:
+        console.print(f"{row.id}  {row.claim}", style="bold")
+        console.print(f"    measured here: {row.measured}.")
+        console.print(f"    {row.verdict}: {row.why}.", "")
+
+
+def write(path: Path, answered: list[tuple[Claim, Answer]], found: Measurement | None = None) -> None:
     """Raises BadRequest."""
     lines = [
         _TITLE.format(path=path),
@@ -67,6 +110,10 @@ def write(path: Path, answered: list[tuple[Claim, Answer]]) -> None:
         "|---|---|---|---|---|",
     ]
     lines += [f"| {c.id} | {c.said} | {a.gives} | **{a.verdict}** | {a.why} |" for c, a in answered]
+    if found is not None:
+        lines += ["", MEASURED_TITLE, "", f"By `shardwise claims --measure`: {found.told}.", ""]
+        lines += ["| id | claim | measured | verdict | why |", "|---|---|---|---|---|"]
+        lines += [f"| {r.id} | {r.claim} | {r.measured} | **{r.verdict}** | {r.why} |" for r in found.rows]
     try:
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     except OSError as error:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from launch.options import add_engine_arguments
-from launch.plan import add_workload_arguments, check_lengths, layouts_of, workload_of
+from launch.plan import add_workload_arguments, check_lengths, named_layouts, workload_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--layouts",
         metavar="A,B",
-        help="only these, such as tp2,pp2; default: all that this machine could hold",
+        help="only these, such as tp2,pp2+int4,tp2+offload; default: all in the model's precision that this machine "
+        "could hold, or, where none fits, the best in fewer bits and offloaded",
     )
     parser.add_argument("--no-measure", action="store_true", help="predict alone, start nothing")
     parser.add_argument(
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="do not check half precision against float64: two starts less",
     )
     parser.add_argument(
+        "--skip-quality",
+        action="store_true",
+        help="do not measure what formats in fewer bits do to answers: one process for each",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object on standard output, nothing else"
     )
     add_workload_arguments(parser, sweep=DEFAULT_SWEEP)
@@ -59,7 +65,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import NoFeasiblePlan
-    from launch.compare_run import left_out, predict_all
+    from launch.compare_layouts import refused
+    from launch.compare_quality import why_unknown
+    from launch.compare_run import plans_of
+    from launch.disk_limit import disk_rate
     from launch.options import check_blocks, engine_options
     from launch.predict import measured_machine, this_machine
     from launch.progress import Progress
@@ -67,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
 
     loads = [workload_of(argparse.Namespace(**{**vars(args), "concurrency": n})) for n in args.concurrency]
     workload = loads[0]
-    layouts = layouts_of(args.layouts)
+    layouts = named_layouts(args.layouts)
     options = engine_options(args, needs_weights=not args.no_measure)
     check_lengths(options.spec, workload, options.max_model_len)
     options = replace(
@@ -76,11 +85,15 @@ def run(args: argparse.Namespace) -> int:
     check_blocks(options)
     progress = Progress()
     topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
-    plans = predict_all(options, topology, loads, layouts)
-    if layouts is not None:
-        for told in left_out(plans[workload.concurrency]):
-            progress.say(told)
-    comparison = Comparison(plans, {}, workload, topology, options.dtype)
+    if options.offload_dir is not None:
+        options = replace(options, disk_bytes_per_s=disk_rate(options))
+    plans = plans_of(options, topology, loads, layouts)
+    for name, why in refused(plans[workload.concurrency]) if layouts is not None else ():
+        progress.say(f"{name} is left out: {why}")
+    known = why_unknown(options, topology)
+    every = plans[workload.concurrency].candidates
+    named = layouts is not None or any(not c.layout.is_plain for c in every)
+    comparison = Comparison(plans, {}, workload, topology, options.dtype, quality_unknown=known, named=named)
     if args.no_measure:
         _show(comparison, as_json=args.json)
     else:
@@ -96,7 +109,7 @@ def _measure(
     progress: Progress,
 ) -> None:
     """Whatever ends it, what is done by then is shown and written."""
-    from launch import compare_against
+    from launch import compare_against, compare_quality
     from launch.compare_journal import key_of, open_journal
     from launch.compare_run import Sweep, facts_of
     from launch.predict import shelf_of
@@ -113,16 +126,20 @@ def _measure(
         progress.say(f"{folder} has all of this already; measuring it anew")
         journal = open_journal(folder, facts, fresh=True)
         sweep.journal = journal
+    quality = {} if args.fresh else compare_quality.read(folder)
     try:
         sweep.run()
         for url in args.against:
             _measure_beside(url, loads, options, journal, progress)
+        if comparison.quality_unknown is None and not args.skip_quality:
+            formats = compare_quality.formats_of([c.format.name for c in sweep.candidates()], options)
+            quality = compare_quality.measure(args.model, formats, options, folder, progress, quality)
     except KeyboardInterrupt:
         left = sum(len(loads) for _, loads in sweep.left())
         progress.say(f"interrupted with {left} runs to go; the same command goes on from here")
         raise
     finally:
-        done = replace(comparison, trials=journal.layouts, against=journal.endpoints)
+        done = replace(comparison, trials=journal.layouts, against=journal.endpoints, quality=quality)
         if journal.trials:
             _show(done, as_json=args.json)
             _write(done, folder, progress)

@@ -14,6 +14,7 @@ from pathlib import Path
 import msgspec
 
 from cluster.errors import UserError
+from cluster.files import DAMAGED
 from launch.trial import Trial
 
 FORMAT = 1
@@ -95,10 +96,12 @@ def _read(path: Path, facts: Facts) -> Journal:
         first, *rest = file.read().split(b"\n")
     try:
         head = msgspec.json.decode(first, type=Head)
-    except msgspec.DecodeError:
+    except DAMAGED:
         head = Head(0, {})
     if head.format != FORMAT:
-        raise UserError(f"{path} is no journal of this version; give another --out, or --fresh to begin anew")
+        raise UserError(
+            f"{path} is damaged, or no journal of this version; give another --out, or --fresh to begin anew"
+        )
     changed = changes(head.facts, facts)
     if changed:
         raise UserError(
@@ -107,7 +110,7 @@ def _read(path: Path, facts: Facts) -> Journal:
     for line in rest:
         try:
             one = msgspec.json.decode(line, type=Line)
-        except msgspec.DecodeError:  # the end of a line that a crash cut short
+        except DAMAGED:  # the end of a line that a crash cut short
             continue
         found.trials.setdefault(one.layout, {})[one.concurrency] = one.trial
     return found

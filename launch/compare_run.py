@@ -6,12 +6,13 @@ import statistics
 import time
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from cluster.profile import fingerprint_of
 from cluster.topology import Topology
 from launch.compare_journal import Journal
+from launch.compare_layouts import beyond_memory
 from launch.options import EngineOptions
 from launch.predict import predict
 from launch.progress import Progress
@@ -19,6 +20,7 @@ from launch.start import cluster
 from launch.trial import OnTrial, Trial, measure_truth, run_trials
 from strategies.place import count
 from strategies.plan import Candidate, Estimate, Layout, Plan
+from strategies.quantize import native
 from strategies.spec import Workload
 
 START_S = {"cpu": 8.0, "cuda": 20.0}
@@ -36,10 +38,21 @@ def predict_all(
     return {load.concurrency: predict(options, topology, load, layouts, cut_for=cut_for) for load in loads}
 
 
-def left_out(made: Plan) -> list[str]:
-    """Of layouts that somebody named: which cannot be run here, and why."""
-    reasons = ((c.layout.name, c.reason or c.not_runnable) for c in made.candidates)
-    return [f"{name} is left out: {reason}" for name, reason in reasons if reason]
+def plans_of(
+    options: EngineOptions,
+    topology: Topology,
+    loads: Sequence[Workload],
+    layouts: Sequence[Layout] | None,
+) -> dict[int, Plan]:
+    """Of the layouts named; else of all in the model's own precision, and of what fits where none of them does."""
+    made = predict_all(options, topology, loads, layouts)
+    heaviest = max(loads, key=lambda load: load.concurrency)
+    runs = [c for c in made[heaviest.concurrency].candidates if c.feasible and c.not_runnable is None]
+    if layouts is not None or runs:
+        return made
+    wide = predict(options, topology, heaviest, None, cut_for=heaviest, wide=True)
+    found = beyond_memory(wide, native(options.spec).name, len(topology.devices))
+    return predict_all(options, topology, loads, found)
 
 
 def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> dict[str, str]:
@@ -54,8 +67,10 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--num-gpu-blocks-override": options.num_blocks,
         "--gpu-memory-utilization": options.gpu_memory_utilization,
         "--device-memory-gb": options.device_memory_gb,
+        "--host-memory-gb": options.host_memory_gb,
         "--resident-layers": options.resident_layers,
         "--offload-dir": options.offload_dir,
+        "--host-kv-gb": options.host_kv_gb,
         "CUDA graphs": not options.enforce_eager,
         "prefix caching": options.prefix_caching,
         "--seed": options.seed,
@@ -165,9 +180,14 @@ class Sweep:
             self._say_left(clock, pending, running=None)
             for candidate, loads in left:
                 on_trial = self._on_trial(clock, pending, candidate)
-                run_trials(
-                    found, candidate, self.options, loads, self.topology, truth, self.progress, on_trial
-                )
+                options = self._told(candidate)
+                run_trials(found, candidate, options, loads, self.topology, truth, self.progress, on_trial)
+
+    def _told(self, candidate: Candidate) -> EngineOptions:
+        """An offloaded layout leaves room for the heaviest load's sequences, as it was planned."""
+        most = max(self.loads, key=lambda load: load.concurrency)
+        sequences = -(-most.concurrency // candidate.dims.dp)
+        return replace(self.options, offload_kv_tokens=sequences * (most.prompt_tokens + most.output_tokens))
 
     def _on_trial(
         self, clock: Clock, pending: list[tuple[Candidate, Workload]], candidate: Candidate

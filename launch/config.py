@@ -19,6 +19,7 @@ machine:                      # the only section that `--on` reads
   links:                      # pairs of devices, by position, whose link is another
     - {between: [0, 1], kind: nvlink}
   network: {gb_per_s: 36}     # between nodes; latency_us too
+  host_memory_gb: 64          # of each node, that offloaded weights may be locked in
 model: {name, dtype, max_model_len, weights, seed}
 objective: {prompt_tokens, output_tokens, concurrency, objective}
 serve: {layout, address, host, port, api_key_file, …}: launch/up_recipe.py has them all
@@ -45,7 +46,7 @@ RECIPES = Path(__file__).with_name("recipes")
 MAX_DEVICES = 512  # 64 nodes of eight
 
 _SECTIONS: Mapping[str, Sequence[str]] = {
-    "machine": ("name", "nodes", "devices", "link", "links", "network"),
+    "machine": ("name", "nodes", "devices", "link", "links", "network", "host_memory_gb"),
     "model": ("name", "dtype", "max_model_len", "weights", "seed"),
     "objective": ("prompt_tokens", "output_tokens", "concurrency", "objective"),
     "serve": (
@@ -65,8 +66,10 @@ _SECTIONS: Mapping[str, Sequence[str]] = {
         "max_num_batched_tokens",
         "gpu_memory_utilization",
         "device_memory_gb",
+        "host_memory_gb",
         "resident_layers",
         "offload_dir",
+        "host_kv_gb",
         "request_timeout_s",
         "step_timeout_s",
         "drain_timeout_s",
@@ -220,7 +223,10 @@ def machine_of(machine: Fields, stem: str) -> Topology:
     described = [(_sheet(entry), f"node{n}", entry) for n in range(nodes) for entry in one_node]
     devices = tuple(_device(i, s, node, entry) for i, (s, node, entry) in enumerate(described))
     links = _links(machine, [(s, node) for s, node, _ in described])
-    return Topology(machine.text("name", stem), devices, links)
+    host: dict[str, int] = {}
+    if machine.values.get("host_memory_gb") is not None:
+        host = dict.fromkeys((d.node for d in devices), int(machine.number("host_memory_gb") * 1e9))
+    return Topology(machine.text("name", stem), devices, links, host_bytes=host)
 
 
 def _sheet(entry: Fields) -> Sheet:

@@ -6,9 +6,12 @@ import os
 
 from cluster.errors import BadLayout
 from launch.links import ways_beside_nccl
+from launch.memory import sharing
 from launch.options import EngineOptions
 from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
+from strategies.engines import CPU, OURS, Engine, engine, with_limits
+from strategies.offload import Room
 from strategies.plan import ParallelDims
 
 JOIN_TIMEOUT_S = 120.0
@@ -28,7 +31,10 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         offload=options.offload,
         resident_layers=options.resident_layers,
         offload_dir=options.offload_dir,
-        offload_kv_tokens=min(options.most_context, OFFLOAD_KV_TOKENS),
+        offload_kv_tokens=kv_reserve(options),
+        least_kv_tokens=options.least_context,
+        host_memory_bytes=None if options.host_memory_gb is None else int(options.host_memory_gb * 1e9),
+        host_kv_bytes=int((options.host_kv_gb or 0) * 1e9),
         memory_cap_bytes=None if options.device_memory_gb is None else int(options.device_memory_gb * 1e9),
         dummy_weights=options.dummy_weights,
         block_size=options.block_size,
@@ -41,6 +47,34 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         grammars=options.grammars,
         join_timeout_s=JOIN_TIMEOUT_S,
         ways=ways_beside_nccl(options, dims),
+    )
+
+
+def kv_reserve(options: EngineOptions) -> int:
+    """Tokens of a replica's cache that offloading leaves room for: all sequences at once, as far as they are known."""
+    most = min(options.max_num_seqs * options.most_context, options.offload_kv_tokens or OFFLOAD_KV_TOKENS)
+    return max(options.least_context, most)
+
+
+def priced_engine(options: EngineOptions) -> Engine:
+    """Our engine with these options, as the planner knows it."""
+    ours = with_limits(
+        engine(CPU if options.device == "cpu" else OURS),
+        chunk_tokens=options.max_num_batched_tokens,
+        max_sequences=options.max_num_seqs,
+    )
+    return sharing(ours, options.device_memory_gb, options.gpu_memory_utilization)
+
+
+def room_of(options: EngineOptions, cached: int | None = None) -> Room:
+    """What offloading leaves room for: `cached` tokens, 0 for what the workload wants; by default what a start does."""
+    return Room(
+        longest=options.least_context,
+        cached=kv_reserve(options) if cached is None else cached,
+        resident=options.resident_layers,
+        on_disk=options.offload_dir is not None,
+        disk_bytes_per_s=options.disk_bytes_per_s,
+        host_kv_bytes=int((options.host_kv_gb or 0) * 1e9),
     )
 
 

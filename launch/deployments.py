@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from cluster.errors import UserError
-from cluster.files import write_whole
+from cluster.files import read_back, write_whole
 from cluster.life import Life
 from launch.batch_client import BatchClient, ServerGone
 from launch.keeper import ORDER, OVER, SHARDWISE, STATE, State, started
@@ -74,7 +74,7 @@ class Here:
 
     def describe(self) -> dict[str, Any]:
         order = _read(self.directory / ORDER)
-        state = _read(self.directory / STATE) or asdict(State())  # nobody came so far as to keep it
+        state = self._state()
         if state["state"] not in OVER and not self._is_kept(state):
             state = {**state, "state": DEAD, "server_pid": None, "url": None}
         return {"name": self.name, "version": our_version(), "order": order.get("told", {}), **state}
@@ -100,8 +100,8 @@ class Here:
                 os.kill(state["keeper_pid"], signal.SIGTERM)
 
     def forget(self) -> None:
-        state = _read(self.directory / STATE)
-        if state and self._is_kept(state):
+        state = self._state()
+        if self._is_kept(state):
             life = Life(state["keeper_pid"])
             life.kill()  # the server dies with it
             life.wait(_KILL_S)
@@ -131,6 +131,10 @@ class Here:
         with contextlib.suppress(FileExistsError):  # the keeper was faster
             os.link(new, self.directory / STATE)  # whole, for who reads meanwhile
         new.unlink()
+
+    def _state(self) -> dict[str, Any]:
+        """As of one that nobody keeps, where none was written or it is damaged."""
+        return {**asdict(State()), **_read(self.directory / STATE)}
 
     def _is_kept(self, state: Mapping[str, Any]) -> bool:
         since = started(state["keeper_pid"]) if state["keeper_pid"] else None
@@ -252,8 +256,5 @@ def _of_cluster(names: Sequence[str], address: str, joined_to: ExitStack) -> lis
 
 
 def _read(path: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
+    """Empty where it is missing, or damaged: the keeper that may write it does not wait for a disk."""
+    return read_back(path, dict[str, Any]) or {}

@@ -121,13 +121,13 @@ def _requirements(name: str) -> list[str]:
 def ray_cluster(token: Path) -> RayCluster | None:
     """That RAY_ADDRESS names, or that `ray start` left a note of on this host."""
     note = Path(os.environ.get("RAY_TMPDIR", tempfile.gettempdir())) / "ray" / "ray_current_cluster"
-    address = os.environ.get("RAY_ADDRESS") or (note.read_text().strip() if note.is_file() else "")
+    address = os.environ.get("RAY_ADDRESS") or _words(note)
     if not address or address in ("auto", "local"):
         return None
     host = address.removeprefix("ray://").rsplit(":", 1)[0]
     asked = Request(f"http://{host}:{RAY_DASHBOARD_PORT}/api/version")
-    if token.is_file() and os.access(token, os.R_OK):
-        asked.add_header("Authorization", f"Bearer {token.read_text().strip()}")
+    if secret := _words(token):
+        asked.add_header("Authorization", f"Bearer {secret}")
     try:
         with urlopen(asked, timeout=RAY_PATIENCE_S) as answer:
             return RayCluster(address, answer.status, str(json.load(answer).get("ray_version", "")))
@@ -135,6 +135,14 @@ def ray_cluster(token: Path) -> RayCluster | None:
         return RayCluster(address, error.code)
     except (OSError, ValueError):
         return RayCluster(address, None)
+
+
+def _words(path: Path) -> str:
+    """Of a file of Ray's; empty where it is missing, or is not to be read."""
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return ""
 
 
 def leftovers(

@@ -6,7 +6,6 @@ types (cluster/detached.py).
 
 from __future__ import annotations
 
-import json
 import platform
 import re
 import secrets
@@ -18,7 +17,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import msgspec
+
 from cluster.errors import BadRequest
+from cluster.files import read_back
 from launch.batch_client import BatchClient, ServerGone
 from launch.keeper import SHARDWISE, STATE, Keeper
 from launch.keeper_log import LOG, OLDER, Cursor, read_log
@@ -30,6 +32,12 @@ KEYS = "keys.txt"
 _UPLOAD = re.compile(r"[0-9a-f]{32}")
 _PATHS = ("/v1/batches", "/v1/files", "/v1/models", "/version")
 _PIECE_BYTES = 4 * 2**20
+
+
+class _Served(msgspec.Struct):
+    """Of a keeper's state."""
+
+    port: str | None
 
 
 class Gateway:
@@ -138,9 +146,9 @@ class Gateway:
 def _before(directory: Path, run: str) -> str | None:
     """The port on which it served before its actor was killed; None: it is new, or never did."""
     note, state = directory / "run", directory / STATE
-    if note.exists() and note.read_text() == run and state.exists():
-        port: str | None = json.loads(state.read_text())["port"]
-        return port
+    if note.exists() and note.read_bytes() == run.encode() and state.exists():
+        known = read_back(state, _Served)
+        return None if known is None else known.port
     for path in (state, directory / LOG, directory / OLDER):
         path.unlink(missing_ok=True)
     note.write_text(run)

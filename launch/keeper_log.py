@@ -29,9 +29,19 @@ class Log:
         with contextlib.suppress(OSError):  # on a full disk lines are lost; what serves goes on
             self._file.write(f"{stamp} {line}\n".encode(errors="replace"))
         if self._file.tell() > MOST_BYTES:
+            self._set_aside()
+
+    def _set_aside(self) -> None:
+        """The new file must not get the number of the one that goes, by which readers tell them apart: it is held."""
+        log, older = self._directory / LOG, self._directory / OLDER
+        with ExitStack() as held, contextlib.suppress(OSError):
+            if older.exists():
+                held.enter_context(older.open("rb"))
+            if log.exists():
+                log.replace(older)
+            fresh = self._open()
             self._file.close()
-            (self._directory / LOG).replace(self._directory / OLDER)
-            self._file = self._open()
+            self._file = fresh
 
     def _open(self) -> BinaryIO:
         descriptor = os.open(self._directory / LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
@@ -48,7 +58,9 @@ def read_log(directory: Path, cursor: Cursor | None, *, last_lines: int = 0) -> 
             inode, file = files[-1]
             return _piece(inode, file, _start_of_last(file, last_lines))
         known = [inode for inode, _ in files]
-        at = known.index(cursor[0]) if cursor[0] in known else len(files) - 1
+        at = (
+            known.index(cursor[0]) if cursor[0] in known else 0
+        )  # what was read is gone, and these came after it
         offset = cursor[1] if cursor[0] in known else 0
         while True:
             found, text = _piece(*files[at], offset)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.files import write_whole
+from cluster.files import read_back, write_whole
 from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
 from strategies.kept import Kept
@@ -35,11 +35,10 @@ class Shelf:
 
     def read(self) -> list[Kept]:
         """Empty where nothing is kept, or the machine is not what it was."""
-        try:
-            found = msgspec.json.decode(self.path.read_bytes(), type=_File)
-        except (OSError, msgspec.DecodeError):
+        found = read_back(self.path, _File)
+        if found is None or (found.format, found.fingerprint) != (FORMAT, self.fingerprint):
             return []
-        return found.kept if (found.format, found.fingerprint) == (FORMAT, self.fingerprint) else []
+        return found.kept
 
     def add(self, new: Sequence[Kept]) -> None:
         """In place of what was kept of the same layouts and loads."""

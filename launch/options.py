@@ -8,8 +8,10 @@ from pathlib import Path
 
 from cluster.errors import BadLayout, BadModel, UserError
 from launch.machine import peers_allowed
+from launch.memory import add_memory_arguments, check_memory
 from launch.models import resolve
 from strategies.formats import FORMATS, PLAIN
+from strategies.host_kv import check_asked
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, is_known, why_not
@@ -53,8 +55,12 @@ class EngineOptions:
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
     offload_dir: Path | None = None  # a disk's, on which they lie instead
+    disk_bytes_per_s: float | None = None  # that it reads, where somebody looked
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
+    host_memory_gb: float | None = None  # of each host, for offloaded weights and KV; None: what is available
+    offload_kv_tokens: int | None = None  # of cache, that offloading leaves room for; None: see configured.py
+    host_kv_gb: float | None = None  # of host memory, of each rank, for KV that its device has no room for
     kept_as: str | None = (
         None  # the name by which the next coordinator finds the replicas of one that was killed
     )
@@ -118,12 +124,7 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help="of each GPU's memory, that weights, KV and the rest may take (0.9)",
     )
-    engine.add_argument(
-        "--device-memory-gb",
-        type=float,
-        metavar="GB",
-        help="of each GPU's memory, that a process may take, CUDA's context and NCCL in it; in place of the share",
-    )
+    add_memory_arguments(engine)
     engine.add_argument(
         "--offload-dir",
         type=_folder,
@@ -135,6 +136,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="of each rank's layers, that stay on the device with +offload; default: as many as fit",
+    )
+    engine.add_argument(
+        "--host-kv-gb",
+        type=float,
+        metavar="GB",
+        help="of host memory, of each rank, for KV blocks that its device has no room for: they come back from there",
     )
     engine.add_argument(
         "--step-timeout",
@@ -231,7 +238,9 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
-    _check_offload(args, spec, kept, is_here=address is None)
+    _check_offload(args, spec, is_here=address is None)
+    caching = not args.no_enable_prefix_caching
+    check_asked(args.host_kv_gb, prefix_caching=caching, has_blocks=known)
     return EngineOptions(
         source=source,
         spec=spec,
@@ -243,7 +252,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         max_num_batched_tokens=args.max_num_batched_tokens,
         block_size=args.block_size,
         num_blocks=args.num_gpu_blocks_override,
-        prefix_caching=known and not args.no_enable_prefix_caching,
+        prefix_caching=known and caching,
         seed=args.seed,
         address=address,
         peer_access=peers_allowed(),
@@ -256,6 +265,8 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         resident_layers=args.resident_layers,
         offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
         device_memory_gb=args.device_memory_gb,
+        host_memory_gb=args.host_memory_gb,
+        host_kv_gb=args.host_kv_gb,
         step_timeout_s=args.step_timeout,
     )
 
@@ -266,8 +277,8 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_here: bool) -> None:
-    """What tells of offload has an offloaded layout to tell of. `kept`: the weights' format. Raises UserError."""
+def _check_offload(args: argparse.Namespace, spec: ModelSpec, *, is_here: bool) -> None:
+    """What tells of offload has an offloaded layout to tell of. Raises UserError."""
     resident, folder = args.resident_layers, args.offload_dir
     names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
     named = [Layout.parse(name) for name in names if name != "auto"]
@@ -281,16 +292,8 @@ def _check_offload(args: argparse.Namespace, spec: ModelSpec, kept: str, *, is_h
             raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
     if resident is not None and resident > spec.layers:
         raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
-    if folder is None:
-        return
-    if is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
+    if folder is not None and is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
         raise UserError(f"--offload-dir {folder} is a file; give a folder on a disk with room")
-    for made in offloaded:
-        if small := made.format.weights or FORMATS[kept].weights:
-            raise UserError(
-                f"{made.name} keeps weights in {small}, and --offload-dir those in the model's dtype alone; "
-                f"leave +{small} away, or --offload-dir"
-            )
 
 
 def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:
@@ -333,11 +336,10 @@ def _check_sizes(args: argparse.Namespace) -> None:
     share = args.gpu_memory_utilization
     if not 0 < share <= 1:  # nan too
         raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
-    resident, most_gb = args.resident_layers, args.device_memory_gb
+    resident = args.resident_layers
     if resident is not None and resident < 0:
         raise UserError(f"--resident-layers is {resident}; it must be at least 0")
-    if most_gb is not None and not 1 <= most_gb <= 10_000:  # nan too
-        raise UserError(f"--device-memory-gb is {most_gb:g}; it must be from 1 to 10000 GB")
+    check_memory(args)
     patience_s = args.step_timeout
     if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
         raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")

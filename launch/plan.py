@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -14,14 +14,14 @@ from cluster.topology import Topology
 from launch.config import read_machine
 from launch.kept import shelf
 from launch.machine import as_measured, cache_directory, found_here
+from launch.memory import add_memory_arguments, capped, check_memory, sharing
 from launch.models import spec_of
+from launch.plan_json import plan_to_json
 from strategies.engines import CPU, OURS, engine
 from strategies.explain import ms
-from strategies.intervals import ends
-from strategies.kept import MODEL, Kept
+from strategies.kept import Kept
 from strategies.plan import Candidate, Layout, Plan
 from strategies.planner import plan
-from strategies.runnable import check_layout
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Objective, Workload
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=dtypes, default="auto", help="default: the model's, where devices compute in it"
     )
+    add_memory_arguments(parser)
     parser.add_argument("--max-model-len", type=int, metavar="N", help="make room for so long a sequence")
     parser.add_argument(
         "--layouts", metavar="A,B", help="only these, such as tp2,pp2,tp2dp2,tp2+int4,tp8ep8+fp8"
@@ -111,6 +112,7 @@ def run(args: argparse.Namespace) -> int:
     rate = rate_of(args)
     alone = workload if rate is None else replace(workload, most_ttft_s=None, most_tpot_s=None)
     layouts = named_layouts(args.layouts)
+    check_memory(args)
     here = args.on is None
     topology = found_here() if here else read_machine(args.on)
     spec = spec_of(args.model)
@@ -118,9 +120,21 @@ def run(args: argparse.Namespace) -> int:
     dtype = choose_dtype(args.dtype, spec, topology)
     if here:
         topology = as_measured(topology, dtype)
+    topology = capped(topology, args.device_memory_gb, args.host_memory_gb)
+    ours = sharing(engine(CPU if topology.devices[0].kind == "cpu" else OURS), args.device_memory_gb)
     kept = kept_here(topology, spec, dtype) if here else ()
     longest = args.max_model_len
-    made = plan(spec, topology, alone, dtype, layouts=layouts, max_model_len=longest, wide=True, kept=kept)
+    made = plan(
+        spec,
+        topology,
+        alone,
+        dtype,
+        layouts=layouts,
+        max_model_len=longest,
+        wide=True,
+        engine=ours,
+        kept=kept,
+    )
     simulated = None
     if rate is not None and made.candidates:
         from launch.progress import Progress
@@ -131,7 +145,7 @@ def run(args: argparse.Namespace) -> int:
         told = plan_to_json(made, workload)
         print(json.dumps(told if simulated is None else {**told, "simulated": to_json(simulated)}, indent=2))
     else:
-        show(made, workload, heading(made, topology, workload, dtype), simulated)
+        show(made, workload, heading(made, topology, workload, dtype), simulated, named=layouts is not None)
     return 0 if made.chosen is not None else NoFeasiblePlan.exit_code
 
 
@@ -168,13 +182,6 @@ def named_layouts(names: str | None) -> list[Layout] | None:
     return list(dict.fromkeys(Layout.parse(name) for name in names.split(",")))
 
 
-def layouts_of(names: str | None) -> list[Layout] | None:
-    """`tp2,dp2+int8` → layouts that run, each once; None: all plain ones. Raises BadLayout."""
-    if names is None:
-        return None
-    return list(dict.fromkeys(check_layout(Layout.parse(name)) for name in names.split(",")))
-
-
 def check_lengths(spec: ModelSpec, workload: Workload, max_model_len: int | None) -> None:
     """Prompt and output fit the context asked for, and that the model's positions. Raises BadRequest."""
     length = workload.prompt_tokens + workload.output_tokens
@@ -198,97 +205,12 @@ def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
     return next((d for d in known if all(d in device.flops_per_s for device in topology.devices)), spec.dtype)
 
 
-# --- for programs -------------------------------------------------------------------------------------------
-
-
-def plan_to_json(made: Plan, workload: Workload) -> dict[str, object]:
-    """The object that `--json` prints: names and units are a contract."""
-    return {
-        "model": made.model,
-        "machine": made.machine,
-        "workload": {
-            "prompt_tokens": workload.prompt_tokens,
-            "output_tokens": workload.output_tokens,
-            "concurrency": workload.concurrency,
-            "objective": workload.objective.value,
-        },
-        "chosen": None if made.chosen is None else made.chosen.layout.name,
-        "candidates": [candidate_to_json(candidate) for candidate in made.candidates],
-    }
-
-
-def candidate_to_json(candidate: Candidate) -> dict[str, object]:
-    """With a `source` where the figures are not the model's alone."""
-    made: dict[str, object] = {
-        "layout": candidate.layout.name,
-        "feasible": candidate.feasible,
-        "reason": candidate.reason,
-        "predicted": _predicted(candidate),
-        "breakdown": _shares(candidate),
-        "interval": _interval(candidate),
-    }
-    if candidate.estimate is not None and candidate.estimate.source != MODEL:
-        made["source"] = candidate.estimate.source
-    return made
-
-
-def _predicted(candidate: Candidate) -> Mapping[str, float | None] | None:
-    made = candidate.estimate
-    if made is None:
-        return None
-    usd = made.usd_per_million_tokens
-    return {
-        "ttft_ms": round(made.ttft_s * 1e3, 4),
-        "tpot_ms": round(made.tpot_s * 1e3, 4),
-        "output_tokens_per_s": round(made.output_tokens_per_s, 4),
-        "memory_gb_per_gpu": round(made.memory_bytes_per_device / 1e9, 4),
-        "kv_tokens": made.kv_tokens,
-        "share_of_limit": round(made.share_of_limit, 6),
-        "usd_per_million_tokens": None if usd is None else round(usd, 6),
-    }
-
-
-def _interval(candidate: Candidate) -> Mapping[str, Mapping[str, float]] | None:
-    """Low and high of each predicted figure that may be off."""
-    predicted = _predicted(candidate)
-    if predicted is None or candidate.estimate is None:
-        return None
-    most = {"share_of_limit": 1.0}
-    return {
-        name: {"low": _rounded(low * value), "high": _rounded(min(most.get(name, math.inf), high * value))}
-        for name, (low, high) in ends(candidate.estimate.spread).items()
-        if (value := predicted[name]) is not None
-    }
-
-
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
-
-
-def _shares(candidate: Candidate) -> Mapping[str, float] | None:
-    """Of a decode step; they sum to 1. A cause that a layout does not have is 0."""
-    if candidate.estimate is None:
-        return None
-    causes = (
-        "weights",
-        "kv",
-        "compute",
-        "all_reduce",
-        "all_gather",
-        "all_to_all",
-        "send_recv",
-        "offload",
-        "host",
-    )
-    parts = candidate.estimate.breakdown
-    total = sum(parts.values())
-    return {cause: parts.get(cause, 0.0) / total for cause in causes}
-
-
 # --- for people ---------------------------------------------------------------------------------------------
 
 
-def show(made: Plan, workload: Workload, title: str, simulated: Simulations | None = None) -> None:
+def show(
+    made: Plan, workload: Workload, title: str, simulated: Simulations | None = None, *, named: bool = False
+) -> None:
     """The table, what was rejected, and the sentences."""
     from rich.console import Console, Group
 
@@ -299,7 +221,7 @@ def show(made: Plan, workload: Workload, title: str, simulated: Simulations | No
         from launch.queueing import table
 
         parts.append(table(simulated))
-    parts += rejections(made)
+    parts += rejections(made, every=named)
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.layout.name} for {workload.objective}.")
     elif not any(candidate.feasible and candidate.not_runnable is None for candidate in made.candidates):
@@ -310,10 +232,14 @@ def show(made: Plan, workload: Workload, title: str, simulated: Simulations | No
     Console(highlight=False, markup=False, width=width).print(Group(*parts))
 
 
-def rejections(made: Plan) -> list[RenderableType]:
-    """What does not fit and why; nothing where all fits."""
-    every = [candidate for candidate in made.candidates if not candidate.feasible]
-    rejected = [c for c in every if c.layout.is_plain] or every
+def rejections(made: Plan, *, every: bool) -> list[RenderableType]:
+    """What is refused and why; nothing where all fits. `every`: what somebody named, whatever refuses it; else what
+    does not fit of plain layouts and of those that stream them."""
+    if every:
+        refused = [c for c in made.candidates if not c.feasible or c.not_runnable is not None]
+        return ["Refused:", _rejections(refused), ""] if refused else []
+    short = [candidate for candidate in made.candidates if not candidate.feasible]
+    rejected = [c for c in short if c.layout.is_plain or (c.offload and not c.format.name)] or short
     return ["Does not fit:", _rejections(rejected), ""] if rejected else []
 
 
@@ -347,7 +273,7 @@ def plan_table(made: Plan) -> Table:
     if len(every) > len(feasible):
         told.append(f"{len(every) - len(feasible)} more that fit rank below; --json lists them all")
     if planned:
-        told.append("* not chosen: planned only, or in fewer bits or offloaded, which --layout must name")
+        told.append("* not chosen: planned only, or in fewer bits, which --layout must name")
     table.caption = "\n".join(told) or None
     return table
 
@@ -382,7 +308,9 @@ def _rejections(rejected: Sequence[Candidate]) -> Table:
 
     by_reason: dict[str, list[str]] = {}
     for candidate in rejected:
-        by_reason.setdefault(str(candidate.reason), []).append(candidate.layout.name)
+        by_reason.setdefault(str(candidate.reason or candidate.not_runnable), []).append(
+            candidate.layout.name
+        )
     table = Table.grid(padding=(0, 2, 0, 0))
     for reason, names in by_reason.items():
         table.add_row("", ", ".join(names), reason)

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from cluster.busy import with_what_is_left
 from cluster.errors import BadLayout, NoFeasiblePlan
 from cluster.measure import measure
 from cluster.profile import apply
 from cluster.topology import Topology
+from launch.configured import priced_engine, room_of
 from launch.disk_limit import tell_disk
 from launch.kept import Shelf, shelf
 from launch.machine import as_measured, cache_directory, found_here
+from launch.memory import capped
 from launch.nodes import free_machine
 from launch.options import EngineOptions
 from launch.progress import Progress
 from launch.prompts import Prompt
-from strategies.engines import CPU, OURS, engine, with_limits
 from strategies.formats import FORMATS
 from strategies.kept import Kept
 from strategies.pipeline import shard_replica
@@ -28,7 +29,7 @@ from strategies.spec import Objective, Workload
 
 def this_machine(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
     """Its devices and links, as measured on an earlier day if they were. `cpu_ranks`: one a core by default."""
-    return capped(as_measured(_found(options, cpu_ranks), options.dtype), options.device_memory_gb)
+    return _capped(as_measured(_found(options, cpu_ranks), options.dtype), options)
 
 
 def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
@@ -39,21 +40,11 @@ def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
         progress.say(
             f"other programs leave {now.devices[0].free_share:.0%} of the cores' time: predictions are for that much"
         )
-    return capped(now, options.device_memory_gb)
+    return _capped(now, options)
 
 
-def capped(topology: Topology, most_gb: float | None) -> Topology:
-    """With GPUs of no more memory than a process may take of each."""
-    if most_gb is None:
-        return topology
-    most = int(most_gb * 1e9)
-    devices = tuple(
-        replace(d, memory_bytes=min(most, d.memory_bytes), free_bytes=min(most, d.free_bytes))
-        if d.kind != "cpu"
-        else d
-        for d in topology.devices
-    )
-    return replace(topology, devices=devices)
+def _capped(topology: Topology, options: EngineOptions) -> Topology:
+    return capped(topology, options.device_memory_gb, options.host_memory_gb)
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:
@@ -68,23 +59,21 @@ def predict(
     layouts: Sequence[Layout] | None,
     cut_for: Workload | None = None,
     kept: Sequence[Kept] = (),
+    wide: bool = False,
 ) -> Plan:
-    ours = with_limits(
-        engine(CPU if options.device == "cpu" else OURS),
-        chunk_tokens=options.max_num_batched_tokens,
-        max_sequences=options.max_num_seqs,
-    )
-    length = options.max_model_len
+    """Offloaded layouts are reckoned with the room that the engine leaves: for what it is told, or for `cut_for`."""
     return plan(
         options.spec,
         topology,
         workload,
         options.dtype,
         layouts=layouts,
-        max_model_len=length,
-        engine=ours,
+        max_model_len=options.max_model_len,
+        wide=wide,
+        engine=priced_engine(options),
         cut_for=cut_for,
         kept=kept,
+        room=room_of(options, None if cut_for is None else 0),
     )
 
 
@@ -116,7 +105,7 @@ def planned(
     if dims is not None and options.address is not None:  # memory is seen once the machines are joined
         return Planned(_unseen(options, dims), None, None)
     if options.address is not None:
-        topology = capped(free_machine(options.address, options.device, progress), options.device_memory_gb)
+        topology = _capped(free_machine(options.address, options.device, progress), options)
     else:
         topology = this_machine(options, cpu_ranks=None if dims is None else dims.world_size)
     layouts = (
@@ -128,7 +117,7 @@ def planned(
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
-    if options.offload_dir is not None:
+    if options.offload_dir is not None and options.address is None:  # elsewhere, those who read from it tell
         tell_disk(options, made.chosen, topology, workload, progress)
     return Planned(made.chosen, made, topology)
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+SAY_AGAIN_S = 10.0
 
 
 class Bar(Protocol):
@@ -29,6 +32,23 @@ class Progress:
         if not self._quiet:
             elapsed_s = time.monotonic() - self._start_s
             print(f"· {elapsed_s:5.1f} s  {line}", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def waiting(self, line: str) -> Iterator[None]:
+        """Says what is waited for, and for how long by then, again and again: nothing where it is soon over."""
+        begun_s, over = time.monotonic(), threading.Event()
+
+        def say() -> None:
+            while not over.wait(SAY_AGAIN_S):
+                self.say(f"{line} … {time.monotonic() - begun_s:.0f} s")
+
+        saying = threading.Thread(target=say, daemon=True)
+        saying.start()
+        try:
+            yield
+        finally:
+            over.set()
+            saying.join()
 
     @contextmanager
     def bar(self, line: str, *, unit_is_bytes: bool = True) -> Iterator[Bar]:

@@ -46,8 +46,8 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
     text = bundled() if args.text is None else read_text(args.text)
-    asked = _options(args.model, args.device, args.dtype, args.layout)
-    of = _options(args.against or args.model, args.device, "float32", "tp1")
+    asked = options_of(args.model, args.device, args.dtype, args.layout)
+    of = options_of(args.against or args.model, args.device, "float32", "tp1")
     if asked.spec.vocab != of.spec.vocab:
         raise BadModel(
             f"{asked.spec.name} has {asked.spec.vocab:,} tokens and {of.spec.name} {of.spec.vocab:,}; "
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _options(model: str, device: str, dtype: str, layout: str) -> EngineOptions:
+def options_of(model: str, device: str, dtype: str, layout: str) -> EngineOptions:
     from cluster.errors import BadLayout
     from launch.options import add_engine_arguments, add_layout_arguments, engine_options
     from launch.options import layout as dims_of
@@ -89,12 +89,12 @@ def _measured(
     from orchestrator.engine.quality import compared, scored
 
     with progress.bar(f"{of.spec.name} in float32", unit_is_bytes=False) as bar:
-        reference = list(scored(_config(of), windows, bar.update))
+        reference = list(scored(config_of(of), windows, bar.update))
     with progress.bar(f"{asked.spec.name} in {precision(asked)}", unit_is_bytes=False) as bar:
-        return compared(reference, scored(_config(asked), windows, bar.update), windows)
+        return compared(reference, scored(config_of(asked), windows, bar.update), windows)
 
 
-def _config(options: EngineOptions) -> EngineConfig:
+def config_of(options: EngineOptions) -> EngineConfig:
     from launch.configured import engine_config
     from strategies.plan import ParallelDims
 

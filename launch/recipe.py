@@ -25,6 +25,8 @@ def to_recipe(topology: Topology, comment: str) -> str:
         machine["nodes"] = len(nodes)
     machine["devices"] = _counted(rows[0])
     machine |= _links(topology)
+    if topology.host_bytes:
+        machine["host_memory_gb"] = _rounded(min(topology.host_bytes.values()) / 1e9)
     text = yaml.safe_dump(
         {"machine": machine}, sort_keys=False, allow_unicode=True, default_flow_style=None, width=110
     )

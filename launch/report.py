@@ -5,12 +5,13 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 
 from cluster.topology import Topology
 from launch.compare_journal import Trials
-from launch.plan import candidate_to_json, plan_to_json
+from launch.compare_quality import Qualities
+from launch.plan_json import candidate_to_json, plan_to_json
 from launch.trial import Measured, Trial
 from strategies.cost import score
 from strategies.intervals import FIRST_TOKEN
@@ -31,6 +32,11 @@ class Comparison:
     topology: Topology
     dtype: str
     against: Trials = field(default_factory=dict)
+    quality: Qualities = field(default_factory=dict)
+    quality_unknown: str | None = None  # why nothing can be told of it
+    named: bool = (
+        False  # the layouts were, or stand for what fits nowhere: those refused are shown one by one
+    )
 
     @property
     def plan(self) -> Plan:
@@ -106,6 +112,7 @@ def comparison_to_json(made: Comparison) -> dict[str, object]:
         }
         for url, trials in made.against.items()
     ]
+    found["quality_unknown"] = made.quality_unknown
     found["devices"] = [
         {
             "name": d.name,
@@ -134,6 +141,9 @@ def _candidate(made: Comparison, candidate: Candidate) -> dict[str, object]:
     loads = [n for n in made.plans if made.trial(name, n) is not None]
     found["results"] = [_result(made, name, n) for n in loads]
     found["outputs"] = outputs(made, name)
+    quality = made.quality.get(candidate.format.name)
+    found["quality"] = None if quality is None else asdict(quality)
+    found["refused"] = candidate.reason or candidate.not_runnable
     return found
 
 
@@ -288,6 +298,8 @@ COLUMNS = (
     "watts",
     "throttled_by",
     "outputs",
+    "perplexity_rise_percent",
+    "kl_divergence",
     "failure",
 )
 
@@ -305,7 +317,9 @@ def to_csv(results: Mapping[str, object]) -> str:
 def rows(results: Mapping[str, object]) -> Iterator[dict[str, object]]:
     for candidate in _list(results["candidates"]):
         for result in _list(candidate["results"]):
-            yield {**_row(candidate["layout"], result), "outputs": candidate["outputs"]}
+            quality = _mapping(candidate["quality"])
+            told = {key: quality.get(key) for key in ("perplexity_rise_percent", "kl_divergence")}
+            yield {**_row(candidate["layout"], result), "outputs": candidate["outputs"], **told}
     for endpoint in _list(results["against"]):
         for result in _list(endpoint["results"]):
             yield _row(endpoint["endpoint"], result)

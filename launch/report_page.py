@@ -76,8 +76,10 @@ def _body(
     yield "<h2>Choices</h2>"
     yield _verdicts(results["verdicts"])
     for candidate in results["candidates"]:
-        if not candidate["feasible"]:
-            yield f'<p class="soft">{escape(candidate["layout"])} does not fit: {escape(candidate["reason"])}</p>'
+        if candidate["refused"]:
+            yield f'<p class="soft">{escape(candidate["layout"])} is left out: {escape(candidate["refused"])}</p>'
+    if results["quality_unknown"] and any("+" in row["layout"] for row in results["candidates"]):
+        yield f'<p class="soft">What formats do to answers is unknown: {escape(results["quality_unknown"])}.</p>'
 
 
 def _used(every: Iterator[Mapping[str, float]]) -> list[str]:
@@ -112,6 +114,8 @@ _COLUMNS = (
     ("°C", "temperature_c", 0),
     ("W", "watts", 0),
     ("outputs", "outputs", 0),
+    ("perplexity %", "perplexity_rise_percent", 2),
+    ("KL", "kl_divergence", 4),
     ("throttled by", "throttled_by", 0),
 )
 

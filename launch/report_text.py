@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from launch.compare_layouts import refused
+from launch.compare_quality import told
 from launch.plan import WIDTH, bullets, heading, plan_table, rejections
 from launch.report import Comparison, error_percent, outputs, verdicts
 from launch.trial import Measured, Trial
 from strategies.explain import ms
-from strategies.plan import Estimate
+from strategies.plan import Candidate, Estimate
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -27,11 +29,11 @@ def show_comparison(made: Comparison) -> None:
             console.print(comparison_table(made, n), "", sep="\n")
         elif plan.chosen is not None:
             console.print(plan_table(plan))
-    for part in rejections(made.plan):
+    for part in rejections(made.plan, every=made.named):
         console.print(part)
     if made.plan.chosen is None:
         console.print(bullets(made.plan.explanation))
-    for line in (*sentences(verdicts(made)), *_health(made), *_failures(made)):
+    for line in (*sentences(verdicts(made)), *_qualities(made), *_health(made), *_failures(made)):
         console.print(line)
 
 
@@ -53,12 +55,36 @@ def comparison_table(made: Comparison, concurrency: int) -> Table:
             trial = made.trial(name, concurrency)
             cells = _cells(candidate.estimate, None if trial is None else trial.measured)
             style = "bold" if candidate is plan.chosen else None
-            told = outputs(made, name) if trial is not None else None
-            table.add_row(name, *cells, told or "", style=style)
+            told = _outputs(made, candidate) if trial is not None else ""
+            table.add_row(name, *cells, told, style=style)
+    if made.named:  # their arithmetic is below
+        for name, _ in refused(plan):
+            table.add_row(name, "refused")
     for url, trials in made.against.items():
         if concurrency in trials:
             table.add_row(_host(url), *_cells(None, trials[concurrency].measured), "")
     return table
+
+
+def _outputs(made: Comparison, candidate: Candidate) -> str:
+    """Beside the others of a format; else how much perplexity rises, for which no other layout stands."""
+    said = outputs(made, candidate.layout.name) or ""
+    if not candidate.format.name or said == "different":
+        return said
+    found = made.quality.get(candidate.format.name)
+    return "ppl ?" if found is None else f"ppl {found.perplexity_rise_percent:+.1f}%"
+
+
+def _qualities(made: Comparison) -> Iterator[str]:
+    """What formats do to answers, or why that is not told."""
+    runs = [c for c in made.plan.candidates if c.format.name and c.feasible and c.not_runnable is None]
+    formats = dict.fromkeys(c.format.name for c in runs)
+    for name, found in made.quality.items():
+        yield f"+{name}: {told(found)}"
+    missing = [f"+{name}" for name in formats if name not in made.quality]
+    if missing:
+        why = made.quality_unknown or "it was not measured"
+        yield f"What {' and '.join(missing)} {'does' if len(missing) == 1 else 'do'} to answers cannot be told: {why}."
 
 
 def _host(url: str) -> str:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.errors import BadRequest, UserError
+from cluster.files import DAMAGED, tell_damaged, write_whole
 from launch.state import state_directory
 
 if TYPE_CHECKING:
@@ -26,8 +27,8 @@ if TYPE_CHECKING:
     from launch.predict import Planned
     from launch.progress import Progress
     from orchestrator.text import Text
+    from strategies.plan import ParallelDims
     from strategies.spec import Workload
-
 
 MOST_FILES = 65_536
 _LAYOUT = "layout"  # a file of --batch-dir: what a server that was killed ran
@@ -102,30 +103,32 @@ def _add_bounds(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from launch.keys import read_keys
+
+    _check_bounds(args)
+    _raise_open_files()
+    keys = read_keys(args.api_key_file)
+    with listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key) as listener:
+        return _run(args, listener, keys)
+
+
+def _run(args: argparse.Namespace, listener: socket.socket, keys: list[str]) -> int:
     from launch.api.tools import form_of
     from launch.generation_config import GenerationConfig
     from launch.generation_config import read as read_generation
-    from launch.keys import read_keys
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
     from launch.predict import planned
     from launch.progress import Progress
     from orchestrator.text import text_of
 
-    _check_bounds(args)
-    _raise_open_files()
-    keys = read_keys(args.api_key_file)
     workload = workload_of(args)
     dims = layout(args)
     form_of("", args.tool_call_parser)  # raises where there is none of that name
-    listener = listen(args.host, args.port, is_open=bool(keys) or args.allow_without_key)
-    with listener, _store(args.batch_dir, listener.getsockname()[1]) as store:
+    with _store(args.batch_dir, listener.getsockname()[1]) as store:
         note = store / _LAYOUT
-        if (
-            args.kept_as is not None and dims is None and note.is_file()
-        ):  # where its replicas hold what is free
-            args.layout = note.read_text(encoding="utf-8")
-            dims = layout(args)
+        if args.kept_as is not None and dims is None:  # where its replicas hold what is free
+            dims = _ran_before(note, args)
         options = replace(engine_options(args), grammars=True, kept_as=args.kept_as)
         check_blocks(options)
         generation = GenerationConfig() if args.no_generation_config else read_generation(options.source)
@@ -135,10 +138,25 @@ def run(args: argparse.Namespace) -> int:
         progress = Progress()
         chosen = planned(options, workload, dims, progress)
         try:
-            note.write_text(chosen.candidate.layout.name, encoding="utf-8")
+            write_whole(chosen.candidate.layout.name.encode(), note)
             return _serve(args, listener, store, keys, options, generation, text, chosen, workload, progress)
         finally:  # but not where it is killed
             note.unlink(missing_ok=True)
+
+
+def _ran_before(note: Path, args: argparse.Namespace) -> ParallelDims | None:
+    """What the last server of this name ran, which was killed; the arguments get it too."""
+    from launch.options import layout
+
+    try:
+        args.layout = note.read_text(encoding="utf-8")
+        return layout(args)
+    except FileNotFoundError:
+        return None
+    except DAMAGED as error:  # BadLayout is a ValueError
+        tell_damaged(note, error)
+        args.layout = None
+        return None
 
 
 def _raise_open_files() -> None:
@@ -299,7 +317,7 @@ def _serve(
 
 def _told(chosen: Planned, workload: Workload) -> dict[str, object]:
     """The plan, for the page."""
-    from launch.plan import plan_to_json
+    from launch.plan_json import plan_to_json
 
     told: dict[str, object] = {"layout": chosen.candidate.layout.name, "plan": None, "reasons": []}
     if chosen.plan is not None:

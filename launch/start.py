@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 import threading
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from cluster.channel import Via
 from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
+from launch.disk_limit import check_disks
 from launch.head import adopt, check_head
 from launch.links import only_proved, prove_first_layer
 from launch.options import EngineOptions
@@ -29,12 +31,15 @@ from orchestrator.supervisor import RestartPolicy, Supervisor
 from orchestrator.text import Text
 from orchestrator.worker import Worker
 from strategies.formats import FORMATS
+from strategies.host_kv import check_room, told, useful_blocks
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
 from strategies.runnable import compatibility
 from strategies.spec import Workload
 
-ACQUIRE_TIMEOUT_S = 60.0
+ACQUIRE_TIMEOUT_S = (
+    600.0  # each imports torch: seconds, but minutes from a cold network disk or on busy cores
+)
 LOAD_TIMEOUT_S = 3600.0  # a big model from a slow disk; a dead worker is seen long before
 LOOK_S = 0.25  # between two looks at a load
 STEP_TIMEOUT_S = {"cpu": 600.0, "cuda": 120.0}  # far over any step: what is slow must not be taken for stuck
@@ -146,7 +151,8 @@ def deployment(
             prove_first_layer(options, dims, engine_config(options, dims), progress)
             progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
-            gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
+            with progress.waiting(f"{dims.name}: starting workers"):
+                gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         placed = [Placed(gang, ranks_of(gang)) for gang in gangs]
         limits, weight_bytes = known or _made_ready(placed, shards, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
@@ -177,6 +183,10 @@ def _made_ready(
         progress.say(
             f"{dims.name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
         )
+    if options.host_kv_gb is not None:
+        _check_host_room(placed, options.host_kv_gb)
+    if options.offload_dir is not None and options.offload:
+        check_disks(placed, dims.name, options, progress)
     weight_bytes = _load(placed, dims, progress)
     if options.offload:
         _tell_residence(placed, dims, progress)
@@ -269,6 +279,15 @@ def _host(replica: Placed) -> str:
     return replica.member(0).node if several else LOOPBACK
 
 
+def _check_host_room(placed: Sequence[Placed], gb: float) -> None:
+    """Every host has room for the KV of its ranks. Raises BadLayout."""
+    ranks_on = Counter(m.node_id for replica in placed for m in replica.gang.members)
+    asked = {m.node_id: (replica, m) for replica in placed for m in replica.gang.members}
+    for node_id, (replica, member) in asked.items():
+        available = replica.gang.call(member.index, "host_bytes").result(CALL_TIMEOUT_S)
+        check_room(gb, ranks_on[node_id], available, member.node)
+
+
 def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
     """All ranks load at once; the bar shows the bytes of all."""
     calls = everywhere(placed, "load")
@@ -312,7 +331,12 @@ def _fit(
     else:
         least = replace(options, max_model_len=as_before.max_model_len)
         limits = limits_for(min(blocks, as_before.num_blocks), dims, least)
-    results(everywhere(placed, "allocate", limits), CALL_TIMEOUT_S)
+        limits = replace(limits, host_blocks=as_before.host_blocks)
+    if options.host_kv_gb is not None and as_before is None:
+        rooms = results(everywhere(placed, "host_room"), CALL_TIMEOUT_S)
+        limits = replace(limits, host_blocks=useful_blocks(rooms))
+        progress.say(f"{dims.name}: {told(rooms, options.block_size)}")
+    results(everywhere(placed, "allocate", limits), LOAD_TIMEOUT_S)  # locking host memory: 5 GB/s and less
     if options.device == "cuda" and options.captures:
         progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from cluster.discover import device_vitals
-from cluster.errors import BadLayout, BadModel, GangDied, PlacementFailed
+from cluster.errors import BadLayout, BadModel, GangDied, PlacementFailed, WorkerFailed
 from cluster.topology import Topology
 from launch.compare_vitals import Health, joules_per_token, watched
 from launch.options import EngineOptions
@@ -148,7 +148,7 @@ def run_trials(
                     started, candidate.layout.name, options, loads, topology, checked, progress, tell
                 )
             )
-    except (BadLayout, BadModel, PlacementFailed, GangDied) as error:
+    except (BadLayout, BadModel, PlacementFailed, GangDied, WorkerFailed) as error:
         for load in left:
             on_trial(load, Trial(None, failure=str(error)))
 

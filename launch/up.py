@@ -9,7 +9,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,6 +98,7 @@ def _here(wanted: Wanted, progress: Progress) -> Deployment:
             _check_same(told, digest, progress)
             return deployment
         deployment.forget()
+    port = _free_port(wanted)
     taken = _gpus_for(wanted, progress)
     environment = (
         {}
@@ -111,10 +112,33 @@ def _here(wanted: Wanted, progress: Progress) -> Deployment:
         from launch.keys import read_keys
 
         read_keys(keys)  # raises where they cannot be read
-    told = {"digest": digest, "key_file": None if keys is None else str(keys), "gpus": taken or []}
+    told = {
+        "digest": digest,
+        "key_file": None if keys is None else str(keys),
+        "gpus": taken or [],
+        "port": port,
+    }
     deployment.start({"argv": argv, "environment": environment, "told": told})
     progress.say(f"starting {wanted.name}; its log: shardwise logs {wanted.name} -f")
     return deployment
+
+
+def _free_port(wanted: Wanted) -> int:
+    """The one asked for; 0: any. Raises UserError where it could not listen there, before anything is started."""
+    from launch.serve import listen
+
+    asked = wanted.arguments(device=wanted.device, key_file=wanted.key_file, address=None, batch_dir=None)
+    args = _serve_arguments(asked)
+    for name, told in _running():
+        if args.port and args.port == told["order"].get(
+            "port"
+        ):  # one that starts is bound, but not in the way yet
+            raise UserError(
+                f"port {args.port} is {name}'s; give another --port, or end that: shardwise down {name}"
+            )
+    is_open = args.api_key_file is not None or args.allow_without_key
+    listen(args.host, args.port, is_open=is_open).close()
+    return int(args.port)
 
 
 def _gpus_for(wanted: Wanted, progress: Progress) -> list[int] | None:
@@ -152,12 +176,18 @@ def _gpus_for(wanted: Wanted, progress: Progress) -> list[int] | None:
 def _held() -> dict[int, str]:
     """GPUs of this machine → the deployment that holds each."""
     held: dict[int, str] = {}
+    for name, told in _running():
+        held |= dict.fromkeys(told["order"].get("gpus", []), name)
+    return held
+
+
+def _running() -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Deployments that this machine keeps, by name: what they tell of themselves."""
     for name, address in recorded().items():
         if address is None:
             told = Here(name, up_directory(name)).describe()
             if told["state"] not in (*OVER, DEAD):
-                held |= dict.fromkeys(told["order"].get("gpus", []), name)
-    return held
+                yield name, told
 
 
 def _planned_devices(wanted: Wanted, progress: Progress) -> Sequence[int]:

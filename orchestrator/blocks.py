@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
+from itertools import islice
 
 
 def block_hashes(tokens: Sequence[int], block_size: int, known: list[bytes]) -> list[bytes]:
@@ -39,12 +40,12 @@ class BlockPool:
     def free_blocks(self) -> int:
         return len(self._free)
 
-    def match(self, hashes: Iterable[bytes]) -> list[int]:
-        """Blocks that hold the longest known prefix; not yet held by the caller."""
+    def match(self, hashes: Iterable[bytes], elsewhere: Container[bytes] = ()) -> list[int | None]:
+        """Blocks that hold the longest known prefix, not yet held by the caller; None for what is only `elsewhere`."""
         found = []
         for key in hashes:
             block = self._block_of.get(key)
-            if block is None:
+            if block is None and key not in elsewhere:
                 break
             found.append(block)
         return found
@@ -59,12 +60,17 @@ class BlockPool:
                 del self._free[block]
             self._references[block] += 1
 
-    def take(self) -> int:
-        """A free block, held once, its old prefix forgotten."""
+    def take(self) -> tuple[int, bytes | None]:
+        """A free block, held once, and the prefix that it held, now forgotten."""
         block, _ = self._free.popitem(last=False)
         self._references[block] = 1
+        key = self._hash_of.get(block)
         self.forget([block])
-        return block
+        return block, key
+
+    def next_taken(self, count: int) -> Iterator[tuple[int, bytes]]:
+        """Of the free blocks that are taken next, so many, those that hold a prefix."""
+        return ((b, self._hash_of[b]) for b in islice(self._free, count) if b in self._hash_of)
 
     def name(self, block: int, key: bytes) -> None:
         """From now on `block` holds the prefix `key`, unless another block already does."""

@@ -31,6 +31,9 @@ class EngineConfig:
     resident_layers: int | None = None  # of each rank's, where they are offloaded; None: as many as fit
     offload_dir: Path | None = None  # on whose disk streamed layers lie; None: in host memory
     offload_kv_tokens: int = 8192  # of cache, that offloading leaves room for
+    least_kv_tokens: int = 0  # of them, that it cannot do without
+    host_memory_bytes: int | None = None  # of this host, for offloaded layers and KV; None: what is available
+    host_kv_bytes: int = 0  # of host memory, of each rank, for KV that the device has no room for
     graphs: bool = True  # decode steps as CUDA graphs, where there are any
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
     memory_cap_bytes: int | None = None  # of a GPU, for all that the process takes; in place of the share

@@ -17,7 +17,7 @@ from typing import Any
 import msgspec
 
 OUTPUT, ERRORS, MANIFEST = "output.jsonl", "errors.jsonl", "manifest.json"
-_NUMBER = re.compile(rb'\{"id":"batch_req_(\d+)"')
+_NUMBER = re.compile(rb'\{"id":"batch_req_(\d{1,9})"')  # more digits were never written
 _BLOCK = 2**16
 
 

@@ -9,21 +9,25 @@ from typing import TYPE_CHECKING, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import nn
 
-from cluster import stacks
+from cluster import catalog, stacks
 from cluster.collectives.torch_dist import TorchCollectives, join
+from cluster.discover import cpu_topology, read_cpu
 from cluster.loopback import free_port
 from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_checkpoint
+from orchestrator.engine.host_cache import HostCache, buffer_bytes
+from orchestrator.engine.host_memory import rate_to
 from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
-from orchestrator.engine.memory import Cap, free_for_kv, peak_of
+from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, peak_of
 from orchestrator.engine.offload import resident_bytes
-from orchestrator.engine.residence import Residence, loaded
-from orchestrator.engine.runner import Runner, StepRunner
+from orchestrator.engine.residence import DiskRoom, Residence, disk_room, loaded
+from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
 from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.step import whole_prompts
+from orchestrator.step import Step, whole_prompts
 from strategies import tensor
 from strategies.formats import FORMATS
+from strategies.host_kv import HostRoom, block_flops
 from strategies.overlap import Overlap
 from strategies.plan import Shard
 
@@ -63,6 +67,7 @@ class Rank:
         self._prompt_attention: PromptAttention | None = None  # Triton's
         self._cap: Cap | None = None
         self._compatible: nn.Module | None = None  # in place of `model`
+        self._host_cache: HostCache | None = None
 
     def stacks(self) -> str:
         """Of all threads of this process: whatever else it does, unless all of it is stuck."""
@@ -123,6 +128,12 @@ class Rank:
         tensor.apply(self.model, spec, shard, self._overlap)
         return self.weight_bytes()
 
+    @on_its_device
+    def disk_room(self, timed: bool) -> DiskRoom:
+        """Before `load`: what this rank will keep in the folder for offloaded layers, and what is there."""
+        free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
+        return disk_room(self.config, self.shard, self.device, free, timed=timed)
+
     def weight_bytes(self) -> int:
         return resident_bytes(self.model if self._compatible is None else self._compatible)
 
@@ -175,14 +186,40 @@ class Rank:
     def fit_blocks(self) -> int:
         """KV blocks that fit beside the weights and a full batch. All ranks call it at once: the batch is run."""
         needed = self._rehearse() if self.config.device == "cuda" else 0
-        dtype = kept_dtype(getattr(torch, self.config.dtype), FORMATS[self.config.format].has_float8_kv)
-        whole = self.config.spec
-        local = whole if self.config.zero3 else tensor.local_spec(whole, self.shard)
-        block = block_bytes(local, self.config.block_size, dtype)
+        block = self._block_bytes()
+        if self.config.host_kv_bytes:
+            needed += buffer_bytes(block)
         if self._compatible is not None:
             block *= 3  # a cache is copied to become longer, and ended ones stay for a while
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap) - needed
         return max(0, free // block - 1)  # one is scratch
+
+    def _block_bytes(self) -> int:
+        dtype = kept_dtype(getattr(torch, self.config.dtype), FORMATS[self.config.format].has_float8_kv)
+        whole = self.config.spec
+        local = whole if self.config.zero3 else tensor.local_spec(whole, self.shard)
+        return block_bytes(local, self.config.block_size, dtype)
+
+    def host_bytes(self) -> int:
+        """That may be locked on this rank's host."""
+        return self.config.host_memory_bytes or min(available_host_bytes(), read_cpu().memory_bytes)
+
+    @on_its_device
+    def host_room(self) -> HostRoom:
+        """What this rank's host memory for KV is good for. All ranks call it at once: some share a link."""
+        config, block = self.config, self._block_bytes()
+        if self.device.type == "cuda":
+            sheet = catalog.find(torch.cuda.get_device_name(self.device))
+            rates = {} if sheet is None else sheet.flops_per_s
+        else:
+            rates = cpu_topology(1).devices[0].flops_per_s
+        return HostRoom(
+            config.host_kv_bytes // block,
+            block,
+            rate_to(self.device),
+            max(rates.values(), default=None),
+            block_flops(config.spec, self.shard, config.block_size),
+        )
 
     def _rehearse(self) -> int:
         """Prompts that fill the token budget, and the largest graph, with a cache of their own. → bytes they took."""
@@ -201,6 +238,7 @@ class Rank:
     def allocate(self, limits: SchedulerConfig) -> None:
         """Make the KV cache; every rank of the replica gets the same `limits`."""
         self.limits = limits
+        self._host_cache = None  # its memory goes before other is taken
         dtype = getattr(torch, self.config.dtype)
         slots = Slots(limits.max_num_seqs, limits.max_model_len, limits.block_size)
         if self._compatible is not None:
@@ -225,6 +263,8 @@ class Rank:
             self.runner = CudaRunner(*parts, self._overlap, step_tokens, self._prompt_attention)
         else:
             self.runner = Runner(*parts)
+        if limits.host_blocks:
+            self._host_cache = HostCache(cache, limits.host_blocks)
 
     @on_its_device
     def capture(self) -> None:
@@ -232,6 +272,12 @@ class Rank:
         self.runner.capture()
         if self._cap is not None:
             self._cap.hold()
+
+    def run(self, step: Step) -> Pending | None:
+        """Starts a step, after the copies that come with it."""
+        if self._host_cache is not None:
+            self._host_cache.move(step)
+        return self.runner.run(step)
 
     @on_its_device
     def score(self, token_ids: list[int]) -> bytes | None:

@@ -5,6 +5,9 @@ token (another pipeline group, or the next chunk of a long prompt). Where the ra
 device (`run_ahead`), it also takes a sequence whose last token is still in flight; should that token end it, the step
 is computed in vain and its token dropped. Ranks run steps in order, so a block freed while a step is still in flight
 may be handed out at once: the old writes land before the new ones.
+
+A block that is taken for something else is copied to host memory first where there is a pool of it (`host_blocks`), by
+its prefix: what was preempted, or asked before, comes back from there and is not computed again.
 """
 
 from __future__ import annotations
@@ -15,8 +18,13 @@ from dataclasses import dataclass, field
 
 from cluster.errors import BadRequest
 from orchestrator.blocks import BlockPool, block_hashes
+from orchestrator.host_blocks import HostPool
 from orchestrator.request import FinishReason, Request, Token, check_context
-from orchestrator.step import NOT_FINITE, Admit, Row, Step, StepResult
+from orchestrator.step import NOT_FINITE, Admit, Move, Row, Step, StepResult
+
+SAVED_AHEAD = 16
+"""Blocks that a step copies out before they are taken: a long prompt takes many at once, and then waits for few."""
+LOOKED_AHEAD = 64  # free blocks, of which those are
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +37,7 @@ class SchedulerConfig:
     groups: int = 1  # batches in flight at once: the pipeline's stages
     prefix_caching: bool = True
     run_ahead: bool = False  # a row's token may be one that the ranks sampled and have not told yet
+    host_blocks: int = 0  # of host memory, for KV that the device has no room for
 
     @property
     def depth(self) -> int:
@@ -69,20 +78,25 @@ class Load:
     running: int
     free_blocks: int
     preemptions: int
-    prefix_hit_tokens: int
+    prefix_hit_tokens: int  # found on the device
+    host_queried_tokens: int = 0  # not found there
+    host_hit_tokens: int = 0  # of them, brought back from host memory
+    host_saved_blocks: int = 0
+    host_loaded_blocks: int = 0
 
 
 class Scheduler:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.pool = BlockPool(config.num_blocks)
+        self.host = HostPool(config.host_blocks)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # by arrival
         self._sequences: dict[str, Sequence] = {}
         self._free_slots = list(reversed(range(config.max_num_seqs)))
         self._in_flight: dict[int, list[Sequence]] = {}  # step id -> the sequences that sample in it, by row
         self._arrivals = self._steps = 0
-        self._preemptions = self._prefix_hit_tokens = 0
+        self._preemptions = self._prefix_hit_tokens = self._host_queried_tokens = 0
 
     # -- what comes in --
 
@@ -118,6 +132,10 @@ class Scheduler:
             self.pool.free_blocks,
             self._preemptions,
             self._prefix_hit_tokens,
+            self._host_queried_tokens,
+            self.host.loaded * self.config.block_size,
+            self.host.saved,
+            self.host.loaded,
         )
 
     # -- a step --
@@ -139,17 +157,26 @@ class Scheduler:
                 rows.append(self._advance(sequence, count, sampling))
                 budget -= count
         admits: list[Admit] = []
+        coming: list[
+            Sequence
+        ] = []  # their blocks are on the way while this step computes: they begin with the next
         while budget and self._preemptions == preemptions and self._can_admit():
-            sequence = self._admit()
-            admits.append(_describe(sequence))
+            sequence, loads = self._admit()
+            admits.append(_describe(sequence, loads))
+            if loads:
+                coming.append(sequence)
+                continue
             count = min(budget, sequence.unscheduled)
             rows.append(self._advance(sequence, count, sampling))
             budget -= count
+        if coming and not rows:  # nothing else to do meanwhile
+            rows.append(self._advance(coming[0], min(budget, coming[0].unscheduled), sampling))
         if not rows:
             self._steps -= 1
             return None
+        self._save_ahead()
         self._in_flight[self._steps] = sampling
-        return Step(self._steps, admits, rows)
+        return Step(self._steps, admits, rows, self.host.end_step())
 
     def sampling_ids(self, step: Step) -> list[str]:
         """Whose the rows of a step under way are that sample, in their order."""
@@ -166,6 +193,7 @@ class Scheduler:
                 continue
             if token_id == NOT_FINITE:
                 self.pool.forget(sequence.blocks)  # their numbers may be as bad, whoever asks for that prefix
+                self.host.forget(sequence.hashes)
                 reason: FinishReason | None = FinishReason.ABORT
             else:
                 sequence.tokens.append(token_id)
@@ -236,34 +264,64 @@ class Scheduler:
         sequence = self.waiting[0]
         if sequence.awaited:  # preempted in flight: its newest token is not known yet
             return False
-        hits = self._prefix_hits(sequence)
-        needed = self._blocks_for(len(sequence.tokens)) - len(hits)
-        return needed + self.pool.count_free(hits) <= self.pool.free_blocks
+        found = [block for block in self._prefix_hits(sequence) if block is not None]
+        needed = self._blocks_for(len(sequence.tokens)) - len(found)
+        return needed + self.pool.count_free(found) <= self.pool.free_blocks
 
-    def _admit(self) -> Sequence:
-        """Move the first waiting sequence to a slot, with blocks for all its tokens: known prefixes are shared."""
+    def _admit(self) -> tuple[Sequence, list[Move]]:
+        """Move the first waiting sequence to a slot, with blocks for all its tokens: known prefixes are shared.
+
+        Also what of them comes from host memory.
+        """
         sequence = self.waiting.popleft()
         hits = self._prefix_hits(sequence)
-        self.pool.hold(hits)
-        fresh = self._blocks_for(len(sequence.tokens)) - len(hits)
-        sequence.blocks = hits + [self.pool.take() for _ in range(fresh)]
+        absent = [key for block, key in zip(hits, sequence.hashes, strict=False) if block is None]
+        self.host.hold(absent)  # before blocks are taken, whose prefixes want room there
+        found = [block for block in hits if block is not None]
+        self.pool.hold(found)
+        blocks = [self._take() if block is None else block for block in hits]
+        blocks += [self._take() for _ in range(self._blocks_for(len(sequence.tokens)) - len(hits))]
+        loads = []
+        for block, known, key in zip(blocks, hits, sequence.hashes, strict=False):
+            if known is None:
+                loads.append(self.host.load(key, block))
+                self.pool.name(block, key)
+        sequence.blocks = blocks
         sequence.scheduled = len(hits) * self.config.block_size
         sequence.named = len(hits)
         sequence.slot = self._free_slots.pop()
-        self._prefix_hit_tokens += sequence.scheduled
+        on_device = len(found) * self.config.block_size
+        self._prefix_hit_tokens += on_device
+        self._host_queried_tokens += len(sequence.tokens) - on_device
         position = next(
             (i for i, s in enumerate(self.running) if s.arrival > sequence.arrival), len(self.running)
         )
         self.running.insert(position, sequence)
-        return sequence
+        return sequence, loads
 
-    def _prefix_hits(self, sequence: Sequence) -> list[int]:
-        """Blocks already computed; never all of the tokens, since the last one's logits are wanted."""
+    def _prefix_hits(self, sequence: Sequence) -> list[int | None]:
+        """Blocks already computed, None for one that host memory has; never all of the tokens, since the last one's
+        logits are wanted."""
         if not self.config.prefix_caching:
             return []
         size = self.config.block_size
         sequence.hashes = block_hashes(sequence.tokens, size, sequence.hashes)
-        return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // size])
+        return self.pool.match(sequence.hashes[: (len(sequence.tokens) - 1) // size], self.host)
+
+    def _take(self) -> int:
+        """A free block of the device; what it held goes to host memory."""
+        block, key = self.pool.take()
+        if key is not None:
+            self.host.save(block, key)
+        return block
+
+    def _save_ahead(self) -> None:
+        """Of the free blocks that are taken next: they are in host memory by then."""
+        left = SAVED_AHEAD
+        # Of a small pool no more than half: else these would push each other out, step after step.
+        for block, key in self.pool.next_taken(min(LOOKED_AHEAD, self.host.num_blocks // 2)):
+            if left and key not in self.host:
+                left -= self.host.save(block, key)
 
     def _blocks_for(self, tokens: int) -> int:
         return -(-tokens // self.config.block_size)
@@ -277,11 +335,12 @@ class Scheduler:
             self._preempt(victim)
             if victim is sequence:
                 return False
-        sequence.blocks.append(self.pool.take())
+        sequence.blocks.append(self._take())
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
-        """Back to the head of the queue: its KV will be computed again, or found by its prefix."""
+        """Back to the head of the queue: its KV will be found by its prefix, on the device or in host memory, or be
+        computed again."""
         self._preemptions += 1
         self._leave_slot(sequence)
         self.waiting.appendleft(sequence)
@@ -318,7 +377,7 @@ def check_length(prompt_tokens: int, max_tokens: int, config: SchedulerConfig) -
         )
 
 
-def _describe(sequence: Sequence) -> Admit:
+def _describe(sequence: Sequence, loads: list[Move]) -> Admit:
     request = sequence.request
     return Admit(
         sequence.slot,
@@ -327,4 +386,5 @@ def _describe(sequence: Sequence) -> Admit:
         list(sequence.blocks),
         request.sampling,
         sorted(request.stop_ids),
+        loads,
     )

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from orchestrator.request import Request, SamplingParams
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Row, StepResult
+from strategies.cost_memory import memories
 from strategies.cost_ops import Pass
 from strategies.cost_steps import pass_s
 from strategies.plan import Placement
+from strategies.spec import Workload
 
 StepTimes = Callable[[Pass], Sequence[float]]
 """Seconds of a step in each pipeline stage."""
@@ -179,11 +181,12 @@ def pass_of(rows: Sequence[Row]) -> Pass:
 def priced(place: Placement, replica: int = 0) -> StepTimes:
     """The cost model's seconds; steps that are nearly alike are priced once."""
     known: dict[tuple[float, ...], tuple[float, ...]] = {}
+    needs = memories(place, Workload(concurrency=place.dims.dp)) if place.offload else ()
 
     def step_s(work: Pass) -> Sequence[float]:
         key = rounded(work)
         if key not in known:
-            known[key] = pass_s(place, replica, Pass(*key))
+            known[key] = pass_s(place, replica, Pass(*key), needs)
         return known[key]
 
     return step_s

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import msgspec
 
 from orchestrator.request import SamplingParams, TokenLogprobs
+
+
+class Move(NamedTuple):
+    """A KV block's copy between the device and host memory."""
+
+    device: int
+    host: int
 
 
 class Admit(msgspec.Struct, frozen=True, array_like=True):
@@ -18,6 +26,7 @@ class Admit(msgspec.Struct, frozen=True, array_like=True):
     blocks: list[int]  # KV blocks for all of token_ids
     sampling: SamplingParams
     stop_ids: list[int]  # banned until min_tokens are out
+    loads: list[Move] = []  # of its blocks, those that come from host memory
 
 
 class Row(msgspec.Struct, frozen=True, array_like=True):
@@ -33,9 +42,12 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Step(msgspec.Struct, frozen=True, array_like=True):
+    """Ranks do what is in it in this order: saves, loads, rows."""
+
     id: int
     admits: list[Admit]
     rows: list[Row]
+    saves: list[Move] = []  # KV blocks that leave for host memory
 
 
 NOT_FINITE = -2  # instead of a token, where there are no numbers to sample it from

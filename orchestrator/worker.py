@@ -159,7 +159,7 @@ class Worker(Rank):
         step = self._constraints.mask(step, self.scheduler.sampling_ids(step))
         if self._steps is not None:
             self._broadcast(msgspec.msgpack.encode(step))
-        return self.runner.run(step)
+        return self.run(step)
 
     def _broadcast(self, message: bytes) -> None:
         if self._steps is not None:
@@ -209,7 +209,7 @@ class Worker(Rank):
                     continue
                 if message == _STOP:
                     return
-                pending = self.runner.run(msgspec.msgpack.decode(message, type=Step))
+                pending = self.run(msgspec.msgpack.decode(message, type=Step))
                 if pending is not None and self._results_out is not None:
                     told = telling.submit(self._tell, self._results_out, pending)
 

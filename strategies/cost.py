@@ -17,7 +17,6 @@ from strategies.cost_ops import compute_dtype, full_rates, mean_window
 from strategies.cost_steps import (
     Served,
     decode_step_s,
-    offload_s,
     prefill_s,
     prefill_steps,
     signature,
@@ -104,11 +103,10 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
     kv_tokens = min(need.kv_tokens for need in needs)
     live = max(1, min(share, kv_tokens // length, place.engine.max_sequences))
     busy = min(1.0, workload.concurrency / place.dims.dp)
-    offload = offload_s(place, replica, needs)
     context = workload.prompt_tokens + workload.output_tokens / 2
-    step = decode_step_s(place, replica, live, context, busy, offload)
+    step = decode_step_s(place, replica, live, context, busy, needs)
     step_s = sum(step.values())
-    last_s, first_s = prefill_s(place, replica, live, workload.prompt_tokens, busy, offload)
+    last_s, first_s = prefill_s(place, replica, live, workload.prompt_tokens, busy, needs)
     later = workload.output_tokens - 1
     # While the others' prompts are read a request has its tokens too, one for each step that reads some.
     joined = min(later, (prefill_steps(place, live, workload.prompt_tokens) - 1) / 2)
@@ -116,7 +114,7 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
     total_s, waves = last_s + later * step_s, share / live
     if workload.ragged:
         # What waits takes the places of those that end; then the batch empties, the longest answers last.
-        drain_s = _drain_s(place, replica, live, context, workload.output_tokens, busy, offload)
+        drain_s = _drain_s(place, replica, live, context, workload.output_tokens, busy, needs)
         total_s = (last_s + later * step_s) * (waves - 1) + last_s + drain_s
         waves = 1.0
     rate = workload.concurrency * workload.output_tokens / (waves * total_s + place.engine.first_s)
@@ -135,7 +133,7 @@ def _drain_s(
     context: float,
     output_tokens: int,
     busy: float,
-    offload: float,
+    needs: Sequence[Memory],
 ) -> float:
     """Steps until the longest of some answers has ended; at every token each has the same chance to be the last."""
     longest = RAGGED_MOST * output_tokens
@@ -143,7 +141,7 @@ def _drain_s(
     total = 0.0
     for part in range(_DRAIN_PARTS):
         left = max(1, round(sequences * math.exp(-(part + 0.5) * longest / _DRAIN_PARTS / decay)))
-        step = decode_step_s(place, replica, left, context, busy, offload)
+        step = decode_step_s(place, replica, left, context, busy, needs)
         total += sum(step.values()) * longest / _DRAIN_PARTS
     return total
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from cluster.errors import BadLayout
+from cluster.topology import Device
 from strategies.formats import Format
-from strategies.offload import BUFFERS
+from strategies.offload import Streaming, resident_layers
 from strategies.plan import ParallelDims, Placement, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
@@ -15,6 +17,14 @@ from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 CUDA_RUNTIME_BYTES = 1_000_000_000
 NCCL_BYTES = 350_000_000
 WORK_BYTES = 800_000_000  # of the former, what comes after the weights: graphs and workspaces
+CONTEXT_BYTES = 600_000_000
+"""Of a process's first touch of a GPU, which it cannot see for itself: an H100's and a 4090's are 0.4 to 0.6 GB."""
+CAP_SLACK = 0.02
+"""Of a cap on a process's memory: graphs take more than is estimated from a few, and what torch keeps is in pieces: of
+25.3 GB, 0.1 GB was missing (Qwen2.5-32B on an H100, 2026-11-22)."""
+JOINED_BYTES = (
+    830_000_000  # NCCL's and small sums' as ranks have met (two H100s, 2026-11-22), in their free memory
+)
 CPU_RUNTIME_BYTES = 400_000_000
 
 
@@ -27,8 +37,18 @@ class Memory:
     activations: int  # at the token budget, with the logits
     runtime: int
     kv_per_token: int
-    streamed: int = 0  # weights that stay in host memory and travel to the device at every step
-    streamed_layers: int = 0
+    streaming: Streaming | None = None  # which of its layers stay in host memory; None: it has no such
+    layer: float = 0.0  # of one layer's weights, where there are such
+
+    @property
+    def pinned(self) -> int:
+        """Of host memory."""
+        return 0 if self.streaming is None else math.ceil(len(self.streaming.streamed) * self.layer)
+
+    @property
+    def streamed(self) -> int:
+        """That come from there at every step."""
+        return 0 if self.streaming is None else math.ceil(self.streaming.moved * self.layer)
 
     @property
     def fixed(self) -> int:
@@ -100,7 +120,7 @@ def memory(place: Placement, replica: int, rank: int, sequences: int) -> Memory:
         wide = max(wide, spec.experts.per_token * spec.experts.intermediate // place.dims.expert_ranks)
     hidden_bytes = place.engine.chunk_tokens * (2 * spec.hidden + 3 * wide) * size
     # Logits as gathered, and in float32 to sample from.
-    rows = min(sequences, place.engine.max_sequences)
+    rows = place.engine.max_sequences if place.offload else min(sequences, place.engine.max_sequences)
     logits_bytes = rows * spec.vocab * (size + 4) if shard.is_last else 0
     runtime = CPU_RUNTIME_BYTES
     if device.kind != "cpu":
@@ -115,32 +135,34 @@ def memory(place: Placement, replica: int, rank: int, sequences: int) -> Memory:
         runtime=runtime,
         kv_per_token=kv_bytes_per_token(place, rank),
     )
-    return _streaming(place, shard, made, sequences) if place.offload else made
+    return _streaming(place, rank, device, made) if place.offload else made
 
 
-def _streaming(place: Placement, shard: Shard, whole: Memory, sequences: int) -> Memory:
-    """The same with as many layers in host memory as room for the cache wants, whole layers at a time."""
-    tables = table_params(place.spec, shard) * BYTES_PER_ELEMENT[place.dtype]
-    layer = (whole.weights - tables) / len(shard.layers)
-    cache = sequences * CACHED_TOKENS * whole.kv_per_token
-    over = whole.fixed + cache - whole.free
-    if over <= 0 and not place.zero3:
+def _streaming(place: Placement, rank: int, device: Device, whole: Memory) -> Memory:
+    """The same with as many layers in host memory as room for the cache wants: as the engine reckons when it loads."""
+    spec, shard, room = place.spec, place.shards[rank], place.room
+    layers, tables = len(shard.layers), table_params(spec, shard) * BYTES_PER_ELEMENT[place.dtype]
+    layer = (whole.weights - tables) / layers
+    if device.kind != "cpu":
+        taken = CONTEXT_BYTES + WORK_BYTES + (NCCL_BYTES + JOINED_BYTES if place.dims.replica_size > 1 else 0)
+        usable = device.free_bytes - int((1 - place.engine.memory_share) * device.memory_bytes)
+        whole = replace(whole, free=max(0, usable), runtime=taken)
+    resident = min(layers, room.resident) if room.resident is not None else layers
+    if place.zero3:
+        resident = 0
+    elif room.resident is None and device.kind != "cpu":  # whose memory is the host's
+        least = room.longest * whole.kv_per_token
+        cache = max(room.longest, room.cached) * whole.kv_per_token
+        left = whole.free - (whole.fixed - whole.weights) - tables - cache
+        try:
+            resident = resident_layers(layers, math.ceil(layer), left, cache - least)
+        except BadLayout:  # which `rejection` tells with its own figures
+            resident = 0
+    if resident == layers:
         return whole
-    moved = len(shard.layers) if place.zero3 else min(len(shard.layers), math.ceil(over / layer) + BUFFERS)
-    kept = whole.weights - math.ceil((moved - min(moved, BUFFERS)) * layer)
-    return Memory(
-        whole.free,
-        kept,
-        whole.activations,
-        whole.runtime,
-        whole.kv_per_token,
-        math.ceil(moved * layer),
-        moved,
-    )
-
-
-CACHED_TOKENS = 2048
-"""Of context for each sequence, that offloading leaves room for."""
+    streaming = Streaming(layers, resident)
+    kept = whole.weights - math.ceil((layers - resident - streaming.buffers) * layer)
+    return replace(whole, weights=kept, streaming=streaming, layer=layer)
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from cluster.topology import Device, Link
 from strategies.cost_links import ByIdentity, all_gather_s, all_reduce_s, send_recv_s, slowest_link
 from strategies.cost_memory import Memory
+from strategies.cost_offload import pulls, with_waits
 from strategies.cost_ops import Pass, rank_s
 from strategies.plan import Placement
 from strategies.spec import BYTES_PER_ELEMENT
-
-HOST_MEMORY_BYTES_PER_S = 50e9
-"""What host memory gives all cards of a node together that pull offloaded weights: two channels, as desktops have."""
-HOST_LINK_BYTES_PER_S = 12e9  # of one card, where nothing is known of its slot: eight lanes of PCIe 4.0
 
 # --- one pass -----------------------------------------------------------------------------------------------
 
@@ -116,23 +113,6 @@ def step_host_s(place: Placement, replica: int, work: Pass, chunks: float = 0.0)
     return device.step_overhead_s / device.free_share + held
 
 
-def offload_s(place: Placement, replica: int, needs: Sequence[Memory]) -> float:
-    """Of one pass: what stays in host memory, over the slowest card's link or all cards' share of host memory."""
-    first = replica * place.dims.replica_size
-    own = needs[first : first + place.dims.replica_size]
-    if not any(need.streamed for need in own):
-        return 0.0
-    nodes: dict[str, float] = {}
-    for index, need in zip(place.devices, needs, strict=True):
-        node = place.topology.devices[index].node
-        nodes[node] = nodes.get(node, 0.0) + need.streamed
-    alone = max(
-        need.streamed / (place.device(replica, rank).host_bytes_per_s or HOST_LINK_BYTES_PER_S)
-        for rank, need in enumerate(own)
-    )
-    return max(alone, max(nodes.values()) / HOST_MEMORY_BYTES_PER_S)
-
-
 BESIDE = 0.25
 """Of the shorter of products and sums, that running beside each other costs: kernels that carry sums hold processors.
 Two H100s, 8192 tokens (docs/performance.md): 105 ms of 94 + 20 by NVLink, 166 of 100 + 154 through the host."""
@@ -175,34 +155,39 @@ def _timed_layer_s(key: ByIdentity, node: str) -> float:
 
 
 def decode_step_s(
-    place: Placement, replica: int, sequences: float, context: float, busy: float, offload: float = 0.0
+    place: Placement,
+    replica: int,
+    sequences: float,
+    context: float,
+    busy: float,
+    needs: Sequence[Memory] = (),
 ) -> Seconds:
     """From one token to the next of every sequence of a replica, by cause; `busy`: share of replicas at work.
 
     A pipeline keeps up to pp groups of sequences in flight: the cycle is the slowest stage's time for every
     group, or one group's way through all stages, whichever is longer. One sequence leaves all stages but one
-    idle. `offload`: seconds in which a pass's streamed weights arrive, while the devices work.
+    idle. `needs`: of all ranks, where layers may come from host memory: each pass of a stage brings its own.
     """
     pp = place.dims.pp
     groups = min(pp, max(1, math.floor(sequences))) if place.engine.pipelines else 1
     work = decode_pass(math.ceil(sequences / groups) if pp > 1 else sequences, context)
+    at_work = busy * groups / pp
+    pulled = pulls(place, replica, needs, at_work)
     stages = []
     for stage in range(pp):
-        part = dict(stage_s(place, replica, stage, work, busy * groups / pp))
+        part = dict(stage_s(place, replica, stage, work, at_work))
         part["host"] += step_host_s(place, replica, work)
-        stages.append(part)
+        stages.append(with_waits(part, pulled[stage]))
     through = _sum(stages)
     if pp > 1:
         through["send_recv"] = hops_s(place, replica, work)
     slowest = max(stages, key=lambda s: sum(s.values()))
     packed = {cause: groups * seconds for cause, seconds in slowest.items()}
-    step = max(through, packed, key=lambda s: sum(s.values()))
-    waits = offload * groups - sum(step.values())
-    return {**step, "offload": waits} if waits > 0 else step
+    return max(through, packed, key=lambda s: sum(s.values()))
 
 
 def prefill_s(
-    place: Placement, replica: int, prompts: int, length: int, busy: float, offload: float = 0.0
+    place: Placement, replica: int, prompts: int, length: int, busy: float, needs: Sequence[Memory] = ()
 ) -> tuple[float, float]:
     """Seconds until the last of some prompts is done, and until one is on average.
 
@@ -214,25 +199,29 @@ def prefill_s(
     work = Pass(0, 0, prompt_tokens=tokens, seen=length / 2, prompt_rows=tokens / length)
     pp = place.dims.pp
     host = step_host_s(place, replica, work, chunks=1.0)
-    parts = [stage_s(place, replica, s, work, busy * min(1.0, chunks / pp)) for s in range(pp)]
+    at_work = busy * min(1.0, chunks / pp)
+    pulled = pulls(place, replica, needs, at_work)
+    parts = [stage_s(place, replica, s, work, at_work) for s in range(pp)]
     stages = [busy_s(place, replica, s, part, work) for s, part in enumerate(parts)]
-    times = [max(s + host, offload / pp) for s in stages]
+    times = [host + (s if p is None else p.step_s(s)) for s, p in zip(stages, pulled, strict=True)]
     fill = sum(times) + hops_s(place, replica, work)
     last = fill + (chunks - 1) * max(times)
     return last, (fill + last) / 2
 
 
-def pass_s(place: Placement, replica: int, work: Pass) -> tuple[float, ...]:
+def pass_s(place: Placement, replica: int, work: Pass, needs: Sequence[Memory] = ()) -> tuple[float, ...]:
     """Seconds of a step in each stage, with its host time and its way to the next: for whoever steps one by one."""
     chunks = min(1.0, work.prompt_tokens)
     host = step_host_s(place, replica, work, chunks)
     hop_s = hops_s(place, replica, work) / place.dims.pp
     busy = min(1.0, work.tokens)
+    pulled = pulls(place, replica, needs)
     found = []
     for stage in range(place.dims.pp):
         parts = stage_s(place, replica, stage, work, busy)
         seconds = busy_s(place, replica, stage, parts, work) if work.prompt_tokens else sum(parts.values())
-        found.append(seconds + host + hop_s)
+        own = pulled[stage]
+        found.append((seconds if own is None else own.step_s(seconds)) + host + hop_s)
     return tuple(found)
 
 

@@ -47,12 +47,47 @@ class Streaming:
         following = position + BUFFERS
         return following if following < self.layers - self.resident else self.buffer_of(position)
 
+    @property
+    def moved(self) -> int:
+        """Layers that come at every step: those that the buffers hold for good do not."""
+        count = self.layers - self.resident
+        return count if count > BUFFERS + 1 else 2 * max(0, count - BUFFERS)
 
-def resident_layers(layers: int, layer_bytes: int, room: int) -> int:
-    """As many as fit beside the buffers; all of them need none. Raises BadLayout."""
+    def step_s(self, layer_s: float, copy_s: float) -> float:
+        """Of a step, where a layer's work takes so long and its copy so long: copies follow one another, each once its
+        buffer is free, and a layer waits for its own. The step ends when the next one's first two have come."""
+        now = link_free = 0.0
+        landed = dict.fromkeys(range(self.buffers), 0.0)
+        done = -1
+        for position, layer in enumerate(self.streamed):
+            now = max(now + (layer - done - 1) * layer_s, landed[position]) + layer_s
+            done, following = layer, self.after(position)
+            if following != position:
+                link_free = max(link_free, now) + copy_s
+                landed[following] = link_free
+        return max(now + (self.layers - 1 - done) * layer_s, link_free)
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What offloading leaves on a device beside weights, and what somebody said of it."""
+
+    longest: int = 0  # tokens of cache that a replica must have
+    cached: int = 0  # that it should have, for all sequences at once
+    resident: int | None = None  # layers of each rank that stay; None: as many as fit
+    on_disk: bool = False  # the others lie there, not in host memory
+    disk_bytes_per_s: float | None = None  # that it reads, for all ranks together; None: not known
+    host_kv_bytes: int = 0  # of host memory, that each rank takes for KV beside them
+
+
+def resident_layers(layers: int, layer_bytes: int, room: int, spare: int = 0) -> int:
+    """As many as fit beside the buffers; all of them need none. `spare`: bytes beside the room that a smaller cache
+    would leave. Raises BadLayout."""
     fit = room // layer_bytes
     if fit >= layers:
         return layers
+    if fit < BUFFERS <= (room + spare) // layer_bytes:
+        return 0
     if fit < BUFFERS:
         raise BadLayout(
             f"+offload needs {BUFFERS} layers of {layer_bytes / 1e9:.2f} GB on a device at once, and {room / 1e9:.2f} "
@@ -75,6 +110,6 @@ def check_disk(needed: int, free: int, folder: str) -> None:
     """Raises BadLayout."""
     if needed > free:
         raise BadLayout(
-            f"+offload keeps {needed / 1e9:.1f} GB of a rank's weights in {folder}, which has room for "
+            f"+offload keeps {needed / 1e9:.1f} GB of weights in {folder}, which has room for "
             f"{free / 1e9:.1f} GB; use another --offload-dir, or more devices"
         )

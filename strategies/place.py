@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
@@ -12,6 +13,7 @@ from strategies.cost_memory import Memory, memories
 from strategies.engines import CPU, OURS, Engine
 from strategies.engines import engine as engine_named
 from strategies.formats import PLAIN, Format
+from strategies.offload import Room
 from strategies.pipeline import shard_replica
 from strategies.plan import Layout, ParallelDims, Placement, Shard
 from strategies.quantize import as_kept
@@ -31,10 +33,12 @@ def place(
     topology: Topology,
     engine: Engine | None = None,
     workload: Workload = Workload(),  # noqa: B008 (frozen)
+    room: Room | None = None,
 ) -> Placement:
     """Puts a layout on the devices that suit it. Raises BadLayout where model or machine cannot be split.
 
-    `engine`: ours by default. `workload` decides what the head weighs where stages are cut.
+    `engine`: ours by default. `workload` decides what the head weighs where stages are cut, and, without a `room` that
+    says so, how much of a cache offloading leaves room for.
     """
     layout = Layout(layout) if isinstance(layout, ParallelDims) else layout
     dims, kept = layout.dims, as_kept(spec, layout.format, topology.devices[0].kind)
@@ -57,7 +61,11 @@ def place(
     parts = shards(spec, dims.tp, dims.pp, speeds, of_replica, kept)
     if engine is None:
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
-    how = kept, layout.offload, layout.zero3
+    room = room or Room()
+    length = workload.prompt_tokens + workload.output_tokens
+    cached = room.cached or min(sequences, engine.max_sequences) * length
+    room = replace(room, longest=room.longest or length, cached=cached)
+    how = kept, layout.offload, layout.zero3, room
     return Placement(spec, dims, dtype, parts, topology, devices, engine, *how)
 
 

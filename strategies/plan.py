@@ -10,6 +10,7 @@ from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
 from strategies.engines import Engine
 from strategies.formats import KV_FLOAT8, PLAIN, Format, format_named
+from strategies.offload import Room
 from strategies.spec import ModelSpec
 
 _NAME = re.compile(r"(tp|pp|dp|ep)(\d+)")
@@ -168,6 +169,7 @@ class Placement:
     format: Format = PLAIN
     offload: bool = False
     zero3: bool = False
+    room: Room = Room()  # noqa: RUF009 (frozen)
 
     def device(self, replica: int, rank: int) -> Device:
         return self.topology.devices[self.devices[replica * self.dims.replica_size + rank]]

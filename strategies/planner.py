@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 from cluster.errors import BadLayout
@@ -15,12 +15,13 @@ from strategies.explain import explain, explain_planned_only, ms
 from strategies.formats import FORMATS, PLAIN, Format
 from strategies.intervals import spread
 from strategies.kept import MODEL, Kept, informed
+from strategies.offload import Room
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
 from strategies.quantize import can_remake, kept_on, native, or_native
 from strategies.runnable import is_known, why_not
 from strategies.spec import ModelSpec, Workload
-from strategies.ways_out import ways_out
+from strategies.ways_out import short_host, unknown_host, ways_out
 
 MOST_TP = 16
 """Ranks of a tp group on machines of many nodes: beyond, sums over the network cost more than they save."""
@@ -30,6 +31,10 @@ MOST_EP = 64
 
 _SEARCHED = ("fp8", "int8", "int4", "fp4", "fp8+kvfp8", "int4+kvfp8")
 _SEARCHED_WIDELY = ("fp8", "int4")  # on machines of over 64 devices
+
+
+Judged = tuple[Candidate, Placement | None]
+"""No placement where a layout cannot be split so."""
 
 
 def plan(
@@ -44,14 +49,17 @@ def plan(
     engine: Engine | None = None,
     cut_for: Workload | None = None,
     kept: Sequence[Kept] = (),
+    room: Room | None = None,
 ) -> Plan:
     """The best layout for the workload's objective among `layouts`, or among all that the machine could hold.
 
     Every candidate is kept: the feasible ones that this version runs from best to worst, then those that it only plans,
     then the others with their reasons. The chosen one can be run. `max_model_len` is the longest sequence to make room
-    for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well. `engine`:
-    ours as it comes by default. `cut_for`: stages are cut as for this workload, by default the one that is planned for.
-    `kept`: what was measured of this model on this machine.
+    for; by default the workload's own. `wide`: formats, offload and expert parallelism are searched as well; where
+    nothing fits in the model's own precision, what is offloaded may be chosen, and fewer bits where that does not fit
+    either. `engine`: ours as it comes by default. `cut_for`: stages are cut as for this workload, and offloading leaves
+    room for its sequences, by default those of the one that is planned for. `kept`: what was measured of this model on
+    this machine. `room`: what offloading leaves room for, in place of that.
     """
     spec = kept_on(topology.devices[0].kind, spec)
     if layouts is not None:
@@ -60,20 +68,23 @@ def plan(
     else:
         tried = [Layout(dims, native(spec)) for dims in enumerate_layouts(len(topology.devices))]
 
-    def judge(layout: Layout) -> tuple[Candidate, Placement | None]:
-        named = layouts is not None or (layout.format == native(spec) and not layout.offload)
-        cut = cut_for or workload
-        return _judge(spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, named=named)
+    longest = max_model_len or workload.prompt_tokens + workload.output_tokens
+    room = replace(room or Room(), longest=max(longest, room.longest if room else 0))
 
-    judged = [judge(layout) for layout in tried]
-    if wide and layouts is None and can_remake(spec):
-        others = beyond_plain(spec, topology, [layout.dims for layout in tried])
-        judged += [judge(layout) for layout in others]
-        if not any(
-            c.feasible and (c.layout.is_plain or c.format.name == native(spec).name) for c, _ in judged
-        ):
-            streamed = offloaded([c for c, _ in judged if not c.feasible])
-            judged += [judge(layout) for layout in streamed]
+    def judge(layout: Layout, named: bool) -> Judged:
+        cut = cut_for or workload
+        return _judge(
+            spec, layout, topology, workload, dtype, max_model_len, engine, cut, kept, room, named=named
+        )
+
+    judged = [judge(layout, True) for layout in tried]
+    why: tuple[str, ...] = ()
+    if wide and layouts is None:
+        if can_remake(spec):
+            others = beyond_plain(spec, topology, [layout.dims for layout in tried])
+            judged += [judge(layout, False) for layout in others]
+        if not any(c.feasible and c.not_runnable is None for c, _ in judged):
+            judged, why = _beyond_memory(spec, topology, judged, judge)
     feasible = [(c, p) for c, p in judged if p is not None and c.feasible]
     feasible.sort(key=lambda pair: _rank(pair[0], workload))
     runs = [(c, p) for c, p in feasible if c.not_runnable is None]
@@ -81,7 +92,11 @@ def plan(
     planned = [(c, p) for c, p in feasible if c.not_runnable is not None]
     sentences: tuple[str, ...] = ()
     if runs:
-        sentences = explain(runs, workload)
+        streamed = [f"{c.layout.name}: {c.marked[-1]}." for c, _ in runs[1:] if c.offload]
+        sentences = (*why, *explain(runs, workload), *streamed)
+        if why:
+            ways = ways_out(spec, topology, dtype, longest)[1:]
+            sentences += tuple(way for way in ways if not way.startswith("Offload"))
         if chosen is None:
             nearest = runs[0][0]
             missed = " and ".join(over_limits(nearest.estimate, workload))
@@ -149,6 +164,40 @@ def offloaded(rejected: Sequence[Candidate]) -> list[Layout]:
     return [Layout(c.dims, c.format, offload=True) for c in whole if c.dims.world_size in (1, most)]
 
 
+def _beyond_memory(
+    spec: ModelSpec,
+    topology: Topology,
+    judged: Sequence[Judged],
+    judge: Callable[[Layout, bool], Judged],
+) -> tuple[list[Judged], tuple[str, ...]]:
+    """Where nothing fits the devices in the model's own precision: with host memory, which leaves answers as they are;
+    where that is short too, in fewer bits. And why."""
+    if topology.devices[0].pool:  # whose memory is the host's
+        return list(judged), ()
+    own = native(spec).name
+    tried = [
+        judge(layout, layout.format.name == own)
+        for layout in offloaded([c for c, _ in judged if not c.feasible])
+    ]
+    every = [*judged, *tried]
+    if any(c.feasible and c.not_runnable is None for c, _ in tried):
+        return every, (
+            f"Nothing of {spec.name} in its own precision fits {topology.name}: what does not stays in host memory, "
+            "which leaves its answers as they are.",
+        )
+    named = [(_as_named(spec, topology, c), p) for c, p in every]
+    if not any(c.feasible and c.not_runnable is None for c, _ in named):
+        return every, ()
+    return named, (
+        f"Nothing of {spec.name} in its own precision fits {topology.name}, its host memory counted in: the best of "
+        "fewer bits, with and without host memory, changes its answers.",
+    )
+
+
+def _as_named(spec: ModelSpec, topology: Topology, candidate: Candidate) -> Candidate:
+    return replace(candidate, not_runnable=why_not(spec, candidate.layout, topology.devices))
+
+
 def _worth(kept: Format, topology: Topology) -> bool:
     """Formats whose products a device cannot do in fewer bits gain nothing over int4, but memory by half."""
     if topology.devices[0].kind == "cpu":
@@ -166,9 +215,10 @@ def _judge(
     engine: Engine | None,
     cut_for: Workload,
     kept: Sequence[Kept],
+    room: Room,
     *,
     named: bool,
-) -> tuple[Candidate, Placement | None]:
+) -> Judged:
     """One layout: rejected with the reason, or estimated. No placement where it cannot be split so."""
     bare = Candidate(
         layout.dims,
@@ -180,11 +230,11 @@ def _judge(
         not_runnable=why_not(spec, layout, topology.devices, named=named),
     )
     try:
-        placement = place(spec, layout, dtype, topology, engine, cut_for)
+        placement = place(spec, layout, dtype, topology, engine, cut_for, room)
     except BadLayout as error:
         return replace(bare, reason=str(error)), None
     put = replace(bare, shards=placement.shards, devices=placement.devices)
-    reason = rejection(placement, workload, max_model_len)
+    reason = rejection(placement, workload, max_model_len) or short_host(placement, workload)
     if reason is not None:
         return replace(put, reason=reason), placement
     made = informed(estimate(placement, workload), layout.name, workload, kept)
@@ -233,18 +283,22 @@ def _notes(placement: Placement, made: Estimate, workload: Workload) -> Iterator
         yield f"room for {at_once} of {workload.concurrency} requests at once; the rest wait"
     if made.source != MODEL:
         yield made.source
-    if placement.offload:
-        yield from _residence(placement, workload)
     yield from over_limits(made, workload)
+    if placement.offload:
+        yield _residence(placement, workload)
 
 
-def _residence(placement: Placement, workload: Workload) -> Iterator[str]:
-    """Of the rank that streams most."""
-    needs = memories(placement, workload)[: placement.dims.replica_size]
-    rank, need = max(enumerate(needs), key=lambda of: of[1].streamed)
-    if need.streamed:
-        layers = len(placement.shards[rank].layers)
-        yield (
-            f"{layers - need.streamed_layers} of a rank's {layers} layers resident; "
-            f"{need.streamed / 1e9:.1f} GB come from host memory at every step"
-        )
+def _residence(placement: Placement, workload: Workload) -> str:
+    """Of the rank that streams most, and what nobody knows of its host."""
+    needs = memories(placement, workload)
+    need = max(needs[: placement.dims.replica_size], key=lambda one: one.streamed)
+    if not need.streamed:
+        return "all of a rank's layers resident: nothing is streamed"
+    assert need.streaming is not None, "what is streamed has a schedule"
+    where = "the disk" if placement.room.on_disk else "host memory"
+    told = (
+        f"{need.streaming.resident} of a rank's {need.streaming.layers} layers resident; "
+        f"{need.streamed / 1e9:.1f} GB come from {where} at every step"
+    )
+    unknown = unknown_host(placement, needs)
+    return told if unknown is None else f"{told}; {unknown}"

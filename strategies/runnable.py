@@ -9,6 +9,7 @@ from cluster.topology import Device
 from strategies.formats import KV_FLOAT8
 from strategies.plan import Layout
 from strategies.quantize import RUNS
+from strategies.scheme import SPARSE24
 from strategies.spec import ModelSpec
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
@@ -36,7 +37,7 @@ def why_not(
     """
     if layout.zero3 or not is_known(spec):
         return _incompatible(spec, layout, named)
-    reason = _beyond_this_version(layout) or _format(layout, devices, named)
+    reason = _beyond_this_version(layout) or _together(layout) or _format(layout, devices, named)
     if reason is None and layout.offload and not named:
         return "+offload brings weights from host memory at every step: it runs where --layout names it"
     return reason
@@ -76,6 +77,13 @@ def _beyond_this_version(layout: Layout) -> str | None:
     return "expert parallelism is planned only" if layout.dims.ep > 1 else None
 
 
+def _together(layout: Layout) -> str | None:
+    """What a layout names that does not go together, on any machine."""
+    if layout.offload and layout.format.weights == SPARSE24:
+        return f"+{SPARSE24} keeps all layers on the device; leave +offload away, or use +int8+offload"
+    return None
+
+
 def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | None:
     kept = layout.format
     if not kept.name:
@@ -97,7 +105,9 @@ def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | Non
 
 
 def check_layout(layout: Layout) -> Layout:
-    """Raises BadLayout for a layout that can be planned only, whatever the model."""
+    """Raises BadLayout for a layout that can be planned only, or not at all, whatever the model."""
+    if (reason := _together(layout)) is not None:
+        raise BadLayout(f"layout {layout.name!r}: {reason}")
     reason = _beyond_this_version(layout)
     if reason is not None:
         plain = Layout(layout.dims.without_ep)

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from strategies.cost_memory import Memory
+from strategies.cost_offload import pulls
 from strategies.cost_ops import Pass
-from strategies.cost_steps import Seconds, Served, busy_s, decode_step_s, offload_s, stage_s
+from strategies.cost_steps import Seconds, Served, busy_s, decode_step_s, stage_s
 from strategies.plan import Placement
 from strategies.spec import Workload
 
@@ -37,8 +38,7 @@ def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Wo
     # Sequences grow: on average one holds its prompt and half of its output.
     room = min(need.kv_tokens for need in needs) / (prompt + output / 2)
     most = max(1.0, min(offered, room, engine.max_sequences))
-    offload = offload_s(place, replica, needs)
-    life = _life(place, replica, most, workload, offload)
+    life = _life(place, replica, most, workload, needs)
     # The server sends tokens out one by one; where the engine is faster, requests wait in front of it.
     front_s = engine.token_out_s * output * place.dims.dp
     live = most
@@ -46,14 +46,14 @@ def steady(place: Placement, replica: int, needs: Sequence[Memory], workload: Wo
         if live * front_s <= life.seconds and live == most:
             break
         live = min(most, max(1.0, live * (life.seconds / (live * front_s)) ** 0.7))
-        life = _life(place, replica, live, workload, offload)
+        life = _life(place, replica, live, workload, needs)
     whole_s = max(life.seconds, live * front_s) * offered / live
     token_s = (life.seconds - life.first_s) / (output - 1) if output > 1 else sum(life.step.values())
     first_s = life.first_s + whole_s - life.seconds
     return Served(first_s, token_s, offered * output / whole_s, life.step)
 
 
-def _life(place: Placement, replica: int, live: float, workload: Workload, offload: float) -> _Life:
+def _life(place: Placement, replica: int, live: float, workload: Workload, needs: Sequence[Memory]) -> _Life:
     """A request's own decode steps and everybody's prompts."""
     engine, prompt, output = place.engine, workload.prompt_tokens, workload.output_tokens
     busy = min(1.0, workload.concurrency / place.dims.dp)
@@ -63,9 +63,9 @@ def _life(place: Placement, replica: int, live: float, workload: Workload, offlo
     chunks = prompt / tokens
     decoding = live
     for _ in range(_ROUNDS):
-        step = decode_step_s(place, replica, decoding, context, busy, offload)
+        step = decode_step_s(place, replica, decoding, context, busy, needs)
         step_s = sum(step.values())
-        prompt_s = chunks * _joining_s(place, replica, decoding, context, tokens, prompt, busy)
+        prompt_s = chunks * _joining_s(place, replica, decoding, context, tokens, prompt, busy, needs)
         prompt_s += engine.prompt_s * min(1.0, chunks)
         life_s = live * prompt_s + output * step_s
         own_s = prompt_s + step_s + engine.burst * (live - 1) * prompt_s
@@ -75,7 +75,14 @@ def _life(place: Placement, replica: int, live: float, workload: Workload, offlo
 
 
 def _joining_s(
-    place: Placement, replica: int, decoding: float, context: float, tokens: float, prompt: int, busy: float
+    place: Placement,
+    replica: int,
+    decoding: float,
+    context: float,
+    tokens: float,
+    prompt: int,
+    busy: float,
+    needs: Sequence[Memory],
 ) -> float:
     """What so many tokens of prompts add to a decode step; in a pipeline, to the stage that all wait for."""
     pp = place.dims.pp
@@ -85,11 +92,14 @@ def _joining_s(
         decoding / groups, context, prompt_tokens=tokens, seen=prompt / 2, prompt_rows=tokens / prompt
     )
 
+    pulled = pulls(place, replica, needs, busy * groups / pp)
+
     def slowest(work: Pass) -> float:
         parts = [stage_s(place, replica, stage, work, busy * groups / pp) for stage in range(pp)]
         times = [busy_s(place, replica, stage, part, work) for stage, part in enumerate(parts)]
         if not work.prompt_tokens:
             times = [sum(part.values()) for part in parts]
+        times = [s if p is None else p.step_s(s) for s, p in zip(times, pulled, strict=True)]
         return max(times) if place.engine.pipelines else sum(times)
 
     return slowest(joined) - slowest(alone)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cluster.errors import BadLayout
@@ -11,10 +11,11 @@ from strategies.cost import estimate
 from strategies.cost_memory import Memory, memories
 from strategies.engines import OURS, engine
 from strategies.formats import FORMATS, PLAIN, Format
+from strategies.offload import Room
 from strategies.place import count, gb, place, shards
 from strategies.plan import Layout, ParallelDims, Placement
 from strategies.published import Stored
-from strategies.quantize import as_kept
+from strategies.quantize import as_kept, can_remake
 from strategies.scheme import GGUF
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
@@ -105,24 +106,101 @@ def _offload(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> st
     if topology.devices[0].pool:
         return None
     found = []
+    lacks = []
     for dims in dict.fromkeys((ParallelDims(), ParallelDims(tp=len(topology.devices)))):
         try:
-            placed = place(spec, Layout(dims, offload=True), dtype, topology)
+            placed = place(spec, Layout(dims, offload=True), dtype, topology, room=Room(longest=length))
         except BadLayout:
             continue
         needs = memories(placed, _ONE_REQUEST)
-        if min(need.kv_tokens for need in needs) >= length:
-            made = estimate(
-                placed, Workload(prompt_tokens=max(1, length - 256), output_tokens=min(256, length))
-            )
-            found.append((made.tpot_s, placed.dims.name, sum(need.streamed for need in needs)))
+        if min(need.kv_tokens for need in needs) < length:
+            continue
+        name, streamed = placed.dims.name, sum(need.streamed for need in needs)
+        if short := short_host(placed, _ONE_REQUEST):
+            lacks.append((streamed, f"Offload: {name}+offload would keep {short}."))
+            continue
+        made = estimate(placed, Workload(prompt_tokens=max(1, length - 256), output_tokens=min(256, length)))
+        found.append((made.tpot_s, name, streamed))
     if not found:
-        return None
+        return min(lacks)[1] if lacks else None
     tpot_s, name, streamed = min(found)
     return (
         f"Offload: {name}+offload would keep {gb(streamed)} in host memory and stream them at every step, "
         f"{tpot_s:.1f} s a token."
     )
+
+
+# --- host memory --------------------------------------------------------------------------------------------
+
+
+def short_host(placement: Placement, workload: Workload) -> str | None:
+    """Why the hosts cannot lock what a layout keeps there, with the nearest way out; None where they can, or where
+    nothing is known of them."""
+    if placement.room.on_disk:
+        return None
+    lacking = _lacking(placement, memories(placement, workload))
+    if lacking is None:
+        return None
+    need, have = lacking
+    reason = f"{gb(need)} of {placement.format.weights or placement.dtype} weights in host memory, which has {gb(have)}"
+    for kept in _smaller_than(placement):
+        for layout in (Layout(placement.dims, kept), Layout(placement.dims, kept, offload=True)):
+            pinned = _pinned(placement, layout, workload)
+            if pinned is not None:
+                there = f"keeps {gb(pinned)} there" if pinned else "needs none"
+                return f"{reason} free; {layout.name} {there}"
+    return f"{reason} free; --offload-dir FOLDER keeps them on a disk"
+
+
+def _pinned(placement: Placement, layout: Layout, workload: Workload) -> int | None:
+    """Bytes of host memory that another layout on the same devices takes; None where it does not fit them."""
+    try:
+        other = place(
+            placement.spec,
+            layout,
+            placement.dtype,
+            placement.topology,
+            placement.engine,
+            workload,
+            placement.room,
+        )
+    except BadLayout:
+        return None
+    needs = memories(other, workload)
+    fits = min(need.kv_tokens for need in needs) >= placement.room.longest
+    return sum(need.pinned for need in needs) if fits and _lacking(other, needs) is None else None
+
+
+def unknown_host(placement: Placement, needs: Sequence[Memory]) -> str | None:
+    """What a host must have of which nothing is known."""
+    if placement.room.on_disk or any(placement.topology.host_bytes.values()):
+        return None
+    pinned = sum(need.pinned for need in needs)
+    return f"it takes {gb(pinned)} of host memory, of which nothing is known here: --host-memory-gb tells"
+
+
+def _lacking(placement: Placement, needs: Sequence[Memory]) -> tuple[int, int] | None:
+    """(bytes that are wanted, to be had beside KV blocks) of the node that lacks most."""
+    wanted: dict[str, int] = {}
+    ranks: dict[str, int] = {}
+    for index, need in zip(placement.devices, needs, strict=True):
+        node = placement.topology.devices[index].node
+        wanted[node] = wanted.get(node, 0) + need.pinned
+        ranks[node] = ranks.get(node, 0) + 1
+    known = placement.topology.host_bytes
+    left = {
+        node: known[node] - n * placement.room.host_kv_bytes for node, n in ranks.items() if node in known
+    }
+    short = [(n, left[node]) for node, n in wanted.items() if node in left and n > max(0, left[node])]
+    return max(short, key=lambda of: of[0] - of[1], default=None)
+
+
+def _smaller_than(placement: Placement) -> Iterator[Format]:
+    """Formats that take less a weight, and that the model may be kept in."""
+    if not can_remake(placement.spec):
+        return
+    now = placement.format.bytes_per_weight(placement.dtype)
+    yield from (FORMATS[n] for n in _FEWER_BITS if FORMATS[n].bytes_per_weight(placement.dtype) < now)
 
 
 def _more_memory(spec: ModelSpec, dtype: str, device: Device, have: int, length: int) -> str | None:

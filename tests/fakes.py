@@ -272,4 +272,4 @@ class TalkingReplica:
 
     async def load(self) -> Load:
         running = min(len(self._requests), self._max_num_seqs)
-        return Load(len(self._requests) - running, running, 8, 0, 0)
+        return Load(len(self._requests) - running, running, 8, 0, 0, 96, 48, 5, 3)

@@ -85,7 +85,7 @@ def plain(value: Any) -> Any:
     """Structures as dictionaries of their fields."""
     if isinstance(value, ctypes.Structure | ctypes.Union):
         return {field[0]: plain(getattr(value, field[0])) for field in value._fields_}
-    if isinstance(value, list | tuple):
+    if isinstance(value, list | tuple | ctypes.Array):
         return [plain(part) for part in value]
     if isinstance(value, bytes):
         return value.decode(errors="replace")

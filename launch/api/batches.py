@@ -17,6 +17,7 @@ from pydantic import Field, ValidationError
 from starlette.responses import Response
 
 from cluster.errors import AttemptsSpent, BadRequest, ShardwiseError, UserError
+from cluster.files import read_back
 from launch.api.asking import Begun, all_of, terms_of
 from launch.api.chat import begin_chat
 from launch.api.completions import begin_completions
@@ -64,9 +65,8 @@ class Batches:
         """Go on with what was not finished when the server ended."""
         self._root.mkdir(parents=True, exist_ok=True)
         for directory in self._root.iterdir():
-            if not _ID.fullmatch(directory.name) or not (directory / MANIFEST).is_file():
+            if (told := self._known(directory.name)) is None:
                 continue
-            told = self._read(directory.name)
             had_changed = told["errors"] is not None and told["errors"]["data"][0]["code"] == _CHANGED
             if had_changed:  # perhaps they have changed back
                 self._update(directory.name, "validating", errors=None)
@@ -120,13 +120,12 @@ class Batches:
 
     def get(self, batch_id: str, owner: str) -> dict[str, Any]:
         """Raises ApiError 404."""
-        if _ID.fullmatch(batch_id) and (self._root / batch_id / MANIFEST).is_file():
-            told = self._read(batch_id)
-            if told.pop("owner") == owner:
-                del told["conditions"]
-                if (journal := self._progress.get(batch_id)) is not None:
-                    told["request_counts"] |= {"completed": journal.completed, "failed": journal.failed}
-                return told
+        told = self._known(batch_id)
+        if told is not None and told.pop("owner") == owner:
+            del told["conditions"]
+            if (journal := self._progress.get(batch_id)) is not None:
+                told["request_counts"] |= {"completed": journal.completed, "failed": journal.failed}
+            return told
         raise ApiError(404, f"there is no batch {batch_id[:60]!r}", param="batch_id", code="batch_not_found")
 
     def all(self, owner: str) -> list[dict[str, Any]]:
@@ -245,6 +244,12 @@ class Batches:
         """With the time at which it came to this."""
         at = {f"{status}_at": int(time.time())} if status != "validating" else {}
         self._write(batch_id, {**self._read(batch_id), "status": status, **at, **changes})
+
+    def _known(self, batch_id: str) -> dict[str, Any] | None:
+        """None where there is no such batch, or its manifest is damaged: then its answers stay where they are."""
+        if not _ID.fullmatch(batch_id):
+            return None
+        return read_back(self._root / batch_id / MANIFEST, dict[str, Any])
 
     def _read(self, batch_id: str) -> dict[str, Any]:
         found: dict[str, Any] = msgspec.json.decode((self._root / batch_id / MANIFEST).read_bytes())

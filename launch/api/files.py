@@ -17,6 +17,7 @@ from fastapi import FastAPI, File, Form, Request, UploadFile
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import FileResponse, Response
 
+from cluster.files import read_back
 from launch.api.errors import ApiError
 from orchestrator.journal import write_durably
 
@@ -47,11 +48,10 @@ class FileStore:
 
     def get(self, file_id: str, owner: str) -> dict[str, Any]:
         """Raises ApiError 404."""
-        path = self.root / file_id / _META
-        if _ID.fullmatch(file_id) and path.is_file():
-            meta: dict[str, Any] = msgspec.json.decode(path.read_bytes())
-            if meta.pop("owner") == owner:
-                return meta
+        known = _ID.fullmatch(file_id) is not None
+        meta = read_back(self.root / file_id / _META, dict[str, Any]) if known else None
+        if meta is not None and meta.pop("owner") == owner:
+            return meta
         raise ApiError(404, f"there is no file {file_id[:60]!r}", param="file_id", code="file_not_found")
 
     def data(self, file_id: str, owner: str) -> Path:

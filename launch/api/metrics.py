@@ -84,6 +84,10 @@ class Snapshot:
         yield self._counter("vllm:num_preemptions", "Sequences that gave up their KV blocks", preempted)
         yield self._counter("vllm:prefix_cache_queries", "Prompt tokens looked up", meter.prompt_tokens)
         yield self._counter("vllm:prefix_cache_hits", "Prompt tokens found", hits)
+        queried = sum(load.host_queried_tokens for load in self._loads.values())
+        brought = sum(load.host_hit_tokens for load in self._loads.values())
+        yield self._counter("vllm:external_prefix_cache_queries", "Tokens not found on a device", queried)
+        yield self._counter("vllm:external_prefix_cache_hits", "Of them, found in host memory", brought)
         done = CounterMetricFamily(
             "vllm:request_success", "Finished requests", labels=["model_name", "finished_reason"]
         )
@@ -133,6 +137,10 @@ class Snapshot:
         replayed = CounterMetricFamily("shardwise:requests_replayed", "Their replica died under them")
         replayed.add_metric([], meter.replayed)
         yield replayed
+        saved = sum(load.host_saved_blocks for load in self._loads.values())
+        loaded = sum(load.host_loaded_blocks for load in self._loads.values())
+        yield self._counter("shardwise:host_kv_blocks_out", "KV blocks copied to host memory", saved)
+        yield self._counter("shardwise:host_kv_blocks_in", "KV blocks brought back from there", loaded)
         open_ = self._coordinator.open_requests
         yield self._gauge("shardwise:requests_open", "Taken and not finished", open_)
         layout = InfoMetricFamily("shardwise:layout", "What is served", labels=["model_name"])

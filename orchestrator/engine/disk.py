@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 
@@ -36,29 +36,30 @@ class Spot:
 
     offset: int
     shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def n_bytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 class LayerFile:
     """Packed layers, each from a page's start on."""
 
-    def __init__(
-        self, directory: Path, layers: Sequence[Mapping[str, Spot]], sizes: Sequence[int], dtype: torch.dtype
-    ):
+    def __init__(self, directory: Path, layers: Sequence[Mapping[str, Spot]], sizes: Sequence[int]) -> None:
         """`layers`: by parameter's name, offsets within the layer; `sizes`: of each layer. Raises BadLayout."""
         self.sizes = [-(-size // PAGE) * PAGE for size in sizes]
         self._starts = [sum(self.sizes[:i]) for i in range(len(sizes))]
-        self._dtype = dtype
         self._spots = {
-            name: Spot(start + spot.offset, spot.shape)
+            name: replace(spot, offset=start + spot.offset)
             for start, layer in zip(self._starts, layers, strict=True)
             for name, spot in layer.items()
         }
+        check_disk(sum(self.sizes), free_bytes(directory), str(directory))
         try:
             self._fd, self.is_direct = _opened(directory, sum(self.sizes))
         except OSError as error:
-            raise BadLayout(
-                f"--offload-dir {directory}: {error.strerror}; give a folder on a disk with room"
-            ) from None
+            raise _unusable(directory, error) from None
         self._mapping: mmap.mmap | None = mmap.mmap(self._fd, sum(self.sizes))
 
     def allocate(self, name: str) -> Tensor | None:
@@ -67,10 +68,8 @@ class LayerFile:
         if spot is None:
             return None
         assert self._mapping is not None, "it is filled before it is read"
-        count = spot.shape.numel()
-        return torch.frombuffer(self._mapping, dtype=self._dtype, count=count, offset=spot.offset).view(
-            spot.shape
-        )
+        found = torch.frombuffer(self._mapping, dtype=torch.uint8, count=spot.n_bytes, offset=spot.offset)
+        return found.view(spot.dtype).view(spot.shape)
 
     def finish(self) -> None:
         """All is written; nobody holds what `allocate` gave any more."""
@@ -92,8 +91,6 @@ class LayerFile:
 
 def _opened(directory: Path, size: int) -> tuple[int, bool]:
     """A file of that size, without a name; whether it is read past the page cache."""
-    directory.mkdir(parents=True, exist_ok=True)
-    check_disk(size, _free(directory), str(directory))
     made, name = tempfile.mkstemp(dir=directory, prefix="shardwise-offload-")
     try:
         os.posix_fallocate(made, 0, size)
@@ -106,9 +103,18 @@ def _opened(directory: Path, size: int) -> tuple[int, bool]:
         os.unlink(name)
 
 
-def _free(directory: Path) -> int:
-    room = os.statvfs(directory)
+def free_bytes(directory: Path) -> int:
+    """That a folder has room for, which is made if it is not there. Raises BadLayout."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        room = os.statvfs(directory)
+    except OSError as error:
+        raise _unusable(directory, error) from None
     return room.f_bavail * room.f_frsize
+
+
+def _unusable(directory: Path, error: OSError) -> BadLayout:
+    return BadLayout(f"--offload-dir {directory}: {error.strerror}; give a folder on a disk with room")
 
 
 class DiskLayers:

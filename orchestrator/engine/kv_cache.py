@@ -33,9 +33,14 @@ class KVCache:
         self.scratch_block, self.block_size, self.dtype = num_blocks, block_size, dtype
         shape = (spec.layers, 2, (num_blocks + 1) * block_size, spec.kv_heads, spec.head_dim)
         # Zeros, not garbage: steps that rehearse read rows that nobody wrote, and 0 × nan would be nan.
-        storage = torch.zeros(shape, dtype=kept_dtype(dtype, float8), device=device)
-        self.keys = [storage[layer, 0] for layer in range(spec.layers)]
-        self.values = [storage[layer, 1] for layer in range(spec.layers)]
+        self._storage = torch.zeros(shape, dtype=kept_dtype(dtype, float8), device=device)
+        self.keys = [self._storage[layer, 0] for layer in range(spec.layers)]
+        self.values = [self._storage[layer, 1] for layer in range(spec.layers)]
+
+    def by_block(self) -> Tensor:
+        """The same memory as [blocks, parts, words]: a block has a part in the keys and the values of each layer."""
+        parts = self._storage.view(torch.uint8).view(2 * len(self.keys), self.scratch_block + 1, -1)
+        return (parts.view(torch.int64) if parts.shape[2] % 8 == 0 else parts).transpose(0, 1)
 
     def write(self, layer: int, rows_T: Tensor, k_TKD: Tensor, v_TKD: Tensor) -> None:
         for kept, new_TKD in ((self.keys[layer], k_TKD), (self.values[layer], v_TKD)):

@@ -41,13 +41,14 @@ def load(
     progress: Callable[[int, int], None] | None = None,
     kept: Format = PLAIN,
     streamed: Sequence[int] = (),
-    allocate: Callable[[str], Tensor | None] | None = None,
+    room: Callable[[nn.Module], Callable[[str], Tensor | None]] | None = None,
 ) -> None:
     """Replaces every parameter of `model`, which may be on the meta device, by its weights. Raises BadModel.
 
     `spec` is the whole model's. `progress` is told after each chunk: bytes loaded, bytes in all. Layers that `kept`
     has in fewer bits are replaced whole; of their weights in `dtype` no more is ever in memory than the chunks at hand.
-    The weights of layers that are `streamed` stay in host memory, those that `allocate` has memory for in that.
+    The weights of layers that are `streamed` stay in host memory, or where `room` has some for them: it is asked once,
+    when all layers are what they will be, and then for each parameter by name.
     """
     tied = spec.tied and shard.is_first and shard.is_last
     shapes = {name: parameter.shape for name, parameter in model.named_parameters(remove_duplicate=False)}
@@ -55,12 +56,16 @@ def load(
         del shapes["head.weight"]
     sources = pieces(spec, shard)
     assert shapes.keys() == sources.keys(), f"parameters and pieces differ: {shapes.keys() ^ sources.keys()}"
-    homes = {name: _home(name, streamed, device) for name in shapes}
+    away = torch.device("cpu" if room is None else "meta")
+    homes = {name: _home(name, streamed, device, away) for name in shapes}
     small = _replace_quantized(model, spec, kept, homes, device, dtype, checkpoint, sources)
     shapes = {name: shape for name, shape in shapes.items() if name not in small}
+    allocate = _nowhere if room is None else room(model)
+    for name, layer in small.items():
+        _move_in(layer, name.removesuffix("weight"), allocate)
     empty = {}
     for name, shape in shapes.items():
-        given = allocate(name) if allocate is not None else None
+        given = allocate(name)
         empty[name] = torch.empty(shape, device=homes[name], dtype=dtype) if given is None else given
     chunks: list[_Chunk | _QuantizedChunk | _StoredChunk] = [
         chunk for name, weights in empty.items() for chunk in _chunks(weights, sources[name], checkpoint)
@@ -86,11 +91,22 @@ def load(
         _assign(model, "head.weight", model.get_parameter("embed.weight"))
 
 
-def _home(name: str, streamed: Sequence[int], device: torch.device) -> torch.device:
-    """Where a parameter's weights are kept."""
+def _home(name: str, streamed: Sequence[int], device: torch.device, away: torch.device) -> torch.device:
+    """Where a parameter's weights are kept: those of streamed layers `away`, if only until there is room for them."""
     part, _, rest = name.partition(".")
-    away = part == "layers" and int(rest.partition(".")[0]) in streamed
-    return torch.device("cpu") if away else device
+    return away if part == "layers" and int(rest.partition(".")[0]) in streamed else device
+
+
+def _nowhere(name: str) -> None:
+    """No parameter has a place of its own."""
+
+
+def _move_in(layer: nn.Module, prefix: str, allocate: Callable[[str], Tensor | None]) -> None:
+    """Gives a stand-in's parameters the places that there are for them."""
+    for name in [name for name, _ in layer.named_parameters()]:
+        given = allocate(prefix + name)
+        if given is not None:
+            setattr(layer, name, nn.Parameter(given, requires_grad=False))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,20 +9,12 @@ from pathlib import Path
 import torch
 
 from cluster.errors import BadLayout
+from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES
 from strategies.formats import KV_FLOAT8, Format
 
 CPU_SHARE = 0.1
 CPU_KV_BYTES = 2**30
 """The KV of one CPU rank: a GiB, or a tenth of what the host has to give, since other ranks want theirs too."""
-
-
-CUDA_CONTEXT_BYTES = 600_000_000
-"""Of a process's first touch of a GPU, which it cannot see for itself: an H100's and a 4090's are 0.4 to 0.6 GB."""
-
-
-CAP_SLACK = 0.02
-"""Graphs take more than is estimated from a few, and what torch keeps is in pieces: of 25.3 GB, 0.1 GB was missing
-(Qwen2.5-32B on an H100, 2026-11-22)."""
 
 
 class Cap:
@@ -31,6 +23,9 @@ class Cap:
     def __init__(self, device: torch.device, most_bytes: int) -> None:
         """Before anything but the context is on the device."""
         self._device, self._most = device, most_bytes
+        # Else gaps between what is kept grow: 1 GB of 25.3 where layers are streamed, and an allocation of 108 MB
+        # failed (Qwen2.5-32B at tp2, 2026-11-22).
+        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
         self._at_first, self._total = torch.cuda.mem_get_info(device)
 
     @property
@@ -51,7 +46,7 @@ class Cap:
 
 def capped_free(most: int, free_at_first: int, free_now: int) -> int:
     """Of a cap, where what is gone since the process came is its own."""
-    return min(free_now, most - CUDA_CONTEXT_BYTES - (free_at_first - free_now))
+    return min(free_now, most - CONTEXT_BYTES - (free_at_first - free_now))
 
 
 def free_for_kv(device: torch.device, utilization: float, cap: Cap | None = None) -> int:

@@ -143,12 +143,12 @@ class Stream:
             self._copied = [None] * len(self._buffers)
 
 
-def spots(layer: nn.Module, prefix: str, itemsize: int) -> tuple[dict[str, Spot], int]:
-    """Where a layer's parameters lie once it is packed, by name, and how much it is, in a dtype of that size."""
+def spots(layer: nn.Module, prefix: str) -> tuple[dict[str, Spot], int]:
+    """Where a layer's parameters lie once it is packed, by name, and how much it is."""
     found, at = {}, 0
     for name, parameter in layer.named_parameters():
-        found[f"{prefix}.{name}"] = Spot(at, parameter.shape)
-        at += _aligned(parameter.numel() * itemsize)
+        found[f"{prefix}.{name}"] = Spot(at, parameter.shape, parameter.dtype)
+        at += _aligned(parameter.nbytes)
     return found, at
 
 

@@ -18,6 +18,7 @@ import triton
 from torch import Tensor, nn
 from triton.runtime.cache import get_cache_manager
 
+from cluster.files import read_back
 from orchestrator.engine.kernels import cublaslt, hopper
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.gated import gated_many
@@ -131,7 +132,7 @@ def choose(
         trials = _trials(spots, kinds, kept.decisions, dtype, device, alone=alone)
         decisions = [trial.decide(of_before) for trial, of_before in zip(trials, kept.decisions, strict=True)]
         kept.put(decisions)
-        return told(decisions)
+        return told(decisions, kept.damaged)
     except (OSError, RuntimeError) as error:  # no NVRTC, a library that lacks a call, a driver that refuses
         for layers in kinds.values():
             for layer in layers:
@@ -224,9 +225,11 @@ class Kept:
         text = f"{of} {triton.__version__} {dtype} {alone} {hopper.source(hopper.MANY, dtype)} {list(spots)}"
         self._shelf = get_cache_manager(hashlib.sha256(text.encode()).hexdigest())
         path = self._shelf.get_file(_KEPT_FILE)
+        found = None if path is None else read_back(Path(path), list[tuple[str, float, float]])
+        self.damaged = path is not None and (found is None or len(found) != len(spots))
         self.decisions: list[Decision | None] = [None] * len(spots)
-        if path is not None:
-            self.decisions = [Decision(*fields) for fields in json.loads(Path(path).read_text())]
+        if found is not None and not self.damaged:
+            self.decisions = [Decision(*fields) for fields in found]
 
     def put(self, decisions: Sequence[Decision]) -> None:
         if list(decisions) != self.decisions:
@@ -241,15 +244,17 @@ def fastest(seconds: Mapping[str, float]) -> str:
     return best if seconds[best] < GAIN * seconds[CUBLAS] else CUBLAS
 
 
-def told(decisions: Sequence[Decision]) -> Choice:
+def told(decisions: Sequence[Decision], damaged: bool = False) -> Choice:
+    """`damaged`: what was kept of an earlier start could not be read."""
+    anew = "; what an earlier start kept was damaged, and is measured anew" if damaged else ""
     others = [decision for decision in decisions if decision.name != CUBLAS]
     if not others:
-        return Choice(CUBLAS, f"the fastest in all of {len(decisions)} cases")
+        return Choice(CUBLAS, f"the fastest in all of {len(decisions)} cases{anew}")
     ours = sum(not decision.name.startswith("cuBLASLt") for decision in others)
     cublas_us = 1e6 * sum(decision.cublas_s for decision in others)
     chosen_us = 1e6 * sum(decision.chosen_s for decision in others)
     which = f"our kernels in {ours} and another algorithm in {len(others) - ours} of {len(decisions)} cases"
-    return Choice(OTHERS, f"{which}: one of each takes {chosen_us:.0f} µs, by {CUBLAS} {cublas_us:.0f}")
+    return Choice(OTHERS, f"{which}: one of each takes {chosen_us:.0f} µs, by {CUBLAS} {cublas_us:.0f}{anew}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -120,7 +120,8 @@ class Quantized(nn.Module):
         fits = scales.dtype == self._computes_in and cpu_products.has_int4(self.out_features, scales.dtype)
         if self.how.group and self.device.type != "cuda" and fits:
             cpu_products.pack_int4(codes, lambda some: unpack(some, self.how.group))
-            self.scales.data = scales.transpose(0, 1).contiguous()
+            turned = scales.transpose(0, 1).clone(memory_format=torch.contiguous_format)
+            self.scales.data = scales.view(turned.shape).copy_(turned)  # where they are: it may be a file
             self.packed = True
 
     def _has_int8_product(self, x_MK: Tensor) -> bool:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor, nn
 
 from cluster.discover import read_cpu
-from cluster.errors import BadLayout
 from orchestrator.engine.checkpoint import Checkpoint
-from orchestrator.engine.disk import READERS, LayerFile
+from orchestrator.engine.disk import READERS, LayerFile, free_bytes
 from orchestrator.engine.loader import load
 from orchestrator.engine.memory import available_host_bytes, check_float8
 from orchestrator.engine.model import Transformer
@@ -62,6 +63,36 @@ class Residence(NamedTuple):
         )
 
 
+class DiskRoom(NamedTuple):
+    """Of a rank, on the disk of its host."""
+
+    file_bytes: int  # that it will keep there
+    step_bytes: int  # that it will read at every step
+    free_bytes: int
+    bytes_per_s: float | None = None  # read; None: not timed, or no room to
+
+
+def disk_room(
+    config: EngineConfig, shard: Shard, device: torch.device, free: int, *, timed: bool
+) -> DiskRoom:
+    """Before anything is loaded, with `free` bytes of the device to be had. Raises BadLayout."""
+    from cluster.copy_probes import disk_read
+
+    assert config.offload_dir is not None
+    layers = len(shard.layers)
+    streaming = Streaming(layers, resident_of(config, shard, device, free))
+    kept = as_kept(config.spec, FORMATS[config.format], device.type)
+    layer = work_bytes(config.spec, shard, config.dtype, kept, tokens=1, rows=1, cached=0).layer
+    room = free_bytes(config.offload_dir)
+    found = disk_read(str(config.offload_dir)) if timed and streaming.order else None
+    return DiskRoom(
+        len(streaming.streamed) * layer,
+        len(streaming.order) * layer,
+        room,
+        None if found is None else found.bytes_per_s,
+    )
+
+
 def loaded(
     config: EngineConfig,
     shard: Shard,
@@ -73,16 +104,17 @@ def loaded(
     """`free` bytes of the device are to be had. Raises BadLayout and BadModel."""
     spec, dtype = config.spec, getattr(torch, config.dtype)
     with torch.device("meta"):
-        model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last)
+        model = Transformer(tensor.local_spec(spec, shard), embed=shard.is_first, head=shard.is_last).to(
+            dtype
+        )
     kept = FORMATS[config.format]
     check_float8(kept, device)
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
-    if kept.weights == SPARSE24 and streaming.buffers:
-        raise BadLayout(f"+{SPARSE24} keeps all layers on the device; leave +offload away")
-    file = _file(model, streaming, config, dtype) if config.offload_dir and streaming.buffers else None
-    given = None if file is None else file.allocate
-    load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, given)
+    assert kept.weights != SPARSE24 or not streaming.buffers, "strategies.runnable refuses it"
+    room = _Room(config.offload_dir, streaming) if config.offload_dir and streaming.buffers else None
+    load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, room)
+    file = None if room is None else room.file
     streams = stream(model, streaming, device, file)
     if streams is None:
         return model, Residence(layers, layers, 0)
@@ -90,13 +122,18 @@ def loaded(
     return model, Residence(layers, streaming.resident, streams.step_bytes, rate)
 
 
-def _file(model: Transformer, streaming: Streaming, config: EngineConfig, dtype: torch.dtype) -> LayerFile:
-    """For the layers that are streamed, empty yet. Raises BadLayout."""
-    if kept := FORMATS[config.format].weights:
-        raise BadLayout(f"--offload-dir keeps weights in the model's dtype; leave +{kept} away")
-    parts = [spots(model.layers[i], f"layers.{i}", dtype.itemsize) for i in streaming.streamed]
-    assert config.offload_dir is not None
-    return LayerFile(config.offload_dir, [part for part, _ in parts], [size for _, size in parts], dtype)
+class _Room:
+    """On a disk, for the layers that are streamed."""
+
+    def __init__(self, directory: Path, streaming: Streaming) -> None:
+        self._directory, self._streaming = directory, streaming
+
+    def __call__(self, model: nn.Module) -> Callable[[str], Tensor | None]:
+        """A file that fits the model's layers as they are now. Raises BadLayout."""
+        layers: Any = model.layers
+        parts = [spots(layers[i], f"layers.{i}") for i in self._streaming.streamed]
+        self.file = LayerFile(self._directory, [part for part, _ in parts], [size for _, size in parts])
+        return self.file.allocate
 
 
 def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: int) -> int:
@@ -106,21 +143,19 @@ def resident_of(config: EngineConfig, shard: Shard, device: torch.device, free: 
         return min(layers, config.resident_layers)
     if device.type != "cuda":  # the host's memory is the device's
         return layers
-    needs = work_bytes(
-        config.spec,
-        shard,
-        config.dtype,
-        as_kept(config.spec, FORMATS[config.format]),
-        tokens=config.max_num_batched_tokens,
-        rows=config.max_num_seqs,
-        cached=config.offload_kv_tokens,
+    kept, batch = as_kept(config.spec, FORMATS[config.format]), config.max_num_batched_tokens
+    most, least = config.offload_kv_tokens, config.least_kv_tokens or config.offload_kv_tokens
+    needs, poorer = (
+        work_bytes(config.spec, shard, config.dtype, kept, tokens=batch, rows=config.max_num_seqs, cached=n)
+        for n in (most, min(most, least))
     )
-    resident = resident_layers(layers, needs.layer, free - needs.beside_layers)
+    spare = needs.beside_layers - poorer.beside_layers
+    resident = resident_layers(layers, needs.layer, free - needs.beside_layers, spare)
     ranks = shard.tp * shard.pp  # on this host, as far as a rank knows
     if config.offload_dir is not None:  # whose room is looked at when the file is made
         return resident
     # A control group counts pages of files that were read as used: its limit alone says something.
-    check_host(
-        (layers - resident) * needs.layer * ranks, min(available_host_bytes(), read_cpu().memory_bytes)
-    )
+    available = config.host_memory_bytes or min(available_host_bytes(), read_cpu().memory_bytes)
+    available -= config.host_kv_bytes * ranks
+    check_host((layers - resident) * needs.layer * ranks, available)
     return resident

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from cluster.nvml import read_gpus
+from cluster.nvml import Binding, memory_watch
 
 EVERY_S = 0.5
 
@@ -18,24 +18,24 @@ def visible(count: int, environment: Mapping[str, str] = os.environ) -> list[int
     return (named or list(range(count)))[:count]
 
 
-def held_bytes(indices: list[int]) -> int:
-    """On the fullest of them; 0 where there are none."""
-    gpus = {gpu.index: gpu for gpu in read_gpus().gpus}
-    return max((gpus[i].memory_bytes - gpus[i].free_bytes for i in indices if i in gpus), default=0)
-
-
 @contextmanager
-def most_held(indices: list[int]) -> Iterator[list[int]]:
-    """Fills the list with the most bytes, at the end."""
-    found, over, most = [], threading.Event(), [held_bytes(indices)]
+def most_held(indices: list[int], binding: Binding = None, every_s: float = EVERY_S) -> Iterator[list[int]]:
+    """Fills the list with the most bytes on the fullest of them, at the end; 0 where there are none."""
+    found: list[int] = []
+    over = threading.Event()
+    with memory_watch(indices, binding) as held:
+        most = [0, *held()]
 
-    def watch() -> None:
-        while not over.wait(EVERY_S):
-            most.append(held_bytes(indices))
+        def watch() -> None:
+            while not over.wait(every_s):
+                most.extend(held())
 
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
-    yield found
-    over.set()
-    watching.join()
+        watching = threading.Thread(target=watch, daemon=True)
+        watching.start()
+        try:
+            yield found
+        finally:
+            over.set()
+            watching.join()
+        most.extend(held())
     found.append(max(most))

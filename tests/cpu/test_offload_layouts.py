@@ -1,5 +1,6 @@
 """What docs/offload.md tells of, each layout beside transformers in one process: offloaded layers, with one or two
-resident, and the compatibility runtime, split by DeepSpeed's AutoTP or gathered by its ZeRO-3. One gang serves all."""
+resident, KV in host memory, and the compatibility runtime, split by DeepSpeed's AutoTP or gathered by its ZeRO-3. One
+gang serves all."""
 
 from __future__ import annotations
 
@@ -74,17 +75,63 @@ def test_layers_on_a_disk_answer_as_resident_ones_do(layout: str, pool: Pool, tm
 
 
 @pytest.mark.slow
-def test_offloaded_layers_in_four_bits_answer_as_resident_ones_do(pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kept", "dtype"),
+    [
+        ("int4", "float32"),
+        ("int4", "bfloat16"),
+        ("int8", "bfloat16"),
+        ("int8w8a8", "float32"),
+    ],
+)
+def test_offloaded_layers_in_fewer_bits_answer_as_resident_ones_do(
+    kept: str, dtype: str, pool: Pool, tmp_path: Path
+) -> None:
     sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "hidden_size": 128, "intermediate_size": 256}
     model = make_model(tmp_path, "llama", std=0.1, num_hidden_layers=5, **sizes)
     given = prompts(model.config.vocab_size)[:3]
     found = []
-    for changes in ({}, {"offload": True, "resident_layers": 1}):
-        asked = options(tmp_path, num_blocks=18, format="int4", **changes)
+    away = {"offload": True, "resident_layers": 1}
+    for changes in ({}, away, {**away, "offload_dir": tmp_path / "disk"}):
+        asked = options(tmp_path, num_blocks=18, format=kept, dtype=dtype, **changes)
         with served("tp2", asked, pool) as deployed:
             sampling = SamplingParams(max_tokens=OUTPUT_TOKENS)
             found.append([c.token_ids for c in answers(deployed, asked, [(p, sampling) for p in given])])
-    assert found[0] == found[1]
+    assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("layout", "kept"),
+    [
+        ("tp2", ""),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in [("pp2", ""), ("dp2", ""), ("tp2", "kvfp8")]
+        ),
+    ],
+)
+@pytest.mark.parametrize("host_kv_gb", [5e-5, pytest.param(1e-3, marks=pytest.mark.slow)])
+def test_kv_in_host_memory_changes_no_answer(
+    layout: str, kept: str, host_kv_gb: float, pool: Pool, tmp_path: Path
+) -> None:
+    """Of few blocks, and of more than are wanted. Prompts are asked, and asked again with their answer and more."""
+    model = make_model(tmp_path, "qwen2", num_key_value_heads=2)
+    given = prompts(model.config.vocab_size)
+    longer = [p + greedy(model, p, FEW_TOKENS) + [5, 6, 7] for p in given]
+    rounds = [[(p, SamplingParams(max_tokens=FEW_TOKENS)) for p in which] for which in (given, longer)]
+    if kept:  # transformers has no such cache: as with one that is large enough
+        whole = options(tmp_path, format=kept)
+        with served(layout, whole, pool) as found:
+            expected = [c.token_ids for c in answers(found, whole, *rounds)]
+    else:
+        expected = [greedy(model, p, FEW_TOKENS) for p in given + longer]
+    asked = options(tmp_path, num_blocks=17, host_kv_gb=host_kv_gb, format=kept)
+    with served(layout, asked, pool) as found:
+        done = [c.token_ids for c in answers(found, asked, *rounds)]
+        loads = [part.call(0, "current_load").result(10) for part in pool.given]
+    assert done == expected
+    assert sum(load.host_saved_blocks for load in loads) > 0
+    assert sum(load.host_hit_tokens for load in loads) > 0
 
 
 SIZES: dict[str, Any] = {

@@ -265,3 +265,24 @@ class TestOnTwoNodes:
             }
             for prompt, tokens, count in zip(PROMPTS, tiny[1], OUTPUTS, strict=True)
         ]
+
+    @pytest.mark.slow
+    def test_layers_on_a_disk_are_the_nodes_own(self, devices: Devices, tmp_path: Path) -> None:
+        make_model(tmp_path / "model", "llama", num_hidden_layers=8)
+        (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt_token_ids": [5, 6, 7], "max_tokens": 3}))
+        arguments = [str(tmp_path / "model"), "--prompts", str(tmp_path / "prompts.jsonl"), "--device", "cpu"]
+        arguments += ["--layout", "pp2+offload", "--resident-layers", "0", "--address", head_address()]
+        command = [sys.executable, "-m", "launch", "generate", *arguments, "--offload-dir"]
+        runs = {"": tmp_path / "disk", "refused": Path("/proc/nothing")}
+        done = {
+            name: subprocess.run(
+                [*command, str(folder)], cwd=ROOT, capture_output=True, text=True, timeout=PATIENCE_S
+            )
+            for name, folder in runs.items()
+        }
+        assert done[""].returncode == 0, done[""].stderr
+        assert done[""].stderr.count("come from the disk of ") == 2
+        assert list((tmp_path / "disk").iterdir()) == []
+        assert done["refused"].returncode == 2
+        assert "--offload-dir /proc/nothing: " in done["refused"].stderr
+        assert "Traceback" not in done["refused"].stderr

@@ -500,6 +500,10 @@ async def test_metrics_have_vllms_names() -> None:
     assert told[f'vllm:time_to_first_token_seconds_bucket{{le="+Inf",{of}}}'] == 2
     assert told[f"vllm:inter_token_latency_seconds_count{{{of}}}"] == 2 * (tokens - 1)
     assert told[f"vllm:num_requests_running{{{of}}}"] == told[f"vllm:num_requests_waiting{{{of}}}"] == 0
+    assert told[f"vllm:external_prefix_cache_queries_total{{{of}}}"] == 96
+    assert told[f"vllm:external_prefix_cache_hits_total{{{of}}}"] == 48
+    assert told[f"shardwise:host_kv_blocks_out_total{{{of}}}"] == 5
+    assert told[f"shardwise:host_kv_blocks_in_total{{{of}}}"] == 3
     assert told['shardwise:requests_refused_total{error="BadRequest"}'] == 1
     assert told['shardwise:layout_info{devices="1",layout="tp1",model_name="bytes"}'] == 1
     assert told['shardwise:link_bytes_per_second{first="0",kind="pcie",second="1"}'] == 1e10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,10 +15,13 @@ from cluster.discover import device_vitals, gpu_topology
 from cluster.errors import UserError
 from cluster.nvml import Vitals, read_gpus
 from cluster.topology import Topology
-from launch import compare_run
+from launch import compare_quality, compare_run
 from launch.compare_journal import NAME, key_of, open_journal
-from launch.compare_run import Clock, Sweep, facts_of, left_out, predict_all, run_s, told
+from launch.compare_layouts import refused
+from launch.compare_quality import FormatQuality, formats_of, why_unknown
+from launch.compare_run import Clock, Sweep, facts_of, plans_of, predict_all, run_s, told
 from launch.compare_vitals import Health, Watch, joules_per_token
+from launch.memory import capped
 from launch.progress import Progress
 from launch.trial import Measured, Trial, middle, prompts_of
 from strategies.plan import Candidate, Layout
@@ -81,6 +86,39 @@ def test_what_is_no_journal_is_refused(tmp_path: Path) -> None:
         open_journal(tmp_path / NAME / "inside", FACTS, fresh=False)
 
 
+# --- what formats do to answers -----------------------------------------------------------------------------
+
+
+def test_quality_is_told_of_where_it_cannot_be_known() -> None:
+    machine = capped(box("h100", 1), 25.3)
+    random = serving.options("qwen3-8b", dummy_weights=True, dtype="bfloat16")
+    assert why_unknown(random, machine) == "the weights are random (--weights dummy)"
+    large = why_unknown(replace(random, dummy_weights=False), machine)
+    assert large is not None
+    assert large.startswith("its reference takes 32.8 GB in float32, and one device has 25.3 GB free")
+    assert formats_of(["", "int8", "int4", "int8"], random) == ["int8", "int4"]
+
+
+def test_quality_is_measured_once_a_format_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def run(command: Sequence[str], **given: object) -> subprocess.CompletedProcess[str]:
+        layout = command[command.index("--layout") + 1]
+        asked.append(layout)
+        if layout == "tp1+fp8":
+            return subprocess.CompletedProcess(command, 2, "", "shardwise quality: no float8 here\n")
+        made = {"perplexity_rise_percent": 0.5, "kl_divergence": 0.01, "top1_agreement": 0.97}
+        return subprocess.CompletedProcess(command, 0, json.dumps({**made, "tokens": 511, "text": "t"}), "")
+
+    monkeypatch.setattr(compare_quality.subprocess, "run", run)
+    options, said = serving.options("qwen3-8b", dtype="bfloat16"), Progress(quiet=True)
+    first = compare_quality.measure("m", ["int8", "fp8"], options, tmp_path, said, {})
+    assert first == {"int8": FormatQuality(0.5, 0.01, 0.97, 511, "t")} == compare_quality.read(tmp_path)
+    again = compare_quality.measure("m", ["int8", "int4"], options, tmp_path, said, first)
+    assert set(again) == {"int8", "int4"}
+    assert asked == ["tp1+int8", "tp1+fp8", "tp1+int4"]
+
+
 # --- what is left, and for how long -------------------------------------------------------------------------
 
 
@@ -102,9 +140,34 @@ def test_named_layouts_that_cannot_run_are_told() -> None:
     asked, machine = serving.options("qwen3-8b", dummy_weights=True, dtype="bfloat16"), box("h100", 2)
     named = [Layout.parse(name) for name in ("tp1", "tp4", "tp2+fp4")]
     (made,) = predict_all(asked, machine, [Workload()], named).values()
-    of_four, of_fp4 = sorted(left_out(made), reverse=True)
-    assert of_four.startswith("tp4 is left out: tp4 needs four devices")
-    assert of_fp4.startswith("tp2+fp4 is left out: ")
+    assert dict(refused(made)) == {
+        "tp4": "tp4 needs four devices; 2 × h100 has 2",
+        "tp2+fp4": "+fp4 is planned only",
+    }
+
+
+def test_where_nothing_fits_fewer_bits_and_host_memory_are_compared() -> None:
+    """Two cards of 24 GB: bf16 refused and streamed, int8 streamed, int4 as tp and pp, and dp refused."""
+    asked = serving.options(
+        "llama-3.3-70b", dummy_weights=True, dtype="bfloat16", device="cuda", device_memory_gb=25.3
+    )
+    machine, loads = capped(box("h100", 2), 25.3, 256), [Workload(128, 128, n) for n in (1, 32)]
+    made = plans_of(replace(asked, max_model_len=256), machine, loads, None)[1]
+    runs = [c.layout.name for c in made.candidates if c.feasible and c.not_runnable is None]
+    assert set(runs) == {"tp2+int4", "pp2+int4", "tp2+int8+offload", "tp2+offload"}
+    why = dict(refused(made))
+    assert set(why) == {"tp1", "tp2", "pp2", "dp2", "dp2+int4"}
+    assert why["tp2"].startswith(
+        "141.1 GB of bfloat16 weights over two cards of 25.3 GB: 70.6 GB on the fullest"
+    )
+    assert why["dp2+int4"].startswith("40.6 GB of int4 weights over one card of 25.3 GB")
+    short = plans_of(replace(asked, max_model_len=256), capped(machine, None, 20), loads, None)[1]
+    why = dict(refused(short))
+    assert "tp2+offload" in why and "tp2+int8+offload" in why, "as they do not fit the host"
+    assert "in host memory, which has 20.0 GB free; tp2+int4 needs none" in why["tp2+offload"]
+    small = serving.options("qwen3-8b", dummy_weights=True, dtype="bfloat16", device="cuda")
+    plain = plans_of(small, box("h100", 2), loads, None)[1]
+    assert {c.layout.name for c in plain.candidates} == {"tp1", "tp2", "pp2", "dp2"}
 
 
 def sweep(tmp_path: Path, concurrencies: Sequence[int] = (1, 8)) -> Sweep:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path as File
 from typing import Any
 
@@ -16,7 +17,7 @@ from cluster.discover import discover
 from cluster.link_probes import Sweep, Swept
 from cluster.measure import by_driver, measure
 from cluster.paths import Curve, Op, Path, best_path, curve_of
-from cluster.profile import Detail, DiskRead, HostCopy, MachineProfile, PairCopy, Rates, apply, kept
+from cluster.profile import Detail, DiskRead, HostCopy, HostPull, MachineProfile, PairCopy, Rates, apply, kept
 from cluster.proof import Outcome, Proof, Step, Trusted
 from cluster.prove import NO_PEERS
 from cluster.topology import Provenance
@@ -83,6 +84,8 @@ class Probes:
                 )
                 for rank in range(len(args))
             ]
+        if name == "host_pulls":
+            return [HostPull(rank, 5.4e10, 5.2e10) for rank in range(len(args))]
         answers = {
             "rates": Rates({"bfloat16": 3e12}, {"bfloat16": 7e14}, 2e-5),
             "detail": Detail(3.1e12, 2.9e12, PRODUCTS, 8192, 4e-6, 1e-6),
@@ -116,11 +119,9 @@ def test_a_full_profile_holds_everything_and_the_planner_gets_it(probes: Probes,
     assert probes.asked.count("rates") == 1
     machine = apply(profile, H100S, "bfloat16")
     first = machine.devices[0]
-    assert (first.products, first.host_bytes_per_s, first.provenance) == (
-        PRODUCTS,
-        2.5e10,
-        Provenance.MEASURED,
-    )
+    assert (first.products, first.provenance) == (PRODUCTS, Provenance.MEASURED)
+    assert (first.host_bytes_per_s, first.host_together_bytes_per_s) == (5.4e10, 5.2e10)
+    assert machine.host_bytes and profile.topology.host_bytes == machine.host_bytes
     link = machine.link(0, 1)
     small = best_path(link.curves, Op.ALL_REDUCE, 2, 16 << 10, in_graph=True)
     assert small is not None
@@ -130,12 +131,30 @@ def test_a_full_profile_holds_everything_and_the_planner_gets_it(probes: Probes,
     assert max(n for c in profile.curves for n, _ in c.points) == 256 << 20
 
 
+def test_a_profile_without_pulls_goes_by_what_both_directions_carried(probes: Probes, tmp_path: File) -> None:
+    before = replace(full(tmp_path), host_pulls=())
+    both = (
+        HostCopy(0, True, True, False, 5.4e10),
+        HostCopy(0, True, True, True, 2.8e10),
+        HostCopy(0, False, True, True, 4.2e10),
+        HostCopy(1, True, True, False, 5.4e10),
+        HostCopy(1, True, True, True, 1.0e10),
+        HostCopy(1, False, True, True, 1.5e10),
+    )
+    devices = apply(replace(before, host_copies=both), H100S, "bfloat16").devices
+    assert [d.host_bytes_per_s for d in devices] == [5.4e10, 5.4e10]
+    assert [d.host_together_bytes_per_s for d in devices] == [5.4e10, 2.5e10]
+    prior = apply(replace(before, host_copies=()), H100S, "bfloat16").devices
+    assert [d.host_bytes_per_s for d in prior] == [d.host_bytes_per_s for d in H100S.devices]
+
+
 def test_a_quick_profile_is_no_answer_to_who_wants_a_full_one(probes: Probes, tmp_path: File) -> None:
     quick = measure(H100S, tmp_path, print)
     assert not quick.full
     assert {c.path for c in quick.curves} == {Path.PEER, Path.MAPPED, Path.NCCL}
     assert {c.op for c in quick.curves} == {Op.ALL_REDUCE, Op.SEND_RECV}
     assert quick.host_copies == ()
+    assert [pull.together_bytes_per_s for pull in quick.host_pulls] == [5.2e10, 5.2e10]
     assert full(tmp_path).full
 
 

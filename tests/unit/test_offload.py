@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,14 +14,17 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from cluster.errors import BadLayout, UserError
-from launch.disk_limit import limit, streamed_bytes, tell_disk
+from cluster.gang import Answer, Call, Gang, Member
+from launch.disk_limit import check_disks, limit, streamed_bytes, tell_disk
+from launch.memory import capped
 from launch.options import EngineOptions
-from launch.predict import capped
+from launch.placed import Placed
 from launch.progress import Progress
 from orchestrator.engine.disk import LayerFile
-from orchestrator.engine.memory import CUDA_CONTEXT_BYTES, capped_free
+from orchestrator.engine.memory import capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
-from orchestrator.engine.residence import Residence
+from orchestrator.engine.residence import DiskRoom, Residence
+from strategies.cost_memory import CONTEXT_BYTES
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
 from strategies.plan import Layout
@@ -89,8 +93,8 @@ def test_outputs_are_the_very_same_at_every_step(layers: int, resident: int) -> 
 def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_path: Path) -> None:
     whole, streamed = Stack(layers), Stack(layers)
     streaming = Streaming(layers, resident)
-    parts = [spots(streamed.layers[i], f"layers.{i}", 4) for i in streaming.streamed]
-    file = LayerFile(tmp_path, [part for part, _ in parts], [size for _, size in parts], torch.float32)
+    parts = [spots(streamed.layers[i], f"layers.{i}") for i in streaming.streamed]
+    file = LayerFile(tmp_path, [part for part, _ in parts], [size for _, size in parts])
     for name, parameter in streamed.named_parameters():
         given = file.allocate(name)
         assert (given is None) == (int(name.split(".")[1]) not in streaming.streamed)
@@ -110,11 +114,11 @@ def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_p
 
 
 def test_a_disk_without_room_is_said_with_its_figures(tmp_path: Path) -> None:
-    with pytest.raises(BadLayout, match=r"keeps 9000000\.0 GB of a rank's weights in .* which has room for"):
-        LayerFile(tmp_path, [{}], [9 * 10**15], torch.float32)
+    with pytest.raises(BadLayout, match=r"keeps 9000000\.0 GB of weights in .* which has room for"):
+        LayerFile(tmp_path, [{}], [9 * 10**15])
     (tmp_path / "file").write_text("")
     with pytest.raises(BadLayout, match=r"--offload-dir .*file: .*; give a folder on a disk with room"):
-        LayerFile(tmp_path / "file", [{}], [4096], torch.float32)
+        LayerFile(tmp_path / "file", [{}], [4096])
 
 
 def test_a_weight_that_has_not_come_is_an_error_and_not_an_answer() -> None:
@@ -203,14 +207,67 @@ def test_a_plan_says_what_a_disk_allows() -> None:
         tell_disk(nowhere, asked, machine, Workload(), Progress(quiet=True))
     told = streamed_bytes(options, asked, machine, Workload())
     assert 0 < told < every
+    (int8,) = plan(
+        spec, machine, Workload(), "bfloat16", layouts=[Layout.parse("tp2+int8+offload")]
+    ).candidates
+    kept = streamed_bytes(replace(options, resident_layers=0, format="int8"), int8, machine, Workload())
+    assert kept == pytest.approx(every / 2, rel=0.01)
     assert limit("tp2+offload", 20 * 10**9, 5e9).endswith(
         "reads 5.00 GB/s: one request gets 0.25 tokens/s at most"
     )
 
 
+class Nodes:
+    """A gang of two ranks on one node and one on another, whose disks have 50 and 10 GB left."""
+
+    def __init__(self) -> None:
+        places = (("10.0.0.1", "a"), ("10.0.0.2", "b"), ("10.0.0.1", "a"))
+        self.members = tuple(Member(i, ip, node, 100 + i, 0, "") for i, (ip, node) in enumerate(places))
+        self.timed: list[tuple[int, bool]] = []
+
+    def call(self, index: int, method: str, timed: bool) -> Call:
+        assert method == "disk_room"
+        self.timed.append((index, timed))
+        member, gb = self.members[index], 10**9
+        answered = Call(member, method)
+        free = 50 * gb if member.node_id == "a" else 10 * gb
+        answered.settle(Answer(DiskRoom(9 * gb, 7 * gb, free, 2e9 if timed else None)))
+        return answered
+
+
+def test_in_a_cluster_each_nodes_own_disk_is_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
+    spec = builtin("qwen2.5-32b")
+    source = ModelSource("qwen2.5-32b", None, SourceKind.BUILTIN)
+    sizes = (True, None, 256, 2048, 16, None, True, 0)
+    asked = EngineOptions(source, spec, "cuda", "bfloat16", *sizes, "10.0.0.1:6379", True)
+    asked = replace(asked, offload=True, offload_dir=Path("/nowhere/here"))
+    gang = Nodes()
+    placed = [Placed(cast(Gang, gang), (0, 2, 1))]
+    check_disks(placed, "tp3+offload", asked, Progress())
+    told = capsys.readouterr().err.splitlines()
+    assert [line.partition(" s  ")[2] for line in told] == [
+        "tp3+offload: 14.00 GB come from the disk of 10.0.0.1 at every step, which reads 2.00 GB/s: "
+        "one request gets 0.14 tokens/s at most",
+        "tp3+offload: 7.00 GB come from the disk of 10.0.0.2 at every step, which reads 2.00 GB/s: "
+        "one request gets 0.29 tokens/s at most",
+    ]
+    assert gang.timed == [(0, True), (2, False), (1, True)]  # ranks of a node share a disk
+    two = [Placed(cast(Gang, gang), (0, 2, 1)), Placed(cast(Gang, gang), (0, 2, 1))]
+    with pytest.raises(
+        BadLayout, match=r"keeps 18\.0 GB of weights in /nowhere/here of 10\.0\.0\.2, which has room for 10"
+    ):
+        check_disks(two, "tp3dp2+offload", asked, Progress(quiet=True))
+    here = Nodes()
+    check_disks(
+        [Placed(cast(Gang, here), (0, 1, 2))], "tp3+offload", replace(asked, address=None), Progress()
+    )
+    assert capsys.readouterr().err == ""  # it was told before the start
+    assert not any(timed for _, timed in here.timed)
+
+
 def test_a_cap_counts_what_went_since_the_process_came() -> None:
     gb = 10**9
-    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CUDA_CONTEXT_BYTES
+    assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CONTEXT_BYTES
     assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
 
 

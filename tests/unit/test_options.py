@@ -155,6 +155,9 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
     assert (config.offload, config.resident_layers) == (True, 1)
     assert config.memory_cap_bytes == 25_300_000_000
     assert not made(model, "--layout", "tp2").offload
+    assert config.host_kv_bytes == 0
+    asked = made(model, "--host-kv-gb", "2.5")
+    assert engine_config(asked, ParallelDims(2)).host_kv_bytes == 2_500_000_000
 
 
 @pytest.mark.parametrize(
@@ -168,9 +171,11 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
         ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
         ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
         ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),
-        ("--layout tp1+int8+offload --offload-dir /tmp", "in int8.* leave \\+int8 away, or --offload-dir"),
+        ("--layout tp1+sparse24+offload", "keeps all layers on the device; leave \\+offload away"),
         ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
         ("--device-memory-gb nan", "must be from 1 to 10000 GB"),
+        ("--host-kv-gb 0", "must be over 0 and at most 10000 GB"),
+        ("--host-kv-gb 1 --no-enable-prefix-caching", "leave it away, or --no-enable-prefix-caching"),
     ],
 )
 def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:

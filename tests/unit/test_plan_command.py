@@ -14,7 +14,7 @@ import pytest
 from cluster.profile import FORMAT, MachineProfile, Rates, fingerprint_of, profile_path, save
 from launch import __main__
 from launch.machine import found_here
-from launch.plan import plan_to_json
+from launch.plan_json import plan_to_json
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_8B, box
@@ -86,15 +86,14 @@ def test_json_tells_how_far_off_each_figure_may_be(capsys):
 
 
 def test_nothing_feasible_is_exit_3_with_the_reasons(capsys):
-    code, out, _ = shardwise(capsys, "llama-3.3-70b", "--on", "dual-4090", "--json")
+    named = ("llama-3.3-70b", "--on", "dual-4090", "--layouts", "tp1,tp2,pp2,dp2")
+    code, out, _ = shardwise(capsys, *named, "--json")
     found = json.loads(out)
     assert (code, found["chosen"]) == (3, None)
     for candidate in found["candidates"]:
-        if "+" in candidate["layout"]:
-            continue
         assert (candidate["feasible"], candidate["predicted"], candidate["breakdown"]) == (False, None, None)
         assert "141.1 GB of bfloat16 weights over" in candidate["reason"]
-    code, out, _ = shardwise(capsys, "llama-3.3-70b", "--on", "dual-4090")
+    code, out, _ = shardwise(capsys, *named)
     assert code == 3
     assert "141.1 GB of bfloat16 weights over two cards of 25.8 GB" in out
     assert "such cards would hold it" in out
@@ -185,6 +184,8 @@ MISTAKES = {
     "--prompt-tokens 131072": "131,328; a sequence of Llama-3.1-8B may have 131,072",
     "--layouts tp2,xp2": "layout 'xp2' is not a name such as tp2",
     "--layouts tp0": "every size must be at least 1",
+    "--device-memory-gb 0.5": "--device-memory-gb is 0.5; it must be from 1 to 10000 GB",
+    "--host-memory-gb nan": "--host-memory-gb is nan; it must be from 1 to 10000 GB",
     "--on nowhere.yaml": "recipe nowhere.yaml does not exist",
 }
 
@@ -221,6 +222,6 @@ def test_it_answers_at_once_and_imports_neither_torch_nor_ray():
         timeout=60,
         check=False,
     )
-    assert done.returncode == 3, done.stderr
+    assert done.returncode == 0, done.stderr
     assert "heavy: []" in done.stdout
     assert time.perf_counter() - start < 5  # 0.5 s on an idle machine; the promise is 1.5

@@ -285,7 +285,9 @@ def test_weights_in_fewer_bits_are_chosen_where_they_are_named():
 
 def test_70b_on_two_4090s_is_planned_in_4_bits_and_streamed_in_more():
     made = wide(LLAMA_70B, box("rtx-4090", 2))
-    assert made.chosen is None
+    assert (
+        made.chosen is not None and made.chosen.layout.name == "tp2+offload"
+    )  # whose answers are the model's own
     fits = {c.layout.name: c.estimate for c in made.candidates if c.feasible}
     assert {"tp2+int4", "pp2+int4", "tp2+offload"} <= set(fits)
     assert "tp2+int4+offload" not in fits  # nothing of it would be streamed

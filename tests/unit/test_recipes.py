@@ -184,6 +184,9 @@ def test_a_machine_written_as_a_recipe_is_read_back(name, tmp_path):
     machine = machines()[name]
     back = read(tmp_path, to_recipe(machine, "from a test\nof two lines"))
     assert back.name == machine.name
+    assert min(back.host_bytes.values(), default=0) == pytest.approx(
+        min(machine.host_bytes.values(), default=0), rel=1e-3
+    )
     for one, other in zip(machine.devices, back.devices, strict=True):
         assert (one.kind, one.memory_bytes) == (other.kind, other.memory_bytes)
         assert one.free_bytes == pytest.approx(other.free_bytes, abs=2)
@@ -257,6 +260,7 @@ MISTAKES = {
     "machine: {devices: [{device: h100, count: 60}], nodes: 9}": "540 devices; at most 512",
     "machine: {devices: [{device: h100, memory_gb: -1}]}": "memory_gb is -1; it must be a number above 0",
     "machine: {devices: [{device: h100, memory_gb: .nan}]}": "memory_gb is nan",
+    "machine: {devices: [{device: h100}], host_memory_gb: 0}": "host_memory_gb is 0; it must be a number above 0",
     "machine: {devices: [{device: h100, gb_per_s: fast}]}": "gb_per_s is 'fast'",
     "machine: {devices: [{device: h100, reserved_gb: 99}]}": "reserved_gb is 99 of 85.5 GB",
     "machine: {devices: [{device: h100, tflops: {bf16: 1}}]}": "unknown key 'bf16'; the nearest known is",

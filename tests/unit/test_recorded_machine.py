@@ -7,6 +7,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import pynvml
 import pytest
 
 from cluster import profile, proof
@@ -20,7 +21,7 @@ from launch.checks import findings
 from launch.findings import MachineFacts
 from launch.profile import path_lines
 from tests.fake_nvml import FakeNvml, dual_4090, dual_h100
-from tests.recorded_nvml import Recorded, Recorder, recorded
+from tests.recorded_nvml import Recorded, Recorder, plain, recorded
 from tests.unit.test_doctor import HEALTHY
 
 FOLDER = Path(__file__).parents[1] / "topologies" / "2xh100"
@@ -120,3 +121,10 @@ def test_a_recording_gives_the_report_again(fake: FakeNvml) -> None:
     report = read_gpus(recorder)
     assert read_gpus(Recorded(json.loads(json.dumps(recorder.answers)))) == report
     assert len(report.gpus) == 2
+
+
+def test_a_recording_takes_whole_arrays_of_structures() -> None:
+    fields = (pynvml.c_nvmlFieldValue_t * 1)()
+    fields[0].nvmlReturn, fields[0].value.uiVal = pynvml.NVML_SUCCESS, 26562
+    [kept] = json.loads(json.dumps(plain(fields)))
+    assert (kept["nvmlReturn"], kept["value"]["uiVal"]) == (pynvml.NVML_SUCCESS, 26562)

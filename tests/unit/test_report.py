@@ -12,11 +12,13 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from launch.compare_quality import FormatQuality
 from launch.compare_vitals import Health
+from launch.memory import capped
 from launch.report import Comparison, comparison_to_json, error_percent, outputs, rows, to_csv
 from launch.report_text import comparison_table, show_comparison
 from launch.trial import Measured, Trial
-from strategies.plan import Plan
+from strategies.plan import Layout, Plan
 from strategies.planner import plan
 from strategies.spec import Workload
 from tests.unit.machines import LLAMA_70B, SMOL, box, with_devices
@@ -57,7 +59,7 @@ def test_the_object_is_the_plans_with_results() -> None:
     assert {"model", "machine", "workload", "chosen", "candidates", "verdicts"} <= set(found)
     tp2 = by_layout(found)["tp2"]
     told = {"layout", "feasible", "reason", "predicted", "breakdown", "interval"}
-    assert told | {"results", "outputs"} == set(tp2)
+    assert told | {"notes", "results", "outputs", "quality", "refused"} == set(tp2)
     (result,) = tp2["results"]
     assert result["concurrency"] == 2
     assert result["predicted"] == tp2["predicted"]
@@ -241,6 +243,49 @@ def test_people_get_a_plan_where_nothing_was_measured(capsys: pytest.CaptureFixt
     out = capsys.readouterr().out
     assert "share of" in out
     assert "meas." not in out
+
+
+BEYOND = tuple(map(Layout.parse, ("tp2", "tp2+int8+offload", "tp2+int4", "dp2+int4", "tp2+fp4")))
+
+
+def beyond_memory(**more: Any) -> Comparison:
+    """70B on two cards of 24 GB."""
+    machine = capped(box("rtx-4090", 2), 25.3, 64)
+    made = plan(LLAMA_70B, machine, WORKLOAD, "bfloat16", layouts=BEYOND)
+    trials = {"tp2+int8+offload": {2: trial(2000, 1000, 20)}, "tp2+int4": {2: trial(300, 40, 80)}}
+    return Comparison({2: made}, trials, WORKLOAD, machine, "bfloat16", named=True, **more)
+
+
+def test_what_is_refused_stands_in_the_table_with_its_arithmetic_below(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    show_comparison(beyond_memory(quality_unknown="the weights are random (--weights dummy)"))
+    lines = capsys.readouterr().out.splitlines()
+    out = " ".join(" ".join(lines).split())
+    rows_ = {line.split()[0]: line.split()[1] for line in lines if line.startswith(("tp2", "dp2"))}
+    assert {name for name, first in rows_.items() if first == "refused"} == {"tp2", "dp2+int4", "tp2+fp4"}
+    assert "tp2 141.1 GB of bfloat16 weights over two cards of 25.3 GB: 70.6 GB on the fullest" in out
+    assert "dp2+int4 40.6 GB of int4 weights over one card of 25.3 GB" in out
+    assert "tp2+fp4 +fp4 is planned only" in out
+    assert (
+        "What +int4 and +int8 do to answers cannot be told: the weights are random (--weights dummy)." in out
+    )
+    assert sum("ppl ?" in line for line in lines) == 2
+
+
+def test_quality_stands_beside_speed() -> None:
+    quality = {"int4": FormatQuality(6.6, 0.108, 0.833, 1533, "a text")}
+    made = beyond_memory(quality=quality)
+    found = json.loads(json.dumps(comparison_to_json(made)))
+    assert by_layout(found)["tp2+int4"]["quality"]["perplexity_rise_percent"] == 6.6
+    assert by_layout(found)["tp2+int8+offload"]["quality"] is None
+    assert by_layout(found)["dp2+int4"]["refused"].startswith("40.6 GB of int4 weights")
+    (row,) = [r for r in csv.DictReader(io.StringIO(to_csv(found))) if r["layout"] == "tp2+int4"]
+    assert (row["perplexity_rise_percent"], row["kl_divergence"]) == ("6.6", "0.108")
+    console = Console(file=io.StringIO(), width=100)
+    console.print(comparison_table(made, 2))
+    assert isinstance(console.file, io.StringIO)
+    assert "ppl +6.6%" in console.file.getvalue() and "ppl ?" in console.file.getvalue()
 
 
 def test_people_get_the_ways_out_where_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -32,6 +32,7 @@ class CheckedRanks:
     def __init__(self, config: SchedulerConfig) -> None:
         self.config = config
         self.cache: dict[int, tuple[int, ...]] = {}
+        self.host: dict[int, dict[int, tuple[int, ...]]] = {}  # by block, what each of its rows holds
         self.tokens: dict[int, list[int]] = {}
         self.tables: dict[int, dict[int, int]] = {}
         self.newest: dict[int, int] = {}  # what each slot sampled last
@@ -39,6 +40,7 @@ class CheckedRanks:
     def run(self, step: Step) -> StepResult:
         assert sum(row.count for row in step.rows) <= self.config.max_num_batched_tokens
         assert len({row.slot for row in step.rows}) == len(step.rows)
+        self._move(step)
         for admit in step.admits:
             self.tokens[admit.slot] = list(admit.token_ids)
             self.tables[admit.slot] = dict(enumerate(admit.blocks))
@@ -62,6 +64,20 @@ class CheckedRanks:
                 self.newest[row.slot] = next_token(tokens)
                 sampled.append(self.newest[row.slot])
         return StepResult(step.id, sampled)
+
+    def _move(self, step: Step) -> None:
+        """Copies of a step in the order that ranks promise: all that is saved, then all that is loaded."""
+        size, loads = self.config.block_size, [move for admit in step.admits for move in admit.loads]
+        moved = [*step.saves, *loads]
+        assert all(0 <= m.host < self.config.host_blocks for m in moved)
+        assert len({m.host for m in step.saves}) == len(step.saves), "one of two copies to a block is in vain"
+        assert len({m.device for m in loads}) == len(loads)
+        for move in step.saves:
+            rows = range(move.device * size, (move.device + 1) * size)
+            self.host[move.host] = {row % size: self.cache[row] for row in rows}
+        for move in loads:
+            for row, prefix in self.host[move.host].items():
+                self.cache[move.device * size + row] = prefix
 
     def _place(self, slot: int, position: int) -> int:
         block, offset = divmod(position, self.config.block_size)
@@ -118,6 +134,7 @@ def run_all(
     prefix_caching=st.booleans(),
     run_ahead=st.booleans(),
     abort_turn=st.integers(0, 30),
+    host_blocks=st.sampled_from([0, 1, 2, 5, 60]),
 )
 def test_every_answer_is_right_under_chunks_prefix_hits_preemption_and_aborts(
     prompts: list[tuple[int, list[int], int]],
@@ -129,12 +146,15 @@ def test_every_answer_is_right_under_chunks_prefix_hits_preemption_and_aborts(
     prefix_caching: bool,
     run_ahead: bool,
     abort_turn: int,
+    host_blocks: int,
 ) -> None:
     common = [i % 4 for i in range(30)]
     asked = {f"r{i}": (common[:shared] + own, count) for i, (shared, own, count) in enumerate(prompts)}
     longest = max(len(p) + n for p, n in asked.values())
     blocks = -(-(longest + spare_tokens) // block_size)
-    config = SchedulerConfig(blocks, block_size, max_num_seqs, budget, 200, groups, prefix_caching, run_ahead)
+    config = SchedulerConfig(
+        blocks, block_size, max_num_seqs, budget, 200, groups, prefix_caching, run_ahead, host_blocks
+    )
     scheduler = Scheduler(config)
     for name, (prompt, count) in asked.items():
         scheduler.add(request(name, prompt, count))

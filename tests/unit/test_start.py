@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import threading
+import time
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 
-from cluster.errors import BadLayout, GangDied
-from cluster.gang import Gang, Member
+from cluster import actors
+from cluster.errors import BadLayout, GangDied, PlacementFailed
+from cluster.gang import Answer, Call, Gang, Member
 from launch import start
 from launch.configured import limits_for
 from launch.options import EngineOptions
+from launch.placed import Placed
+from launch.progress import Progress
 from launch.start import Restarting
 from orchestrator.scheduler import SchedulerConfig
 from strategies.plan import ParallelDims
@@ -89,6 +95,30 @@ class OneGang:
         self.killed.set()
 
 
+class Roomy(OneGang):
+    """Two ranks on one host, one on another, of whose memory each says how much there is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        hosts = ("here", "there", "here")
+        self.members = tuple(Member(i, host, host, i, 0, "") for i, host in enumerate(hosts))
+
+    def call(self, index: int, method: str) -> Any:
+        assert method == "host_bytes"
+        found: Future[int] = Future()
+        found.set_result({"here": 20, "there": 7}[self.members[index].node] * 10**9)
+        return found
+
+
+def test_every_host_has_room_for_the_kv_of_its_ranks() -> None:
+    placed = [Placed(cast(Gang, Roomy()), (0, 1, 2))]
+    start._check_host_room(placed, 7)
+    with pytest.raises(BadLayout, match=r"of there is 7.5 GB of host memory, of which 7.0 GB is"):
+        start._check_host_room(placed, 7.5)
+    with pytest.raises(BadLayout, match=r"11 for 2 ranks of here is 22.0 GB .*20.0 GB .*give 10.0 or less"):
+        start._check_host_room(placed, 11)
+
+
 class OneByOne:
     """Satisfies Devices; the deployment's replicas were two."""
 
@@ -105,6 +135,68 @@ class OneByOne:
         assert list(sizes) == [1]
         self.given.append(OneGang())
         return cast(list[Gang], self.given[-1:])
+
+
+class SlowToStart:
+    """Satisfies Devices; its workers come once somebody has been told so often that they are waited for."""
+
+    def __init__(self, times: int) -> None:
+        self.told = threading.Semaphore(0)
+        self._times = times
+
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        assert timeout_s >= 600
+        for _ in range(self._times):
+            assert self.told.acquire(timeout=20)
+        raise GangDied("enough was seen")
+
+
+class Importing:
+    """Two of a gang's workers, one of which never ends its imports."""
+
+    def __init__(self) -> None:
+        member = Member(0, "127.0.0.1", "local", 1, 0, "")
+        self.calls = [Call(member, "Worker") for _ in range(2)]
+        self.calls[0].settle(Answer(None))
+
+    def host(self, worker_class: type) -> list[Call]:
+        return self.calls
+
+
+def test_workers_that_import_for_too_long_are_told_with_the_time_and_the_way_out() -> None:
+    gang = Importing()
+    with pytest.raises(PlacementFailed) as caught:
+        actors._host(cast(Any, [gang]), start.Worker, time.monotonic(), start.ACQUIRE_TIMEOUT_S)
+    assert str(caught.value) == (
+        "1 of 2 workers did not import orchestrator.worker in 600 s, the most that is waited; look at the load and "
+        "disk of their nodes: `python -X importtime -c 'import orchestrator.worker'` tells what takes long"
+    )
+    assert caught.value.exit_code == 2
+    gang.calls[1].fail(GangDied("worker 0 died: no memory"))
+    with pytest.raises(GangDied, match="no memory"):
+        actors._host(cast(Any, [gang]), start.Worker, time.monotonic() + 600, 600)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_who_waits_for_workers_is_told_for_how_long(times: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launch.progress.SAY_AGAIN_S", 0.01 if times else 60.0)
+    monkeypatch.setattr(start, "prove_first_layer", lambda *_: None)
+    slow, progress, said = SlowToStart(times), Progress(quiet=True), list[str]()
+
+    def say(line: str) -> None:
+        said.append(line)
+        if "starting workers" in line:
+            slow.told.release()
+
+    monkeypatch.setattr(progress, "say", say)
+    with pytest.raises(GangDied, match="enough"), start.deployment(slow, ONE, OPTIONS, progress):
+        pass
+    waited = [line for line in said if "starting workers" in line]
+    assert len(waited) >= times
+    assert all(re.fullmatch(r"tp1: starting workers … \d+ s", line) for line in waited)
+    assert times or not waited
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -104,6 +105,33 @@ def test_up_status_logs_down(shardwise: Callable[..., Ran], tmp_path: Path) -> N
     assert [started(pid) for pid in pids] == [None, None]
     assert json.loads(shardwise("status", "--json")[1]) == {"deployments": []}
     assert shardwise("status")[1] == "nothing is up; shardwise up RECIPE starts something\n"
+
+
+def test_a_taken_port_is_told_before_anything_starts(
+    shardwise: Callable[..., Ran], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: object) -> None:
+        pytest.fail("it was started")
+
+    with monkeypatch.context() as patched, socket.create_server(("127.0.0.1", 0)) as server:
+        patched.setattr(deployments.Here, "start", start)
+        patched.setattr("launch.up._gpus_for", start)
+        port = server.getsockname()[1]
+        code, out, said = shardwise("up", str(tmp_path / "tiny.yaml"), "--port", str(port))
+    assert (code, out) == (2, "")
+    assert said == (
+        f"shardwise up: cannot listen on 127.0.0.1:{port}: Address already in use; give another --port\n"
+    )
+    assert deployments.recorded() == {}
+
+    assert shardwise("up", str(tmp_path / "tiny.yaml"), "--port", str(port))[0] == 0
+    again = shardwise("up", str(tmp_path / "tiny.yaml"), "--port", str(port))
+    assert again[0] == 0, "its own port is in nobody's way"
+    code, _, said = shardwise("up", str(tmp_path / "tiny.yaml"), "--port", str(port), "--name", "second")
+    assert (code, said) == (
+        2,
+        f"shardwise up: port {port} is tiny's; give another --port, or end that: shardwise down tiny\n",
+    )
 
 
 def test_a_start_that_fails_is_told_in_its_own_words_and_leaves_nothing(

@@ -35,6 +35,7 @@ serve:
   device_memory_gb: 20
   resident_layers: 2
   offload_dir: disk
+  host_kv_gb: 4.5
   request_timeout_s: 60
   step_timeout_s: 90
   drain_timeout_s: 20
@@ -90,6 +91,7 @@ def test_every_key_becomes_the_flag_of_serve_that_it_is_named_for(tmp_path: Path
         "device_memory_gb": 20.0,
         "resident_layers": 2,
         "offload_dir": tmp_path / "disk",
+        "host_kv_gb": 4.5,
         "request_timeout": 60.0,
         "step_timeout": 90.0,
         "drain_timeout": 20.0,

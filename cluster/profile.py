@@ -31,6 +31,8 @@ ALIKE = 0.8
 LINE_BYTES = 2 << 20
 """Up to here a gloo message's time is a line of its size; beyond, caches end."""
 
+_HALF = ("bfloat16", "float16")
+
 NCCL_WHEELS = ("nvidia-nccl-cu13", "nvidia-nccl-cu12", "nvidia-nccl-cu11")  # newest first
 
 
@@ -265,13 +267,24 @@ def _measured_device(profile: MachineProfile, device: Device, dtype: str) -> Dev
             # A library's product with one row reads an H100 at 2.4 TB/s of 3.0; the engine has its own.
             detail.read_bytes_per_s if detail and device.kind == "cuda" else 0.0,
         ),
-        flops_per_s={**device.flops_per_s, **rates.flops_per_s},
+        flops_per_s={**_as_probed(device, rates), **rates.flops_per_s},
         layer_overhead_s=rates.layer_overhead_s,
         products=rates.products or (detail.products if detail else {}),
         host_bytes_per_s=alone,
         host_together_bytes_per_s=together,
         provenance=Provenance.MEASURED,
     )
+
+
+def _as_probed(device: Device, rates: Rates) -> dict[str, float]:
+    """The data sheet's rates, less by what a probe missed of half precision's: those in fewer bits were not timed."""
+    half = [
+        rates.flops_per_s[d] / device.flops_per_s[d]
+        for d in _HALF
+        if d in rates.flops_per_s and d in device.flops_per_s
+    ]
+    share = min(1.0, max(half)) if half else 1.0
+    return {dtype: share * rate for dtype, rate in device.flops_per_s.items()}
 
 
 def _pulls(profile: MachineProfile, device: Device) -> tuple[float | None, float | None]:

@@ -172,11 +172,11 @@ class Keeper:
                 return
             if "state" in changes and changes["state"] != self._state.state:
                 changes["since_s"] = time.time()
-            self._state = replace(self._state, **changes)
-            new = self._directory / f"{STATE}.new"
+            state, new = replace(self._state, **changes), self._directory / f"{STATE}.new"
             with contextlib.suppress(OSError):  # a full disk must not end what serves
-                new.write_text(json.dumps(asdict(self._state)), encoding="utf-8")
+                new.write_text(json.dumps(asdict(state)), encoding="utf-8")
                 new.replace(self._directory / STATE)
+            self._state = state  # what we say of it stands in the file by then
 
 
 def on_port(argv: Sequence[str], port: str) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from cluster.errors import ShardwiseError
 from cluster.gang import Call, Gang, Member, results
@@ -16,7 +17,14 @@ from strategies.plan import ParallelDims, Shard
 
 CALL_TIMEOUT_S = 120.0
 REST_TIMEOUT_S = 60.0  # for the steps of a coordinator that was killed to end
-Ready = tuple[SchedulerConfig, list[int]]  # with the bytes of weights of each rank
+
+
+class Ready(NamedTuple):
+    """Replicas that have their weights and their cache."""
+
+    limits: SchedulerConfig
+    weight_bytes: Sequence[int]  # of each rank, replica by replica
+    shards: Sequence[Shard]  # of each rank of a replica
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +64,17 @@ def rested(gangs: Sequence[Gang], dims: ParallelDims, progress: Progress) -> Rea
             leaders: list[SchedulerConfig] = results([p.call(0, "rest") for p in placed], REST_TIMEOUT_S)
             results([p.call(r, "rest") for p in placed for r in range(1, dims.replica_size)], REST_TIMEOUT_S)
             weight_bytes = results(everywhere(placed, "weight_bytes"), CALL_TIMEOUT_S)
+            shards = results(everywhere(placed[:1], "its_shard"), CALL_TIMEOUT_S)
             progress.say(f"{dims.name}: the replicas of the server before are here, and loaded")
-            return min(leaders, key=lambda limits: limits.num_blocks), weight_bytes
+            return Ready(min(leaders, key=lambda limits: limits.num_blocks), weight_bytes, shards)
     except ShardwiseError as error:
         progress.say(f"{dims.name}: what the server before left cannot be used: {error}")
     kill_all(gangs)
     return None
 
 
-def terms_of(options: EngineOptions, dims: ParallelDims, shards: Sequence[Shard]) -> str:
-    """Equal where another coordinator would start the very same workers."""
-    told = repr((our_version(), options, dims, tuple(shards)))
+def terms_of(options: EngineOptions, dims: ParallelDims) -> str:
+    """Equal where another coordinator would start the same workers. How a plan cut the layers is theirs to tell: the
+    next coordinator has no plan, since no device is free for one."""
+    told = repr((our_version(), options, dims))
     return hashlib.sha256(told.encode()).hexdigest()

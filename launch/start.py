@@ -144,7 +144,7 @@ def deployment(
         gangs: list[Gang] = []
         owned.callback(kill_all, gangs)
         if isinstance(found, Keeping):
-            gangs += found.left(terms_of(options, dims, shards))
+            gangs += found.left(terms_of(options, dims))
         known = rested(gangs, dims, progress)
         if known is None:
             gangs.clear()
@@ -154,7 +154,7 @@ def deployment(
             with progress.waiting(f"{dims.name}: starting workers"):
                 gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         placed = [Placed(gang, ranks_of(gang)) for gang in gangs]
-        limits, weight_bytes = known or _made_ready(placed, shards, dims, options, progress)
+        limits, weight_bytes, shards = known or _made_ready(placed, shards, dims, options, progress)
         scored = _score(placed[0], score) if score else b""
         restarting = Restarting(found, dims, options, shards, limits, gangs)
         yield Deployment(
@@ -192,7 +192,7 @@ def _made_ready(
         _tell_residence(placed, dims, progress)
     if options.device == "cuda":
         _choose_kernels(placed, dims, progress)
-    return _fit(placed, dims, options, progress), weight_bytes
+    return Ready(_fit(placed, dims, options, progress), weight_bytes, shards)
 
 
 class Restarting:

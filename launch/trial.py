@@ -100,7 +100,9 @@ def measure_truth(
     score = forced_tokens(options.spec.vocab)
     scored = []
     for dtype in ("float64", options.dtype):
-        asked = replace(options, dtype=dtype, max_num_seqs=1, max_model_len=None, num_blocks=None)
+        asked = replace(
+            options, dtype=dtype, max_num_seqs=1, max_model_len=None, num_blocks=None, host_kv_gb=None
+        )
         asked = replace(asked, max_num_batched_tokens=FORCED_TOKENS)
         with deployment(found, one, asked, Progress(quiet=True), score=score) as started:
             scored.append(np.frombuffer(started.scored, np.float32))
@@ -123,7 +125,7 @@ def run_trials(
     if not candidate.offload:
         options = replace(options, resident_layers=None, offload_dir=None)
     if candidate.zero3:
-        options = replace(options, zero3=True, compatible=True, prefix_caching=False)
+        options = replace(options, zero3=True, compatible=True, prefix_caching=False, host_kv_gb=None)
     own_weights = candidate.zero3 and options.dummy_weights  # transformers fills them in its own way
     if candidate.format.name or own_weights:
         truth = None  # which is of other weights

@@ -109,6 +109,9 @@ class Rank:
         )
         return self.collectives.stage.path
 
+    def its_shard(self) -> Shard:
+        return self.shard
+
     @on_its_device
     def load(self) -> int:
         """Read this rank's weights and apply the parallelism. → bytes of weights on this device."""

@@ -148,10 +148,12 @@ def products(
 def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: float) -> tuple[float, float]:
     """(bytes' time, what FLOPs add to it) of one product. `prompt_share`: of the rows, that are prompts'."""
     k = engine.kernels
+    slower = 1 + (engine.prompts - 1) * prompt_share
+    if p.width is not Width.FULL and k.dot_rows:
+        return _small_s(p, rows, r, k, slower)
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
     few = k.few_rows.get(p.width, 1.0) if rows <= FEW_ROWS else 1.0
     read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads * r.reads)
-    slower = 1 + (engine.prompts - 1) * prompt_share
     share = k.compute[p.width]
     if p.width is Width.FULL and p.compute in r.products:
         whole = p.n * p.k * weight_s(r.products[p.compute], rows) * slower / (share * r.of_compute)
@@ -160,6 +162,32 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
         share = k.compute[Width.FULL] * WIDENED
     computed = 2 * max(rows, LEAST_ROWS) * p.n * p.k / r.computing(p.compute, share / slower)
     return joined(read, computed)
+
+
+def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tuple[float, float]:
+    """Of weights in fewer bits by our own kernels: up to some rows they are multiplied as they are, which takes their
+    bytes or the widening of their codes, whichever is longer; beyond, float8 by float8, or all widened first."""
+    weights, moved = p.n * p.k, 2 * rows * (p.n + p.k)
+    flops = 2 * max(rows, LEAST_ROWS) * weights
+    if p.compute not in BYTES_PER_ELEMENT and rows >= k.float8_rows:
+        read = (weights * p.weight_bytes + moved) / r.reading(k.float8_reads)
+        return joined(read, flops / r.computing(p.compute, k.compute[p.width] / slower))
+    dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
+    if rows <= k.dot_rows:
+        codes = (k.few_codes if rows <= FEW_ROWS else k.codes)[p.width]
+        read = sum(
+            joined(
+                (weights * p.weight_bytes + moved) / r.reading(k.weights[p.width]),
+                weights / (codes * r.flops["float32"] * r.of_compute),
+            )
+        )
+        return joined(read, flops / r.computing(dtype, k.dot_compute[p.width] / slower))
+    widened = weights * k.widened_bytes / r.bandwidth
+    read, more = joined(
+        (2 * weights + moved) / r.reading(k.weights[Width.FULL]),
+        flops / r.computing(dtype, k.compute[Width.FULL] / slower),
+    )
+    return widened + read, more
 
 
 def weight_s(flops_per_s: Mapping[int, float], rows: float) -> float:

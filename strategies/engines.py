@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,16 @@ class Kernels:
     experts_gap_s: float  # of routing, permuting and gathering
     all_reduce: float  # times the bare collective's time, within a step
     exchange: float  # times the all-reduce that stands for experts' exchange between replicas
+    # Of small weights, by their bits, where own kernels multiply them as they are:
+    codes: Mapping[int, float] = field(
+        default_factory=dict
+    )  # widened a second, per FLOP/s in float32; none: hidden
+    few_codes: Mapping[int, float] = field(default_factory=dict)  # the same at the rows of few_rows
+    dot_rows: int = 0  # up to so many; beyond, all are widened first
+    dot_compute: Mapping[int, float] = field(default_factory=dict)  # of FLOP/s in the dtype, up to there
+    widened_bytes: float = 0.0  # of each weight, that widening it first reads and writes
+    float8_rows: int = 0  # from which on x is rounded to float8 as well
+    float8_reads: float = 0.0  # of bandwidth, reading weights from there on
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,7 @@ def engine_from(row: Mapping[str, Any], kernels: Mapping[str, Any], name: str) -
                 found[f"{stem}_s"] = value * scale[unit]
         return found
 
-    known = {field.name for field in fields(Engine)} - {"name", "kernels"}
+    known = {one.name for one in fields(Engine)} - {"name", "kernels"}
     made = {key: value for key, value in values(row).items() if key in known}
     return Engine(name=name, kernels=Kernels(**values(own)), **made)
 

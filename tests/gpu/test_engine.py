@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -101,15 +101,18 @@ def llama(models: dict[str, Model]) -> Model:
     return models["llama"]
 
 
-def asked_of(asked: EngineOptions, requests: list[Request], *, run_ahead: bool) -> list[Answer]:
+def asked_of(
+    asked: EngineOptions, requests: list[Request], *, run_ahead: bool, host_blocks: int = 0
+) -> list[Answer]:
     """What the engine answers, with graphs, in a run that had to preempt and to share."""
     worker = LocalWorker(asked)
-    worker.allocate(limits(asked, run_ahead=run_ahead))
+    worker.allocate(replace(limits(asked, run_ahead=run_ahead), host_blocks=host_blocks))
     worker.capture()
     done = worker.answers(requests)
     load = worker.current_load()
     assert load.preemptions > 0, load
     assert load.prefix_hit_tokens > 0, load
+    assert bool(load.host_saved_blocks) == bool(load.host_loaded_blocks) == bool(host_blocks), load
     return done
 
 
@@ -120,6 +123,14 @@ def test_float32_gives_transformers_tokens(model: Model, run_ahead: bool) -> Non
         assert_greedy(judge, answer.prompt, answer.token_ids, f"{model.family}, run_ahead {run_ahead}")
         error = relative_l2(answer.logits_NV, next_logits(judge, answer.prompt, answer.token_ids))
         assert error < FLOAT32_ERROR, f"prompt of {len(answer.prompt)} tokens: logits off by {error:.2e}"
+
+
+@pytest.mark.parametrize("host_blocks", [12, 600], ids=["few", "enough"])
+def test_blocks_that_wait_in_host_memory_change_no_token(llama: Model, host_blocks: int) -> None:
+    asked, judge = llama.options("float32"), llama.float32()
+    requests = greedy_requests(asked.spec.vocab)
+    for answer in asked_of(asked, requests, run_ahead=True, host_blocks=host_blocks):
+        assert_greedy(judge, answer.prompt, answer.token_ids, f"{host_blocks} blocks of host memory")
 
 
 def test_bfloat16_is_as_near_to_float64_as_transformers(model: Model) -> None:

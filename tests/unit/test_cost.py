@@ -167,6 +167,38 @@ def test_data_sheets_alone_predict_our_batches_on_two_h100s(layout):
     assert made.output_tokens_per_s == pytest.approx(OURS_BATCH[layout], rel=0.08)
 
 
+# Formats of ours on one H100, 2026-11-22, python -m tests.bench.formats_bench at commit 2b74702: ms from token to token
+# of one sequence at a context of 576, of 128 at 96; prompt tokens a second in steps of 8,192.
+FORMATS_MEASURED = {
+    "tp1": (5.12, 7.55, 44239),
+    "tp1+int8": (3.29, 8.23, 42433),
+    "tp1+int4": (2.85, 9.70, 42684),
+    "tp1+fp8": (3.18, 5.88, 65555),
+}
+
+
+@pytest.mark.parametrize("is_measured", [False, True])
+@pytest.mark.parametrize("layout", FORMATS_MEASURED)
+def test_formats_are_priced_as_their_kernels_do(layout, is_measured):
+    machine = box("h100", 1)
+    if is_measured:  # as the profile of that day has it
+        (sheet,) = machine.devices
+        probed = {
+            **{d: 0.74 * rate for d, rate in sheet.flops_per_s.items()},
+            "float32": 50.4e12,
+            "bfloat16": 736e12,
+        }
+        machine = with_devices(
+            machine, bandwidth_bytes_per_s=3.06e12, flops_per_s=probed, provenance=Provenance.MEASURED
+        )
+    by = with_limits(engine("shardwise"), chunk_tokens=8192, max_sequences=256)
+    placed = put(LLAMA_8B, layout, machine, by=by)
+    single, many, prompts = FORMATS_MEASURED[layout]
+    assert sum(decode_step_s(placed, 0, 1, 576, 1.0).values()) * 1e3 == pytest.approx(single, rel=0.05)
+    assert sum(decode_step_s(placed, 0, 128, 96, 1.0).values()) * 1e3 == pytest.approx(many, rel=0.10)
+    assert 65_536 / prefill_s(placed, 0, 64, 1024, 1.0)[0] == pytest.approx(prompts, rel=0.06)
+
+
 def test_all_reduce_of_two_ranks_is_latency_and_every_byte_once():
     host = link(15, 29)
     assert cost_links.all_reduce_s(host, 2, 16384) == pytest.approx(15e-6 + 16384 / 29e9)

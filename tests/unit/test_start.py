@@ -23,7 +23,8 @@ from launch.placed import Placed
 from launch.progress import Progress
 from launch.start import Restarting
 from orchestrator.scheduler import SchedulerConfig
-from strategies.plan import ParallelDims
+from strategies.pipeline import shard_replica
+from strategies.plan import ParallelDims, Shard
 from strategies.source import ModelSource, SourceKind
 from tests.unit.machines import SMOL
 
@@ -44,6 +45,7 @@ OPTIONS = EngineOptions(
     peer_access=True,
 )
 ONE = ParallelDims()
+LIMITS = SchedulerConfig(num_blocks=8)
 
 
 def test_the_context_is_the_models_where_it_fits() -> None:
@@ -135,6 +137,54 @@ class OneByOne:
         assert list(sizes) == [1]
         self.given.append(OneGang())
         return cast(list[Gang], self.given[-1:])
+
+
+CUT_BY_A_PLAN = tuple(
+    replace(shard, layers=layers)
+    for shard, layers in zip(shard_replica(SMOL, ParallelDims(pp=2)), (range(20), range(20, 30)), strict=True)
+)
+
+
+class LeftGang(OneGang):
+    """What a coordinator that was killed left: a replica of two stages, at rest and loaded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.members = tuple(Member(i, "127.0.0.1", "local", i, i, "") for i in range(2))
+
+    def call(self, index: int, method: str, *args: object) -> Call:
+        told = {"rest": LIMITS, "weight_bytes": 1000 + index, "its_shard": CUT_BY_A_PLAN[index]}
+        call = Call(self.members[index], method)
+        call.settle(Answer(told[method]))
+        return call
+
+
+class LeftBehind:
+    """Satisfies Keeping."""
+
+    def __init__(self) -> None:
+        self.terms: list[str] = []
+
+    def acquire(
+        self, worker_class: type, sizes: Sequence[int], device: str, *, timeout_s: float
+    ) -> Sequence[Gang]:
+        pytest.fail("they are here")
+
+    def left(self, terms: str) -> Sequence[Gang]:
+        self.terms.append(terms)
+        return cast(list[Gang], [LeftGang()])
+
+
+def test_who_finds_replicas_that_a_plan_cut_takes_them_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next coordinator has no plan, and would cut them otherwise."""
+    served: list[Sequence[Shard]] = []
+    monkeypatch.setattr(start, "_serve", lambda placed, shards, options: served.append(tuple(shards)))
+    found, dims, quiet = LeftBehind(), ParallelDims(pp=2), Progress(quiet=True)
+    for by_plan in (CUT_BY_A_PLAN, ()):
+        with start.deployment(found, dims, OPTIONS, quiet, shards=by_plan) as deployed:
+            assert (deployed.limits, deployed.weight_bytes) == (LIMITS, (1000, 1001))
+    assert served == [CUT_BY_A_PLAN, CUT_BY_A_PLAN]
+    assert found.terms[0] == found.terms[1]
 
 
 class SlowToStart:

@@ -117,7 +117,7 @@ def _a6() -> Answer:
     ratio = weights_gb("llama-3.3-70b", "tp1+int8") / weights_gb("llama-3.3-70b")
     why = (
         "the memory holds; single weights set to zero move the same bytes unless they are 2:4 and the kernel knows; "
-        "loss, graphs and pinned memory are to be measured on the machine"
+        "loss, graphs and pinned memory are for `claims --measure` on the machine"
     )
     return Answer(f"INT8 weights take {ratio:.0%} of FP16's", DEPENDS, why)
 

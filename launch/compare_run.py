@@ -70,6 +70,7 @@ def facts_of(options: EngineOptions, topology: Topology, workload: Workload) -> 
         "--host-memory-gb": options.host_memory_gb,
         "--resident-layers": options.resident_layers,
         "--offload-dir": options.offload_dir,
+        "--offload-io": options.offload_io,
         "--host-kv-gb": options.host_kv_gb,
         "CUDA graphs": not options.enforce_eager,
         "prefix caching": options.prefix_caching,

@@ -31,6 +31,7 @@ def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:
         offload=options.offload,
         resident_layers=options.resident_layers,
         offload_dir=options.offload_dir,
+        offload_io=options.offload_io,
         offload_kv_tokens=kv_reserve(options),
         least_kv_tokens=options.least_context,
         host_memory_bytes=None if options.host_memory_gb is None else int(options.host_memory_gb * 1e9),

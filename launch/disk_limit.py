@@ -11,7 +11,7 @@ from cluster.gang import Call, results
 from cluster.topology import Topology
 from launch.configured import priced_engine, room_of
 from launch.options import EngineOptions
-from launch.placed import CALL_TIMEOUT_S, Placed
+from launch.placed import CALL_TIMEOUT_S, Placed, everywhere
 from launch.progress import Progress
 from strategies.cost_memory import memories, work_bytes
 from strategies.formats import Format
@@ -23,6 +23,8 @@ from strategies.spec import Workload
 
 if TYPE_CHECKING:
     from orchestrator.engine.residence import DiskRoom
+
+COMPILE_TIMEOUT_S = 3600.0  # a quarter of an hour on two busy cores
 
 
 def tell_disk(
@@ -70,6 +72,17 @@ def check_disks(placed: Sequence[Placed], name: str, options: EngineOptions, pro
         n_bytes = sum(room.step_bytes for room in rooms)
         if rate is not None and n_bytes:
             progress.say(limit(name, n_bytes, rate, f"the disk of {node}"))
+
+
+def open_reads(placed: Sequence[Placed], name: str, progress: Progress) -> None:
+    """Every rank's DeepSpeed, compiled where it never was. Where it cannot be, it is said who reads instead."""
+    with progress.waiting(
+        f"{name}: making DeepSpeed's asynchronous I/O ready; to compile it takes minutes, once"
+    ):
+        reasons = results(everywhere(placed, "open_reads"), COMPILE_TIMEOUT_S)
+    for reason in dict.fromkeys(reasons):
+        if reason:
+            progress.say(f"{name}: threads read in place of DeepSpeed's asynchronous I/O: {reason}")
 
 
 def limit(name: str, n_bytes: int, bytes_per_s: float, disk: str = "the disk") -> str:

@@ -12,6 +12,7 @@ from launch.memory import add_memory_arguments, check_memory
 from launch.models import resolve
 from strategies.formats import FORMATS, PLAIN
 from strategies.host_kv import check_asked
+from strategies.offload import DEEPSPEED, THREADS
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
 from strategies.runnable import check_layout, is_known, why_not
@@ -55,6 +56,7 @@ class EngineOptions:
     format: str = ""  # that linear layers' weights are kept in, by its name; none: the dtype
     offload: bool = False  # layers that do not fit stay in host memory
     offload_dir: Path | None = None  # a disk's, on which they lie instead
+    offload_io: str = THREADS  # who reads them there
     disk_bytes_per_s: float | None = None  # that it reads, where somebody looked
     resident_layers: int | None = None  # of each rank's, offloaded; None: as many as fit
     device_memory_gb: float | None = None  # of each GPU, for all that a process takes; None: the share above
@@ -130,6 +132,12 @@ def add_engine_arguments(parser: argparse.ArgumentParser) -> None:
         type=_folder,
         metavar="FOLDER",
         help="where what +offload does not keep on the device lies on a disk, in place of host memory",
+    )
+    engine.add_argument(
+        "--offload-io",
+        choices=(THREADS, DEEPSPEED),
+        help="who reads from there: threads (default), or DeepSpeed's asynchronous I/O, which wants libaio's headers "
+        "to be compiled at its first use",
     )
     engine.add_argument(
         "--resident-layers",
@@ -264,6 +272,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         offload=named is not None and named.offload,
         resident_layers=args.resident_layers,
         offload_dir=None if args.offload_dir is None else args.offload_dir.expanduser().absolute(),
+        offload_io=args.offload_io or THREADS,
         device_memory_gb=args.device_memory_gb,
         host_memory_gb=args.host_memory_gb,
         host_kv_gb=args.host_kv_gb,
@@ -290,6 +299,8 @@ def _check_offload(args: argparse.Namespace, spec: ModelSpec, *, is_here: bool) 
             )
         if value is not None and not offloaded:
             raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
+    if args.offload_io is not None and folder is None:
+        raise UserError("--offload-io is of --offload-dir; give a folder on a disk, or leave it away")
     if resident is not None and resident > spec.layers:
         raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
     if folder is not None and is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():

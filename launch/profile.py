@@ -139,7 +139,13 @@ def show(profile: MachineProfile, proof: Proof | None) -> None:
     console.print(
         f"[bold]{profile.machine}[/], {software}; measured {profile.measured_at} in {profile.seconds:.0f} s\n"
     )
-    for table in (_devices(profile), _products(profile), _host_copies(profile), _pairs(profile)):
+    for table in (
+        _devices(profile),
+        _products(profile),
+        _host_copies(profile),
+        _pulls(profile),
+        _pairs(profile),
+    ):
         if table is not None:
             console.print(table)
             console.print()
@@ -198,6 +204,16 @@ def _host_copies(profile: MachineProfile) -> Table | None:
                 == (device, pinned, together, to_device)
             ]
             table.add_row(f"{'pinned' if pinned else 'pageable'} memory, GPU {device}", *cells)
+    return table
+
+
+def _pulls(profile: MachineProfile) -> Table | None:
+    if not profile.host_pulls:
+        return None
+    table = _table("GB/s pulled from pinned memory", "alone", "by all at once")
+    for pull in profile.host_pulls:
+        rates = (pull.alone_bytes_per_s, pull.together_bytes_per_s)
+        table.add_row(f"GPU {pull.device}", *(f"{rate / GB:.1f}" for rate in rates))
     return table
 
 

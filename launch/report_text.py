@@ -33,7 +33,13 @@ def show_comparison(made: Comparison) -> None:
         console.print(part)
     if made.plan.chosen is None:
         console.print(bullets(made.plan.explanation))
-    for line in (*sentences(verdicts(made)), *_qualities(made), *_health(made), *_failures(made)):
+    for line in (
+        *_residences(made),
+        *sentences(verdicts(made)),
+        *_qualities(made),
+        *_health(made),
+        *_failures(made),
+    ):
         console.print(line)
 
 
@@ -73,6 +79,13 @@ def _outputs(made: Comparison, candidate: Candidate) -> str:
         return said
     found = made.quality.get(candidate.format.name)
     return "ppl ?" if found is None else f"ppl {found.perplexity_rise_percent:+.1f}%"
+
+
+def _residences(made: Comparison) -> Iterator[str]:
+    """Of offloaded layouts, as they are run: with room for the heaviest load."""
+    for c in made.plans[max(made.plans)].candidates:
+        if c.offload and c.marked and c.not_runnable is None:
+            yield f"{c.layout.name}: {c.marked[-1]}"
 
 
 def _qualities(made: Comparison) -> Iterator[str]:

@@ -16,7 +16,7 @@ from cluster.channel import Via
 from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
 from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
-from launch.disk_limit import check_disks
+from launch.disk_limit import check_disks, open_reads
 from launch.head import adopt, check_head
 from launch.links import only_proved, prove_first_layer
 from launch.options import EngineOptions
@@ -32,6 +32,7 @@ from orchestrator.text import Text
 from orchestrator.worker import Worker
 from strategies.formats import FORMATS
 from strategies.host_kv import check_room, told, useful_blocks
+from strategies.offload import DEEPSPEED
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
 from strategies.runnable import compatibility
@@ -187,6 +188,8 @@ def _made_ready(
         _check_host_room(placed, options.host_kv_gb)
     if options.offload_dir is not None and options.offload:
         check_disks(placed, dims.name, options, progress)
+        if options.offload_io == DEEPSPEED:
+            open_reads(placed, dims.name, progress)
     weight_bytes = _load(placed, dims, progress)
     if options.offload:
         _tell_residence(placed, dims, progress)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.collectives.protocols import ANY_WAY
+from strategies.offload import THREADS
 from strategies.source import ModelSource
 from strategies.spec import ModelSpec
 
@@ -30,6 +31,7 @@ class EngineConfig:
     offload: bool = False  # layers that do not fit stay in host memory
     resident_layers: int | None = None  # of each rank's, where they are offloaded; None: as many as fit
     offload_dir: Path | None = None  # on whose disk streamed layers lie; None: in host memory
+    offload_io: str = THREADS  # who reads them there
     offload_kv_tokens: int = 8192  # of cache, that offloading leaves room for
     least_kv_tokens: int = 0  # of them, that it cannot do without
     host_memory_bytes: int | None = None  # of this host, for offloaded layers and KV; None: what is available

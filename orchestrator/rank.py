@@ -137,6 +137,12 @@ class Rank:
         free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
         return disk_room(self.config, self.shard, self.device, free, timed=timed)
 
+    def open_reads(self) -> str:
+        """Before `load`: makes DeepSpeed's asynchronous I/O ready. → why it cannot be, or nothing."""
+        from orchestrator.engine.deepspeed_io import opened
+
+        return opened()[1]
+
     def weight_bytes(self) -> int:
         return resident_bytes(self.model if self._compatible is None else self._compatible)
 

@@ -66,9 +66,10 @@ def _pulled(
     beside = sum(place.topology.devices[i].node == device.node for i in streaming)
     pulling = max(1, math.ceil(beside * at_work))
     rate = host_rate(device, pulling)
-    if place.room.disk_bytes_per_s is not None:
-        rate = min(rate, place.room.disk_bytes_per_s / pulling)
-    return Pulled(need.streaming, need.layer / rate, beside=device.kind != "cpu")
+    beside_work = device.kind != "cpu"
+    if place.room.disk_bytes_per_s is not None:  # whose threads read ahead anywhere
+        rate, beside_work = min(rate, place.room.disk_bytes_per_s / pulling), True
+    return Pulled(need.streaming, need.layer / rate, beside_work)
 
 
 def host_rate(device: Device, pulling: int) -> float:

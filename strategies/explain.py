@@ -189,11 +189,12 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
 
 
 def _rivals(ahead: Sequence[Placement], placements: Sequence[Placement]) -> list[Placement]:
-    """The chosen, the next, and those that split the whole machine in one way only: few, each is searched."""
-    most = max(p.dims.world_size for p in placements)
-    pure = [p for p in placements if max(p.dims.tp, p.dims.pp, p.dims.dp) == most]
-    kept = [*ahead, *pure]
-    return list({p.dims: p for p in kept}.values())
+    """The chosen, the next, and those in its format that split the whole machine in one way only: few, each is
+    searched."""
+    most, best = max(p.dims.world_size for p in placements), ahead[0].layout
+    like = [p for p in placements if (p.layout.format, p.layout.offload) == (best.format, best.offload)]
+    pure = [p for p in like if max(p.dims.tp, p.dims.pp, p.dims.dp) == most]
+    return list({p.layout: p for p in [*ahead, *pure]}.values())
 
 
 def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload: Workload) -> str | None:
@@ -222,9 +223,9 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
         at = _first(concurrency // 2, concurrency, lambda c: leader(c) is here)
         return _overtakes(f"Below {at} requests at once", leader(at - 1), here, at - 1, rate)
     if here is best and len(rivals) > 1:
-        others = ", ".join(p.dims.name for p in rivals[1:])
+        others = ", ".join(p.layout.name for p in rivals[1:])
         where = f"at any concurrency up to {_MOST_CONCURRENCY:,}"
-        return f"None of its rivals ({others}) gives more tokens/s than {best.dims.name} {where}."
+        return f"None of its rivals ({others}) gives more tokens/s than {best.layout.name} {where}."
     return None
 
 
@@ -232,7 +233,7 @@ def _overtakes(
     where: str, ahead: Placement, behind: Placement, concurrency: int, rate: Callable[[Placement, int], float]
 ) -> str:
     return (
-        f"{where} {ahead.dims.name} gives more tokens/s than {behind.dims.name} "
+        f"{where} {ahead.layout.name} gives more tokens/s than {behind.layout.name} "
         f"({rate(ahead, concurrency):,.0f} against {rate(behind, concurrency):,.0f} at {concurrency})."
     )
 
@@ -257,7 +258,7 @@ def _link_crossing(rivals: Sequence[Placement], workload: Workload) -> str | Non
         low, high = (low, middle) if wins(middle) else (middle, high)
     have = f"the {link.kind} link here is taken at {link.bytes_per_s / 1e9:.1f} ({link.provenance})"
     need = f"where all-reduces run above {high / 1e9:.1f} GB/s"
-    return f"{split.dims.name} gives its first token before {whole.dims.name} {need}; {have}."
+    return f"{split.layout.name} gives its first token before {whole.layout.name} {need}; {have}."
 
 
 def _ttft_s(placement: Placement, workload: Workload) -> float:

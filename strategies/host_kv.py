@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import floor
 
 from cluster.errors import BadLayout, UserError
 from strategies.plan import Shard
@@ -94,7 +95,7 @@ def check_room(gb: float, ranks: int, available: int, node: str) -> None:
     """Locked memory cannot be swapped. Raises BadLayout."""
     needed = gb * 1e9 * ranks
     if needed > available:
-        most = available / 1e9 / ranks
+        most = floor(available / 1e8 / ranks) / 10
         raise BadLayout(
             f"--host-kv-gb {gb:g} for {ranks} rank{'s' * (ranks > 1)} of {node} is {needed / 1e9:.1f} GB of host "
             f"memory, of which {available / 1e9:.1f} GB is available; give {most:.1f} or less"

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from cluster.errors import BadLayout
 
+THREADS, DEEPSPEED = "threads", "deepspeed"  # who reads layers from a disk
 BUFFERS = 2
 """Streamed layers that are on the device at once: one at work, one on its way."""
 

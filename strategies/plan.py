@@ -171,6 +171,10 @@ class Placement:
     zero3: bool = False
     room: Room = Room()  # noqa: RUF009 (frozen)
 
+    @property
+    def layout(self) -> Layout:
+        return Layout(self.dims, self.format, self.offload, self.zero3)
+
     def device(self, replica: int, rank: int) -> Device:
         return self.topology.devices[self.devices[replica * self.dims.replica_size + rank]]
 

@@ -29,6 +29,8 @@ MOST_TP = 16
 MOST_EP = 64
 """Ranks that experts are spread over: beyond, each holds few experts and all wait for the fullest."""
 
+MOST_STREAMED = 3  # layouts beside the chosen one, of which it is told how much of them is streamed
+
 _SEARCHED = ("fp8", "int8", "int4", "fp4", "fp8+kvfp8", "int4+kvfp8")
 _SEARCHED_WIDELY = ("fp8", "int4")  # on machines of over 64 devices
 
@@ -93,7 +95,7 @@ def plan(
     sentences: tuple[str, ...] = ()
     if runs:
         streamed = [f"{c.layout.name}: {c.marked[-1]}." for c, _ in runs[1:] if c.offload]
-        sentences = (*why, *explain(runs, workload), *streamed)
+        sentences = (*why, *explain(runs, workload), *streamed[:MOST_STREAMED])
         if why:
             ways = ways_out(spec, topology, dtype, longest)[1:]
             sentences += tuple(way for way in ways if not way.startswith("Offload"))
@@ -185,7 +187,8 @@ def _beyond_memory(
             f"Nothing of {spec.name} in its own precision fits {topology.name}: what does not stays in host memory, "
             "which leaves its answers as they are.",
         )
-    named = [(_as_named(spec, topology, c), p) for c, p in every]
+    # A cache in float8 is one change more, for little: left to who names it.
+    named = [(c if c.format.has_float8_kv else _as_named(spec, topology, c), p) for c, p in every]
     if not any(c.feasible and c.not_runnable is None for c, _ in named):
         return every, ()
     return named, (

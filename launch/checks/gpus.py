@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from cluster import catalog
 from cluster.nvml import Gpu
 from cluster.pci import gb_per_s
+from cluster.profile import MachineProfile
 from launch.findings import (
     GB,
     Check,
@@ -106,12 +107,25 @@ def check_copies(facts: MachineFacts) -> Iterator[Finding]:
                 f"{alone / GB:.1f} GB/s from pinned memory, of {slot:.0f} that PCIe {generation} x{lanes} has",
                 _why_slow(facts, gpu),
             )
-        elif together is not None and together < SHARED_COPY * alone and len(facts.gpus) > 1:
-            yield info(
-                title(gpu),
-                f"{alone / GB:.1f} GB/s from the host alone, {together / GB:.1f} while all GPUs copy both ways",
-                "nothing: they share a switch or the host's memory; the planner prices offloading by the latter",
-            )
+        elif len(facts.gpus) > 1:
+            yield from _shared(facts.measured, title(gpu), index, alone, together)
+
+
+def _shared(
+    measured: MachineProfile, subject: str, device: int, alone: float, together: float | None
+) -> Iterator[Finding]:
+    """A way to the host that GPUs have in common: pulls where they were timed, which is how offloaded weights come."""
+    what = "copy both ways"
+    for pull in measured.host_pulls:
+        if pull.device == device:
+            alone, together, what = pull.alone_bytes_per_s, pull.together_bytes_per_s, "pull"
+    if together is not None and together < SHARED_COPY * alone:
+        yield info(
+            subject,
+            f"{alone / GB:.1f} GB/s from the host alone, {together / GB:.1f} while all GPUs {what}",
+            "nothing: they share a switch or the host's memory; the planner prices offloading by what they pull "
+            "together",
+        )
 
 
 def _why_slow(facts: MachineFacts, gpu: Gpu) -> str:

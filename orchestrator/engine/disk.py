@@ -16,6 +16,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -79,6 +80,14 @@ class LayerFile:
         os.fsync(self._fd)
         os.posix_fadvise(self._fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
+    @property
+    def path(self) -> str:
+        """By which this process can open it once more."""
+        return f"/proc/self/fd/{self._fd}"
+
+    def start(self, layer: int) -> int:
+        return self._starts[layer]
+
     def read(self, to: memoryview, layer: int, start: int) -> None:
         """Bytes of a layer from `start` on."""
         done = 0
@@ -117,14 +126,53 @@ def _unusable(directory: Path, error: OSError) -> BadLayout:
     return BadLayout(f"--offload-dir {directory}: {error.strerror}; give a folder on a disk with room")
 
 
+class Reads(Protocol):
+    """How layers come from the file."""
+
+    @property
+    def told(self) -> str:
+        """By whom."""
+
+    def memory(self, n_bytes: int) -> Tensor:
+        """uint8 [n_bytes] that it reads into well."""
+
+    def begin(self, to: Tensor, layer: int, copied: torch.cuda.Event | None) -> list[Future[None]]:
+        """A whole layer, in the background, once what the memory held is `copied`."""
+
+
+class ThreadReads:
+    """Satisfies Reads."""
+
+    told = f"{READERS} threads"
+
+    def __init__(self, file: LayerFile) -> None:
+        self._file = file
+        self._readers = ThreadPoolExecutor(READERS, "offload")
+
+    def memory(self, n_bytes: int) -> Tensor:
+        return paged(n_bytes)
+
+    def begin(self, to: Tensor, layer: int, copied: torch.cuda.Event | None) -> list[Future[None]]:
+        view = to.numpy().data
+
+        def read(start: int) -> None:
+            if copied is not None:
+                copied.synchronize()
+            self._file.read(view[start : start + PIECE_BYTES], layer, start)
+
+        return [self._readers.submit(read, start) for start in range(0, len(to), PIECE_BYTES)]
+
+
 class DiskLayers:
     """Reads layers ahead, in the order in which every step wants them (satisfies offload.Layers)."""
 
-    def __init__(self, file: LayerFile, order: Sequence[int], *, on_gpu: bool) -> None:
-        self._file = file
-        self._readers = ThreadPoolExecutor(READERS, "offload")
+    def __init__(
+        self, file: LayerFile, order: Sequence[int], *, on_gpu: bool, reads: Reads | None = None
+    ) -> None:
+        """`reads`: by threads, unless it is told otherwise."""
+        self._file, self._reads = file, reads or ThreadReads(file)
         self._next = cycle(order)
-        self._staged = [paged(max(file.sizes)) for _ in range(min(STAGED, len(order)))]
+        self._staged = [self._reads.memory(max(file.sizes)) for _ in range(min(STAGED, len(order)))]
         if on_gpu:
             for memory in self._staged:
                 pin(memory)
@@ -161,12 +209,5 @@ class DiskLayers:
 
     def _send_for(self, memory: Tensor, copied: torch.cuda.Event | None) -> None:
         layer = next(self._next)
-        size, view = self._file.sizes[layer], memory.numpy().data
-
-        def read(start: int) -> None:
-            if copied is not None:
-                copied.synchronize()
-            self._file.read(view[start : min(size, start + PIECE_BYTES)], layer, start)
-
-        pieces = [self._readers.submit(read, start) for start in range(0, size, PIECE_BYTES)]
+        pieces = self._reads.begin(memory[: self._file.sizes[layer]], layer, copied)
         self._ahead.append((layer, memory, pieces))

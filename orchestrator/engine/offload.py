@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from orchestrator.engine.disk import DiskLayers, LayerFile, Spot
+from orchestrator.engine.disk import DiskLayers, LayerFile, Reads, Spot
 from orchestrator.engine.host_memory import paged, pin
 from strategies.offload import Streaming
 
@@ -50,20 +50,29 @@ class HostLayers:
 
 
 def stream(
-    model: nn.Module, streaming: Streaming, device: torch.device, file: LayerFile | None = None
+    model: nn.Module,
+    streaming: Streaming,
+    device: torch.device,
+    file: LayerFile | None = None,
+    reads: Reads | None = None,
 ) -> Stream | None:
     """Hooks the layers that are streamed on. None: all are resident.
 
-    They are packed in host memory, unless they are in a `file` already.
+    They are packed in host memory, unless they are in a `file` already, of which `reads` tells how it is read.
     """
     if not streaming.buffers:
         return None
-    return Stream(model, streaming, device, file)
+    return Stream(model, streaming, device, file, reads)
 
 
 class Stream:
     def __init__(
-        self, model: nn.Module, streaming: Streaming, device: torch.device, file: LayerFile | None = None
+        self,
+        model: nn.Module,
+        streaming: Streaming,
+        device: torch.device,
+        file: LayerFile | None = None,
+        reads: Reads | None = None,
     ) -> None:
         parts: Any = model
         layers = [parts.layers[i] for i in streaming.streamed]
@@ -86,7 +95,7 @@ class Stream:
             _point(layer, self._buffers[streaming.buffer_of(position)])
         if file is not None:
             file.finish()
-            self.disk = DiskLayers(file, streaming.order, on_gpu=on_gpu)
+            self.disk = DiskLayers(file, streaming.order, on_gpu=on_gpu, reads=reads)
         self._layers: Layers = HostLayers(packed) if file is None else self.disk
         for buffer, position in enumerate(self._holds):
             self._buffers[buffer][: self._sizes[position]].copy_(self._layers.whole(position))

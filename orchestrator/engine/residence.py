@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cluster.discover import read_cpu
 from orchestrator.engine.checkpoint import Checkpoint
-from orchestrator.engine.disk import READERS, LayerFile, free_bytes
+from orchestrator.engine.disk import LayerFile, Reads, ThreadReads, free_bytes
 from orchestrator.engine.loader import load
 from orchestrator.engine.memory import available_host_bytes, check_float8
 from orchestrator.engine.model import Transformer
@@ -20,7 +20,7 @@ from orchestrator.engine_config import EngineConfig
 from strategies import tensor
 from strategies.cost_memory import work_bytes
 from strategies.formats import FORMATS
-from strategies.offload import Streaming, check_host, resident_layers
+from strategies.offload import DEEPSPEED, Streaming, check_host, resident_layers
 from strategies.plan import Shard
 from strategies.quantize import as_kept
 from strategies.scheme import SPARSE24
@@ -29,6 +29,7 @@ from strategies.scheme import SPARSE24
 class DiskRate(NamedTuple):
     bytes_per_s: float
     is_direct: bool  # past the page cache
+    by: str
 
     def told(self, step_bytes: int) -> str:
         how = (
@@ -37,7 +38,7 @@ class DiskRate(NamedTuple):
             else "through the page cache, for the file system refuses direct reads"
         )
         most = f", which allows {self.bytes_per_s / step_bytes:.2f} steps a second" if step_bytes else ""
-        return f"a disk (read {how} by {READERS} threads, {self.bytes_per_s / 1e9:.2f} GB/s{most})"
+        return f"a disk (read {how} by {self.by}, {self.bytes_per_s / 1e9:.2f} GB/s{most})"
 
 
 class Residence(NamedTuple):
@@ -115,11 +116,27 @@ def loaded(
     room = _Room(config.offload_dir, streaming) if config.offload_dir and streaming.buffers else None
     load(model, shard, spec, checkpoint, device, dtype, progress, kept, streaming.streamed, room)
     file = None if room is None else room.file
-    streams = stream(model, streaming, device, file)
+    reads = None if file is None else _reads(config, file, on_gpu=device.type == "cuda")
+    streams = stream(model, streaming, device, file, reads)
     if streams is None:
         return model, Residence(layers, layers, 0)
-    rate = None if file is None else DiskRate(streams.disk.bytes_per_s, file.is_direct)
+    rate = (
+        None
+        if file is None or reads is None
+        else DiskRate(streams.disk.bytes_per_s, file.is_direct, reads.told)
+    )
     return model, Residence(layers, streaming.resident, streams.step_bytes, rate)
+
+
+def _reads(config: EngineConfig, file: LayerFile, *, on_gpu: bool) -> Reads:
+    """As asked for, or by threads where that is not to be had; who started it has said why."""
+    if config.offload_io == DEEPSPEED:
+        from orchestrator.engine import deepspeed_io  # brings DeepSpeed
+
+        extension, _ = deepspeed_io.opened()
+        if extension is not None and file.is_direct:
+            return deepspeed_io.AsyncReads(extension, file, on_gpu=on_gpu)
+    return ThreadReads(file)
 
 
 class _Room:

@@ -18,7 +18,7 @@ from cluster.nvml import GpuReport, read_gpus
 from cluster.paths import Op, curve_of
 from cluster.paths import Path as Way
 from cluster.pci import Hop, Slot, gb_per_s
-from cluster.profile import FORMAT, Detail, HostCopy, MachineProfile, PairCopy
+from cluster.profile import FORMAT, Detail, HostCopy, HostPull, MachineProfile, PairCopy
 from cluster.proof import Outcome, Proof, Step
 from launch import doctor
 from launch.checks import findings
@@ -103,6 +103,12 @@ def profile_of(
 
 def profiled(fake: FakeNvml, **figures: object) -> MachineFacts:
     return on(fake, profile=profile_of(read_gpus(fake), **figures))  # type: ignore[arg-type]
+
+
+def with_pulls(facts: MachineFacts, alone: float, together: float) -> MachineFacts:
+    assert facts.profile is not None
+    pulls = tuple(HostPull(n, alone, together) for n in range(len(facts.gpus)))
+    return replace(facts, profile=replace(facts.profile, host_pulls=pulls))
 
 
 def failed(rung: str, path: Way | None, outcome: Outcome, evidence: str, fix: str, *others: Step) -> Proof:
@@ -248,6 +254,12 @@ MACHINES: dict[str, tuple[MachineFacts, Severity, str, str]] = {
         INFO,
         "GPU 0 (GeForce RTX 4090)",
         "26.0 GB/s from the host alone, 9.0 while all GPUs copy both ways",
+    ),
+    "two cards behind one switch, as they pull": (
+        with_pulls(profiled(dual_4090(), from_host=(26e9, 20e9)), 26e9, 12e9),
+        INFO,
+        "GPU 0 (GeForce RTX 4090)",
+        "26.0 GB/s from the host alone, 12.0 while all GPUs pull",
     ),
     "memory at half its rate": (
         profiled(dual_4090(), read=0.5),

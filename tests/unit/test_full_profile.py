@@ -198,6 +198,7 @@ def test_people_see_tables_paths_and_crossovers(
         "TFLOP/s with a 8192 × 8192 weight, by rows",
         "pinned memory, GPU 1",
         "disk of /cache: 6.0 GB/s read",
+        "GB/s pulled from pinned memory",
         "all-reduce of 2 ranks, µs",
         "send-recv, nccl, in a graph",
         "fastest all-reduce of 2 ranks, inside graphs: peer memory, nccl from 1.3",

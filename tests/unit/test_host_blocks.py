@@ -234,5 +234,7 @@ def test_mistakes_are_told_with_their_way_out() -> None:
     ):
         check_room(32, 2, 48 * 10**9, "here")
     check_room(24, 2, 48 * 10**9, "here")
+    with pytest.raises(BadLayout, match=r"give 21\.9 or less"):
+        check_room(22, 1, 21_990_000_000, "here")
     with pytest.raises(BadLayout, match=r"a rank's takes 0.0021 GB; give more"):
         useful_blocks([HostRoom(0, 16 * 131072, 50e9, 989e12, 1e9)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 
 from cluster.errors import BadLayout, UserError
 from cluster.gang import Answer, Call, Gang, Member
-from launch.disk_limit import check_disks, limit, streamed_bytes, tell_disk
+from launch.disk_limit import check_disks, limit, open_reads, streamed_bytes, tell_disk
 from launch.memory import capped
 from launch.options import EngineOptions
 from launch.placed import Placed
 from launch.progress import Progress
-from orchestrator.engine.disk import LayerFile
+from orchestrator.engine import deepspeed_io
+from orchestrator.engine.deepspeed_io import AsyncReads
+from orchestrator.engine.disk import DiskLayers, LayerFile
 from orchestrator.engine.memory import capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
 from orchestrator.engine.residence import DiskRoom, Residence
@@ -89,8 +92,92 @@ def test_outputs_are_the_very_same_at_every_step(layers: int, resident: int) -> 
         assert torch.equal(streamed(x), whole(x))
 
 
+class Extension:
+    """DeepSpeed's, as far as it is asked: handles that read a file by its name."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.reads: list[tuple[int, int]] = []
+        self._fails = fails
+
+    def aio_handle(self, *sizes: object) -> Extension:
+        assert sizes == (2**20, 128, False, True, 1)
+        return self
+
+    def new_cpu_locked_tensor(self, n_bytes: int, like: Tensor) -> Tensor:
+        return torch.empty(n_bytes, dtype=like.dtype)
+
+    def sync_pread(self, to: Tensor, path: str, offset: int) -> int:
+        self.reads.append((offset, len(to)))
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return -1 if self._fails else int(file.readinto(to.numpy().data) == len(to))
+
+
+def test_deepspeeds_reader_that_fails_is_an_error_and_not_an_answer(tmp_path: Path) -> None:
+    file = LayerFile(tmp_path, [{}, {}, {}], [4096, 4096, 4096])
+    file.finish()
+    with pytest.raises(OSError, match="asynchronous I/O did not read 4096 bytes of layer 0"):
+        DiskLayers(file, [0, 1, 2], on_gpu=False, reads=AsyncReads(Extension(fails=True), file, on_gpu=False))
+
+
+def test_where_deepspeeds_cannot_be_opened_it_is_said_who_reads(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_headers = SimpleNamespace(is_compatible=lambda verbose: False)
+    modules = {
+        "deepspeed.ops.op_builder": SimpleNamespace(AsyncIOBuilder=lambda: without_headers),
+        "deepspeed.git_version_info": SimpleNamespace(installed_ops={}),
+    }
+    monkeypatch.setattr(deepspeed_io, "import_module", modules.__getitem__)
+    extension, why = deepspeed_io.opened.__wrapped__()
+    assert extension is None and why == "libaio's headers are missing; apt install libaio-dev"
+    gang = Nodes()
+    gang.answers["open_reads"] = why
+    open_reads([Placed(cast(Gang, gang), (0, 1, 2))], "tp3+offload", Progress())
+    said = capsys.readouterr().err
+    assert "tp3+offload: threads read in place of DeepSpeed's asynchronous I/O: libaio's headers" in said
+    assert said.count("threads read") == 1
+    gang.answers["open_reads"] = ""
+    open_reads([Placed(cast(Gang, gang), (0, 1, 2))], "tp3+offload", Progress())
+    assert capsys.readouterr().err == ""
+
+
+def test_the_lock_of_a_build_that_was_killed_stops_nobody(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    built: list[bool] = []
+
+    def load(verbose: bool) -> Extension:
+        built.append(any((tmp_path / part / "lock").exists() for part in ("async_io", "pin_memory")))
+        return Extension()
+
+    def folder(part: str, verbose: bool) -> str:
+        (tmp_path / part).mkdir(exist_ok=True)
+        (tmp_path / part / "lock").write_text("")
+        return str(tmp_path / part)
+
+    builder = SimpleNamespace(is_compatible=lambda verbose: True, load=load)
+    modules = {
+        "deepspeed.ops.op_builder": SimpleNamespace(AsyncIOBuilder=lambda: builder),
+        "deepspeed.git_version_info": SimpleNamespace(installed_ops={}),
+        "torch.utils.cpp_extension": SimpleNamespace(_get_build_directory=folder),
+    }
+    monkeypatch.setattr(deepspeed_io, "import_module", modules.__getitem__)
+    extension, why = deepspeed_io.opened.__wrapped__()
+    assert isinstance(extension, Extension) and why == "" and built == [False]
+
+    def fail(verbose: bool) -> None:
+        raise RuntimeError("no compiler\nat all")
+
+    builder.load = fail
+    assert deepspeed_io.opened.__wrapped__() == (None, "it does not compile: no compiler")
+
+
+@pytest.mark.parametrize("by_deepspeed", [False, True])
 @pytest.mark.parametrize(("layers", "resident"), [(4, 0), (5, 0), (7, 2), (2, 0), (3, 2)])
-def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_path: Path) -> None:
+def test_layers_from_a_disk_give_the_very_same(
+    layers: int, resident: int, by_deepspeed: bool, tmp_path: Path
+) -> None:
     whole, streamed = Stack(layers), Stack(layers)
     streaming = Streaming(layers, resident)
     parts = [spots(streamed.layers[i], f"layers.{i}") for i in streaming.streamed]
@@ -105,12 +192,15 @@ def test_layers_from_a_disk_give_the_very_same(layers: int, resident: int, tmp_p
         for i in streaming.streamed:
             for parameter in streamed.layers[i].parameters():
                 parameter.zero_()  # what is computed with came from the file
-    found = stream(streamed, streaming, CPU, file)
+    extension = Extension()
+    reads = AsyncReads(extension, file, on_gpu=False) if by_deepspeed else None
+    found = stream(streamed, streaming, CPU, file, reads)
     assert isinstance(found, Stream)
     assert list(tmp_path.iterdir()) == []
     for step in range(4):
         x = torch.full((2, 7), 0.1 * step + 0.1)
         assert torch.equal(streamed(x), whole(x))
+    assert (len(extension.reads) > 0) == (by_deepspeed and layers - resident > BUFFERS)
 
 
 def test_a_disk_without_room_is_said_with_its_figures(tmp_path: Path) -> None:
@@ -224,8 +314,13 @@ class Nodes:
         places = (("10.0.0.1", "a"), ("10.0.0.2", "b"), ("10.0.0.1", "a"))
         self.members = tuple(Member(i, ip, node, 100 + i, 0, "") for i, (ip, node) in enumerate(places))
         self.timed: list[tuple[int, bool]] = []
+        self.answers: dict[str, object] = {}
 
-    def call(self, index: int, method: str, timed: bool) -> Call:
+    def call(self, index: int, method: str, timed: bool = False) -> Call:
+        if method in self.answers:
+            told = Call(self.members[index], method)
+            told.settle(Answer(self.answers[method]))
+            return told
         assert method == "disk_room"
         self.timed.append((index, timed))
         member, gb = self.members[index], 10**9

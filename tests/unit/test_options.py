@@ -171,6 +171,7 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
         ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
         ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
         ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),
+        ("--layout tp1+offload --offload-io deepspeed", "is of --offload-dir; give a folder"),
         ("--layout tp1+sparse24+offload", "keeps all layers on the device; leave \\+offload away"),
         ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
         ("--device-memory-gb nan", "must be from 1 to 10000 GB"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -271,6 +272,9 @@ def test_what_is_refused_stands_in_the_table_with_its_arithmetic_below(
         "What +int4 and +int8 do to answers cannot be told: the weights are random (--weights dummy)." in out
     )
     assert sum("ppl ?" in line for line in lines) == 2
+    assert re.search(
+        r"tp2\+int8\+offload: \d+ of a rank's 80 layers resident; [\d.]+ GB come from host memory", out
+    )
 
 
 def test_quality_stands_beside_speed() -> None:

@@ -85,6 +85,29 @@ __device__ __forceinline__ u64 matrix(u32 address) {
   return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
 }
 
+// Of each stage: its blocks have come, and all who read them have.
+__device__ __forceinline__ void open_stages(u32 full, u32 empty) {
+  if (threadIdx.x == 0) {
+    for (int s = 0; s < STAGES; s++) {
+      barrier_init(full + 8 * s, 1);
+      barrier_init(empty + 8 * s, WGS * 4 * SHARE);
+    }
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  }
+  if (SHARE > 1) cluster_sync(); else __syncthreads();
+}
+
+// 64 columns of K, 16 at a time: begun, not ended.
+template <int COUNT>
+__device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, int add) {
+  asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  wgmma(d, a, b, add);
+  wgmma(d, a + 2, b + 2, 1);
+  wgmma(d, a + 4, b + 4, 1);
+  wgmma(d, a + 6, b + 6, 1);
+  asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+}
+
 __device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
 #if MANY
@@ -103,14 +126,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
   const int cluster = blockIdx.x / SHARE, clusters = gridDim.x / SHARE;
   asm volatile("griddepcontrol.launch_dependents;");
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WGS * 4 * SHARE);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  if (SHARE > 1) cluster_sync(); else __syncthreads();
+  open_stages(full, empty);
   asm volatile("griddepcontrol.wait;" ::: "memory");
 
   const int blocks = (K + 63) / 64;
@@ -140,12 +156,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
       barrier_wait(full + 8 * s, phase);
       const u32 stage = tiles_at + s * STAGE_BYTES;
       const u64 w = matrix(stage + X_BYTES + group * 8192), x = matrix(stage);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-      wgmma(d, w, x, i != 0);
-      wgmma(d, w + 2, x + 2, 1);
-      wgmma(d, w + 4, x + 4, 1);
-      wgmma(d, w + 6, x + 6, 1);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      multiply(d, w, x, i != 0);
       if (i) {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (lane < SHARE) barrier_arrive(empty + 8 * before, lane);
@@ -210,14 +221,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
   const int tile = blockIdx.x / CLUSTER * SHARE + place;
   const int blocks = (K + 63) / 64, begin = blocks * part / SPLIT, count = blocks * (part + 1) / SPLIT - begin;
   asm volatile("griddepcontrol.launch_dependents;");
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WGS * 4 * SHARE);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  if (SHARE > 1) cluster_sync(); else __syncthreads();
+  open_stages(full, empty);
 
   float d[BN / 2];
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, group = threadIdx.x / 128;
@@ -250,12 +254,7 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
       barrier_wait(full + 8 * s, phase);
       const u32 stage = tiles_at + s * STAGE_BYTES;
       const u64 x = matrix(stage + group * 8192), w = matrix(stage + X_BYTES);
-      asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-      wgmma(d, x, w, i != 0);
-      wgmma(d, x + 2, w + 2, 1);
-      wgmma(d, x + 4, w + 4, 1);
-      wgmma(d, x + 6, w + 6, 1);
-      asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+      multiply(d, x, w, i != 0);
       if (i) {
         asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
         if (lane < SHARE) barrier_arrive(empty + 8 * before, lane * SPLIT + part);

@@ -25,7 +25,7 @@ class Cap:
         self._device, self._most = device, most_bytes
         # Else gaps between what is kept grow: 1 GB of 25.3 where layers are streamed, and an allocation of 108 MB
         # failed (Qwen2.5-32B at tp2, 2026-11-22).
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
         self._at_first, self._total = torch.cuda.mem_get_info(device)
 
     @property

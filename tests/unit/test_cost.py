@@ -167,8 +167,8 @@ def test_data_sheets_alone_predict_our_batches_on_two_h100s(layout):
     assert made.output_tokens_per_s == pytest.approx(OURS_BATCH[layout], rel=0.08)
 
 
-# Formats of ours on one H100, 2026-11-22, python -m tests.bench.formats_bench (docs/accuracy.md has the commits): ms from token to token
-# of one sequence at a context of 576, of 128 at 96; prompt tokens a second in steps of 8,192.
+# Formats of ours on one H100, 2026-11-22, python -m tests.bench.formats_bench (docs/accuracy.md): ms from token to
+# token of one sequence at a context of 576, of 128 at 96; prompt tokens a second in steps of 8,192.
 FORMATS_MEASURED = {
     "tp1": (5.12, 7.55, 44239),
     "tp1+int8": (3.29, 8.23, 42433),

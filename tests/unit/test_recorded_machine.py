@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pynvml
@@ -18,11 +18,14 @@ from cluster.paths import Path as Way
 from cluster.topology import LinkKind, Topology
 from launch import doctor
 from launch.checks import findings
-from launch.findings import MachineFacts
+from launch.findings import MachineFacts, Severity
 from launch.profile import path_lines
 from tests.fake_nvml import FakeNvml, dual_4090, dual_h100
 from tests.recorded_nvml import Recorded, Recorder, plain, recorded
 from tests.unit.test_doctor import HEALTHY
+
+ANSWERS = Path(__file__).parents[1] / "topologies" / "2xh100_answers.json"
+"""All that the driver answered on another such machine, idle, as tests/recorded_nvml.py writes it (2026-11-22)."""
 
 FOLDER = Path(__file__).parents[1] / "topologies" / "2xh100"
 MB = 1 << 20
@@ -121,6 +124,36 @@ def test_a_recording_gives_the_report_again(fake: FakeNvml) -> None:
     report = read_gpus(recorder)
     assert read_gpus(Recorded(json.loads(json.dumps(recorder.answers)))) == report
     assert len(report.gpus) == 2
+
+
+def test_all_that_a_driver_answered_agrees_with_what_the_screens_showed() -> None:
+    """But for names of the one machine, and what changes by the hour: clocks of idle GPUs are low."""
+    whole, shown = read_gpus(recorded(ANSWERS)), machine(peers=True)[0]
+    assert len(whole.gpus) == len(shown.gpus) == 2
+    for answered, screen in zip(whole.gpus, shown.gpus, strict=True):
+        changes = {
+            "uuid": screen.uuid,
+            "sm_clock_mhz": screen.sm_clock_mhz,
+            "temperature_c": screen.temperature_c,
+        }
+        known = {name: value for name, value in asdict(screen).items() if value is not None}
+        assert {name: asdict(answered)[name] for name in known} | changes == known
+        assert (answered.sm_clock_mhz, answered.ecc, answered.mig, answered.watts_limit_default) == (
+            345,
+            True,
+            False,
+            700,
+        )
+        assert answered.memory_bytes_per_s == pytest.approx(3.352e12, rel=1e-3)
+    assert whole.peer_access == {(0, 1): True}
+
+
+def test_an_idle_machine_as_it_answered_has_nothing_wrong() -> None:
+    binding = recorded(ANSWERS)
+    report, topology = read_gpus(binding), discover(peer_access=True, binding=binding)
+    assert topology.link(0, 1).kind is LinkKind.NVLINK
+    found = findings(replace(HEALTHY, report=report, peer_access=True, profile=None, proof=None))
+    assert [f for f in found if f.severity in (Severity.ERROR, Severity.WARNING)] == []
 
 
 def test_a_recording_takes_whole_arrays_of_structures() -> None:

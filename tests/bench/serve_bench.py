@@ -45,7 +45,10 @@ Ask = Callable[[list[int]], Awaitable[tuple[float, int]]]
 ALONE, AT_ONCE = "engine alone", "all at once"
 COMPLETIONS = "/v1/completions"
 VLLM_START_S = 300.0
-VLLM_ENVIRONMENT = {"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"}
+VLLM_ENVIRONMENT = {
+    **{"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
+    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # as vs_vllm.py runs it, where FlashInfer need not be in vLLM's folder
+}
 
 
 # --- load -------------------------------------------------------------------------------------------------------
@@ -320,8 +323,14 @@ def main() -> None:
     args.no_enable_prefix_caching = True
     options = engine_options(args)
     found = measure_ours(args, options)
+    show(found)
     if args.vllm_site is not None and args.vllm_model is not None:
         found["vLLM's server"] = measure_vllm(args, options.spec.vocab)
+        show(found)
+
+
+def show(found: dict[str, Result]) -> None:
+    """Also before vLLM's server is tried: it may not start."""
     table = Table("", "tokens/s", "of the engine, asked so", "TTFT p50 ms", "TTFT p99 ms")
     for name, result in found.items():
         beside = found[ALONE if "ttft_p50_ms" in result else AT_ONCE]
@@ -329,7 +338,7 @@ def main() -> None:
         rate, p50, p99 = ("–" if figure is None else f"{figure:,.1f}" for figure in figures)
         table.add_row(name, rate, f"{_rate(result) / _rate(beside):.1%}", p50, p99)
     Console(width=100).print(table)
-    print(json.dumps({"command": " ".join(sys.argv[1:]), **found}))
+    print(json.dumps({"command": " ".join(sys.argv[1:]), **found}), flush=True)
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def test_compiled_kernels(
 
     monkeypatch.setattr(hopper.cuda, "compile_sources", compile_sources)
     whole = hopper.binaries([hopper.MANY], torch.bfloat16)
-    damage(next(tmp_path.rglob("hopper.cubin")))
+    damage(next(tmp_path.rglob("kernel.cubin")))
     assert hopper.binaries([hopper.MANY], torch.bfloat16) == whole
     assert hopper.binaries([hopper.MANY], torch.bfloat16) == whole
     assert compiled == [1, 1]

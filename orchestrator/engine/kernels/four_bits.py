@@ -1,11 +1,10 @@
 """Up to 128 rows times weights in 4 bits by tensor cores (four_bits.cu), on any GPU from sm_80 on.
 
-Compiled by NVRTC, kept where Triton keeps its kernels. Dimensions: M rows of x, N output channels, K columns.
+Dimensions: M rows of x, N output channels, K columns.
 """
 
 from __future__ import annotations
 
-import hashlib
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
@@ -13,16 +12,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from triton.runtime.cache import get_cache_manager
 
 from cluster.collectives import cuda
+from orchestrator.engine.kernels.compiled import binaries
 from orchestrator.engine.kernels.quantized_dot import added
 
 FEW_ROWS, MOST_ROWS = 8, 128
 CHUNK = 128  # columns that a warp takes at a time
 PROCESSORS = 132
 """An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs."""
-_FILE = "four_bits.cubin"
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +156,8 @@ def _kernel(
     tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, gated: bool, device: torch.device
 ) -> cuda.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
-    module = cuda.load(binary(source(tile, group, dtype, scales, gated), f"sm_{major}{minor}"))
+    text = source(tile, group, dtype, scales, gated)
+    module = cuda.load(binaries([text], f"sm_{major}{minor}")[0])
     if isinstance(tile, Few):
         return cuda.Kernel(module, "few_rows")
     return cuda.Kernel(module, "tens_of_rows", tile.shared_bytes)
@@ -179,14 +178,3 @@ def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
 @cache
 def _text() -> str:
     return Path(__file__).with_suffix(".cu").read_text()
-
-
-def binary(text: str, architecture: str) -> bytes:
-    """Compiled in a process of its own, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
-    kept = get_cache_manager(
-        hashlib.sha256(f"{torch.version.cuda} {architecture} {text}".encode()).hexdigest()
-    )
-    if kept.get_file(_FILE) is None:
-        (made,) = cuda.compile_sources([text], architecture)
-        kept.put(made, _FILE)
-    return Path(kept.get_file(_FILE)).read_bytes()

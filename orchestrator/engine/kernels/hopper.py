@@ -1,24 +1,22 @@
 """Products y = x Wᵀ by Hopper's own instructions (hopper.cu): up to 256 rows as fast as the weights arrive, and
-SiLU(gate) × up of many rows without writing the product down. Compiled by NVRTC, kept where Triton keeps its kernels.
+SiLU(gate) × up of many rows without writing the product down.
 
 Dimensions: M rows of x, N rows and K columns of the weight.
 """
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from triton.runtime.cache import get_cache_manager
 
 from cluster.collectives import cuda
+from orchestrator.engine.kernels import compiled
 
 ARCHITECTURE = "sm_90a"  # wgmma is in no other
 SHARED_BYTES = 227 * 1024  # of a processor, for one block
@@ -26,8 +24,6 @@ REGISTERS = 16384  # of each of the four parts of a processor that warps are dea
 BLOCK_K = 64  # columns of x and W at a time: 128 bytes, the widest swizzle
 MOST_ROWS = 256  # of x in one tile
 LARGEST_CLUSTER = 8  # that every device takes
-_FILE = "hopper.cubin"
-_DIGEST_BYTES = 32  # of SHA-256
 _KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -169,32 +165,8 @@ def _text() -> str:
 
 
 def binaries(tiles: Sequence[Tile], dtype: torch.dtype) -> dict[Tile, bytes]:
-    """Compiled here, several at once, or by an earlier start with the same CUDA. Needs NVRTC but no GPU."""
-    kept = {tile: _kept(source(tile, dtype)) for tile in tiles}
-    found = {tile: binary for tile in tiles if (binary := _whole(kept[tile].get_file(_FILE))) is not None}
-    missing = [tile for tile in tiles if tile not in found]
-    made = cuda.compile_sources([source(tile, dtype) for tile in missing], ARCHITECTURE) if missing else []
-    for tile, binary in zip(missing, made, strict=True):
-        kept[tile].put(hashlib.sha256(binary).digest() + binary, _FILE)
-    return {**found, **dict(zip(missing, made, strict=True))}
-
-
-def _whole(path: str | None) -> bytes | None:
-    """A binary as it was kept, behind its digest; None where there is none, or another's bytes are in it."""
-    if path is None:
-        return None
-    try:
-        content = Path(path).read_bytes()
-    except OSError:
-        return None
-    digest, binary = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return binary if hashlib.sha256(binary).digest() == digest else None
-
-
-def _kept(text: str) -> Any:
-    """Where a source's binary is kept: a folder of Triton's cache."""
-    key = hashlib.sha256(f"{torch.version.cuda} {ARCHITECTURE} {text}".encode()).hexdigest()
-    return get_cache_manager(key)
+    """Needs NVRTC but no GPU."""
+    return dict(zip(tiles, compiled.binaries([source(t, dtype) for t in tiles], ARCHITECTURE), strict=True))
 
 
 class Product:

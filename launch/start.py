@@ -31,7 +31,7 @@ from orchestrator.supervisor import RestartPolicy, Supervisor
 from orchestrator.text import Text
 from orchestrator.worker import Worker
 from strategies.formats import FORMATS
-from strategies.host_kv import check_room, told, useful_blocks
+from strategies.host_kv import check_block, check_room, told, useful_blocks
 from strategies.offload import DEEPSPEED
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
@@ -140,7 +140,10 @@ def deployment(
     """
     # Where no plan knows better: as many at once as may be.
     most = Workload(concurrency=options.max_num_seqs)
-    shards = shards or shard_replica(options.spec, dims, workload=most, kept=FORMATS[options.format])
+    kept = FORMATS[options.format]
+    shards = shards or shard_replica(options.spec, dims, workload=most, kept=kept)
+    if options.host_kv_gb is not None:
+        check_block(options.host_kv_gb, options.spec, shards, kept, options.dtype, options.block_size)
     with ExitStack() as owned:
         gangs: list[Gang] = []
         owned.callback(kill_all, gangs)

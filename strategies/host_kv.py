@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import floor
 
 from cluster.errors import BadLayout, UserError
+from strategies.formats import Format
 from strategies.plan import Shard
 from strategies.spec import ModelSpec
 
@@ -40,14 +41,9 @@ def block_flops(spec: ModelSpec, shard: Shard, block_size: int) -> float:
 
 
 def useful_blocks(rooms: Sequence[HostRoom]) -> int:
-    """Blocks of every rank, 0 where computing them again is faster. Raises BadLayout where not one fits."""
-    if (blocks := min(room.blocks for room in rooms)) < 1:
-        most = max(room.block_bytes for room in rooms)
-        raise BadLayout(
-            f"--host-kv-gb holds no KV block: a rank's takes {most / 1e9:.4f} GB; give more, or leave it away"
-        )
+    """Blocks of every rank, 0 where computing them again is faster."""
     slowest = _slowest(rooms)
-    return blocks if slowest.comes_s < slowest.computed_s else 0
+    return min(room.blocks for room in rooms) if slowest.comes_s < slowest.computed_s else 0
 
 
 def told(rooms: Sequence[HostRoom], block_size: int) -> str:
@@ -88,6 +84,20 @@ def check_asked(gb: float | None, *, prefix_caching: bool, has_blocks: bool) -> 
     if not prefix_caching:
         raise UserError(
             "--host-kv-gb finds blocks by their prefix; leave it away, or --no-enable-prefix-caching"
+        )
+
+
+def check_block(
+    gb: float, spec: ModelSpec, shards: Sequence[Shard], kept: Format, dtype: str, block_size: int
+) -> None:
+    """What each rank gets holds a block of it, as orchestrator/engine/kv_cache.py counts one. Raises BadLayout."""
+    heads = max(len(shard.layers) * len(shard.kv_heads) for shard in shards)
+    needed = round(2 * heads * spec.head_dim * block_size * kept.bytes_per_kv(dtype))
+    if int(gb * 1e9) < needed:
+        enough = (needed // 10_000 + 1) / 1e5
+        raise BadLayout(
+            f"--host-kv-gb {gb:g} holds no KV block: one of {block_size} tokens takes {needed / 1e6:.3g} MB of a rank; "
+            f"give {enough:g} or more, or leave it away"
         )
 
 

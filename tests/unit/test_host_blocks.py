@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.errors import BadLayout, UserError
+from orchestrator.engine.kv_cache import block_bytes, kept_dtype
 from orchestrator.host_blocks import HostPool
 from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import NOT_FINITE, Move, Step, StepResult
-from strategies.host_kv import HostRoom, block_flops, check_asked, check_room, told, useful_blocks
+from strategies.host_kv import (
+    HostRoom,
+    block_flops,
+    check_asked,
+    check_block,
+    check_room,
+    told,
+    useful_blocks,
+)
 from strategies.pipeline import shard_replica
-from strategies.plan import ParallelDims
+from strategies.plan import Layout, ParallelDims
+from strategies.tensor import local_spec
 from tests.unit.machines import LLAMA_8B
 from tests.unit.test_scheduler import CheckedRanks, answer, request, run_all
 
@@ -236,5 +248,20 @@ def test_mistakes_are_told_with_their_way_out() -> None:
     check_room(24, 2, 48 * 10**9, "here")
     with pytest.raises(BadLayout, match=r"give 21\.9 or less"):
         check_room(22, 1, 21_990_000_000, "here")
-    with pytest.raises(BadLayout, match=r"a rank's takes 0.0021 GB; give more"):
-        useful_blocks([HostRoom(0, 16 * 131072, 50e9, 989e12, 1e9)])
+
+
+@pytest.mark.parametrize("name", ["tp1", "tp2", "pp2", "pp3", "tp2+kvfp8"])
+@pytest.mark.parametrize("block_size", [4, 16])
+def test_what_holds_no_block_of_the_engines_is_refused_with_what_would(name: str, block_size: int) -> None:
+    layout = Layout.parse(name)
+    shards = shard_replica(LLAMA_8B, layout.dims)
+    told_of = LLAMA_8B, shards, layout.format, "bfloat16", block_size
+    dtype = kept_dtype(torch.bfloat16, layout.format.has_float8_kv)
+    most = max(block_bytes(local_spec(LLAMA_8B, shard), block_size, dtype) for shard in shards)
+    check_block(most / 1e9 + 1e-9, *told_of)
+    with pytest.raises(BadLayout, match=f"holds no KV block: one of {block_size} tokens") as refused:
+        check_block((most - 1) / 1e9, *told_of)
+    enough = re.search("give (.+) or more, or leave it away$", str(refused.value))
+    assert enough is not None
+    check_block(float(enough[1]), *told_of)
+    assert float(enough[1]) * 1e9 - most <= 10_000

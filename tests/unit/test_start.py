@@ -121,6 +121,16 @@ def test_every_host_has_room_for_the_kv_of_its_ranks() -> None:
         start._check_host_room(placed, 11)
 
 
+def test_host_memory_of_less_than_a_block_is_refused_before_a_worker_starts() -> None:
+    asked = replace(OPTIONS, host_kv_gb=1e-5)  # 10,000 bytes
+    nobody = cast(Any, object())  # of whom nothing can be asked
+    with (
+        pytest.raises(BadLayout, match=r"--host-kv-gb 1e-05 holds no KV block: .* give 0\.\d+ or more"),
+        start.deployment(nobody, ONE, asked, Progress(quiet=True)),
+    ):
+        pass
+
+
 class OneByOne:
     """Satisfies Devices; the deployment's replicas were two."""
 

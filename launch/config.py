@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import difflib
 import math
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,7 +107,8 @@ class Fields:
     @classmethod
     def of(cls, where: str, value: object, known: Sequence[str]) -> Fields:
         if not isinstance(value, dict):
-            raise BadRecipe(f"{where} is {value!r}; it must be a mapping of {', '.join(known)}")
+            told = reprlib.repr(value)  # another kind of file is all one value
+            raise BadRecipe(f"{where} is {told}; it must be a mapping of {', '.join(known)}")
         for key in value:
             if key not in known:
                 near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.0)[0]

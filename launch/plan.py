@@ -186,13 +186,14 @@ def check_lengths(spec: ModelSpec, workload: Workload, max_model_len: int | None
     """Prompt and output fit the context asked for, and that the model's positions. Raises BadRequest."""
     length = workload.prompt_tokens + workload.output_tokens
     longest = spec.max_positions if max_model_len is None else max_model_len
+    if longest < 1:
+        raise BadRequest(f"--max-model-len is {longest:,}; it must be at least 1")
     if longest > spec.max_positions:
         raise BadRequest(f"--max-model-len is {longest:,}; {spec.name} has {spec.max_positions:,} positions")
     if length > longest:
         asked = f"{workload.prompt_tokens:,} prompt and {workload.output_tokens:,} output tokens"
-        raise BadRequest(
-            f"{asked} are {length:,}; a sequence of {spec.name} may have {longest:,}: ask for less"
-        )
+        way_out = "ask for less" + (f", or --max-model-len {length}" if length <= spec.max_positions else "")
+        raise BadRequest(f"{asked} are {length:,}; a sequence of {spec.name} may have {longest:,}: {way_out}")
 
 
 def choose_dtype(asked: str, spec: ModelSpec, topology: Topology) -> str:
@@ -225,7 +226,9 @@ def show(
     if made.chosen is not None:
         parts.append(f"Use {made.chosen.layout.name} for {workload.objective}.")
     elif not any(candidate.feasible and candidate.not_runnable is None for candidate in made.candidates):
-        parts.append("Nothing fits that would be chosen; what is marked * is planned only, or must be named.")
+        starred = any(candidate.feasible for candidate in made.candidates)
+        told = "; what is marked * is planned only, or must be named" if starred else ""
+        parts.append(f"Nothing fits that would be chosen{told}.")
     parts.append(bullets(made.explanation))
     wide = Console(highlight=False, markup=False)
     width = wide.width if wide.is_terminal else WIDTH
@@ -298,7 +301,7 @@ def _row(candidate: Candidate) -> Sequence[str]:
         f"{made.memory_bytes_per_device / 1e9:.1f}",
         f"{made.kv_tokens:,}",
         f"{made.share_of_limit:.0%}",
-        "" if usd is None else f"{usd:.2f}",
+        "" if usd is None else f"{usd:,.2f}",
     )
 
 

@@ -91,7 +91,7 @@ def explain_planned_only(
     )
     if chosen is None:
         step = _what_a_step_is(best)
-        return (f"{_why_apart(best)}: {best.layout.name} would give {gives}.", step)
+        return (f"{_why_apart(best)}: {best.layout.name} would give {gives}.", step, *_what_it_streams(best))
     ratio = score(_made(chosen), chosen.dims, workload) / score(made, best.dims, workload)
     if ratio < _VISIBLE:
         return ()
@@ -100,7 +100,11 @@ def explain_planned_only(
         Objective.THROUGHPUT: f"give {ratio:.2f} times the tokens a second",
         Objective.COST: f"cost {1 / ratio:.0%} a token",
     }[workload.objective]
-    return (f"{_why_apart(best)}: {best.layout.name} would {gain}: {gives}.",)
+    return (f"{_why_apart(best)}: {best.layout.name} would {gain}: {gives}.", *_what_it_streams(best))
+
+
+def _what_it_streams(candidate: Candidate) -> tuple[str, ...]:
+    return (f"{candidate.layout.name}: {candidate.marked[-1]}.",) if candidate.offload else ()
 
 
 def _why_apart(candidate: Candidate) -> str:
@@ -172,9 +176,9 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
         devices = count(second.dims.world_size, "device")
         return f"{second.layout.name} does as well with {devices}; a tie goes to fewer devices, then fewer stages."
     verdict = {
-        Objective.LATENCY: f"takes {ratio - 1:.1%} longer for a request",
+        Objective.LATENCY: f"takes {_more(ratio, 'longer', 'long')} for a request",
         Objective.THROUGHPUT: f"gives {1 - 1 / ratio:.1%} fewer tokens a second",
-        Objective.COST: f"costs {ratio - 1:.1%} more a token",
+        Objective.COST: f"costs {_more(ratio, 'more', 'much')} a token",
     }[workload.objective]
     causes = [*ours.breakdown, *(c for c in theirs.breakdown if c not in ours.breakdown)]
     change = {c: theirs.breakdown.get(c, 0.0) - ours.breakdown.get(c, 0.0) for c in causes}
@@ -186,6 +190,10 @@ def _why_it_lost(best: Candidate, second: Candidate, workload: Workload) -> str:
     step = f"per decode step {', '.join(told[:3])}; " if told else ""
     first = signed_ms(theirs.ttft_s - ours.ttft_s)
     return f"{second.layout.name} comes next and {verdict}: {step}to the first token {first}."
+
+
+def _more(ratio: float, comparative: str, positive: str) -> str:
+    return f"{ratio - 1:.1%} {comparative}" if ratio < 2 else f"{ratio:,.1f} times as {positive}"
 
 
 def _rivals(ahead: Sequence[Placement], placements: Sequence[Placement]) -> list[Placement]:

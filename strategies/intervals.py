@@ -20,13 +20,14 @@ MIXTURES = 0.30
 MEASURED_HERE = 0.05  # the same load again, another day
 FIRST_TOKEN = 2.0  # times as far
 
-_OVER_LINKS = ("all_reduce", "all_gather", "all_to_all", "send_recv", "offload")
+_OVER_LINKS = ("all_reduce", "all_gather", "all_to_all", "send_recv")
 
 
 def spread(placement: Placement, made: Estimate) -> float:
     """Of TPOT and throughput, as a share: each cause by where its figures come from.
 
-    Devices and links are wrong independently of each other; all that one of them causes is wrong together.
+    Devices and links are wrong independently of each other; all that one of them causes is wrong together. A device
+    pulls streamed layers over its own slot, known as well as the device is: there are no other devices to link to.
     """
     if made.source != MODEL:
         return MEASURED_HERE
@@ -34,8 +35,10 @@ def spread(placement: Placement, made: Estimate) -> float:
     links = [placement.topology.link(a, b).provenance for a, b in pairwise(placement.devices)]
     total = sum(made.breakdown.values())
     over_links = sum(made.breakdown.get(cause, 0.0) for cause in _OVER_LINKS) / total
-    parts = [(1 - over_links) * max(DEVICES[p] for p in devices)]
+    over_slots = made.breakdown.get("offload", 0.0) / total
+    parts = [(1 - over_links - over_slots) * max(DEVICES[p] for p in devices)]
     parts.append(over_links * max((LINKS[p] for p in links), default=0.0))
+    parts.append(over_slots * max(LINKS[p] for p in devices))
     if not placement.spec.is_dense:
         parts.append(MIXTURES)
     return math.hypot(*parts)

@@ -172,8 +172,9 @@ def _pinned(placement: Placement, layout: Layout, workload: Workload) -> int | N
 
 
 def unknown_host(placement: Placement, needs: Sequence[Memory]) -> str | None:
-    """What a host must have of which nothing is known."""
-    if placement.room.on_disk or any(placement.topology.host_bytes.values()):
+    """What a host must have of which nothing is known. A CPU's own memory is the host's, and known."""
+    cpu = placement.topology.devices[placement.devices[0]].kind == "cpu"
+    if cpu or placement.room.on_disk or any(placement.topology.host_bytes.values()):
         return None
     pinned = sum(need.pinned for need in needs)
     return f"it takes {gb(pinned)} of host memory, of which nothing is known here: --host-memory-gb tells"

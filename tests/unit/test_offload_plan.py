@@ -277,3 +277,28 @@ def test_two_layers_in_the_buffers_come_from_nowhere() -> None:
     assert (need.streamed, need.streaming.buffers) == (0, BUFFERS)
     assert need.pinned > 0
     assert "offload" not in estimate(placed, Workload()).breakdown
+
+
+def test_what_one_card_streams_is_no_surer_than_its_slot():
+    made = plan(LLAMA_70B, box("h100", 1), Workload(), "bfloat16", layouts=[Layout.parse("tp1+offload")])
+    assert made.candidates[0].estimate is not None
+    assert 0.3 < made.candidates[0].estimate.spread < 0.4
+
+
+def test_what_is_far_behind_is_told_in_times_not_in_thousands_of_per_cent():
+    names = [Layout.parse(name) for name in ("tp2+int4", "tp2+offload")]
+    said = " ".join(plan(LLAMA_70B, box("rtx-4090", 2), Workload(), "bfloat16", layouts=names).explanation)
+    assert re.search(r"tp2\+offload comes next and takes \d\d\.\d times as long for a request", said)
+
+
+def test_what_would_be_streamed_in_fewer_bits_is_told_with_the_memory_that_it_takes():
+    said = plan(LLAMA_70B, box("rtx-4090", 1), Workload(), "bfloat16", wide=True).explanation
+    assert re.search(r"tp1\+int4(\+kvfp8)?\+offload: .* it takes \d+\.\d GB of host memory", said[-1])
+
+
+def test_a_cpus_own_memory_is_known():
+    machine = with_devices(box("h100", 1), kind="cpu", host_bytes_per_s=None)
+    room = Room(resident=5)
+    noted = plan(LLAMA_8B, machine, Workload(), "bfloat16", layouts=[Layout.parse("tp1+offload")], room=room)
+    assert noted.candidates[0].marked[-1].startswith("5 of a rank's 32 layers resident")
+    assert "of which nothing is known" not in noted.candidates[0].marked[-1]

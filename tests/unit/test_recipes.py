@@ -288,6 +288,12 @@ def test_a_missing_file_names_those_that_ship(tmp_path):
         read_machine(str(tmp_path))
 
 
+def test_another_kind_of_file_is_not_printed_whole(tmp_path):
+    with pytest.raises(BadRecipe, match=r"is 'words .*'; it must be a mapping") as caught:
+        read(tmp_path, "words " * 1000)
+    assert len(str(caught.value)) < 400
+
+
 def test_a_file_that_is_no_text_is_refused(tmp_path):
     path = tmp_path / "box.yaml"
     path.write_bytes(b"\xff\xfe\x00\x80")

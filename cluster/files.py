@@ -42,7 +42,8 @@ def read_back(path: Path, kind: type[T]) -> T | None:
 
 
 def tell_damaged(path: Path, error: Exception) -> None:
-    _tell(path, (str(error).splitlines() or [type(error).__name__])[0][:200])
+    why = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    _tell(path, (why.splitlines() or [type(error).__name__])[0][:200])
 
 
 @functools.cache  # once, however often it is looked at

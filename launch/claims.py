@@ -44,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.device != "auto" and not args.measure:
+        raise BadRequest("--device is of --measure; add that, or leave --device away")
     found = _measured(args) if args.measure else None
     answered = [(claim, claim.check()) for claim in chosen(args.ids)]
     if args.report:

@@ -118,7 +118,7 @@ class Fields:
     def text(self, key: str, default: object = _REQUIRED) -> str:
         value = self._get(key, default)
         if not isinstance(value, str) or not value:
-            raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be a string")
+            raise BadRecipe(f"{self.where}: {key} is {value!r}; it must be a string, and not empty")
         return value
 
     def integer(self, key: str, default: int, low: int, high: int) -> int:

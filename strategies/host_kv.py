@@ -62,8 +62,9 @@ def told(rooms: Sequence[HostRoom], block_size: int) -> str:
         )
     if not blocks:
         return f"no KV is kept in host memory, for {comes}, and {computed}"
-    gb = max(room.block_bytes for room in rooms) * blocks / 1e9
-    return f"host memory keeps {blocks * block_size} KV tokens more ({gb:.1f} GB a rank): {comes}, {computed}"
+    taken = max(room.block_bytes for room in rooms) * blocks
+    size = f"{taken / 1e9:.1f} GB" if taken >= 10**8 else f"{taken / 1e6:.3g} MB"
+    return f"host memory keeps {blocks * block_size} KV tokens more ({size} a rank): {comes}, {computed}"
 
 
 def _slowest(rooms: Sequence[HostRoom]) -> HostRoom:

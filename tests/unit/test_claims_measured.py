@@ -154,6 +154,8 @@ def test_only_measurable_claims_are_measured(capsys):
     assert __main__.main(["claims", "A1", "--measure"]) == 2
     said = capsys.readouterr().err
     assert "--measure is of A6 and C5, not of A1" in said and said.count("\n") == 1
+    assert __main__.main(["claims", "A6", "--device", "cpu"]) == 2
+    assert "--device is of --measure; add that, or leave --device away" in capsys.readouterr().err
 
 
 def test_it_is_told_in_all_three_ways(capsys, monkeypatch, tmp_path: Path):

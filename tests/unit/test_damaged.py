@@ -72,6 +72,11 @@ def test_a_profile(damage: Callable[[Path], None], told: Callable[[], list[str]]
     assert profile.read(path) == profile_of()
 
 
+def test_a_folder_in_its_place_is_named_once(told: Callable[[], list[str]], tmp_path: Path) -> None:
+    assert profile.read(tmp_path) is None
+    assert told() == [f"{tmp_path} is damaged (Is a directory): it counts as missing"]
+
+
 def test_a_proof(damage: Callable[[Path], None], told: Callable[[], list[str]], tmp_path: Path) -> None:
     one = proof.Proof(proof.FORMAT, PAIR.name, profile.fingerprint_of(PAIR), "2026-11-22", 2, (), {})
     proof.keep(one, tmp_path, PAIR)

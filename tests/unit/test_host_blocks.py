@@ -222,6 +222,7 @@ def test_a_block_comes_back_where_that_is_faster_than_to_compute_it() -> None:
         "host memory keeps 16000 KV tokens more (2.1 GB a rank): a block of 16 tokens comes back in 0.042 ms "
         "(2.10 MB at 50.0 GB/s), computing it takes 0.226 ms or more (223.3 GFLOP at 989 TFLOP/s)"
     )
+    assert "keeps 320 KV tokens more (41.9 MB a rank)" in told([replace(room, blocks=20)], 16)
     slow = replace(room, bytes_per_s=5e9)
     assert useful_blocks([room, slow]) == 0
     assert "no KV is kept in host memory, for a block of 16 tokens comes back in 0.419 ms" in told(

@@ -145,6 +145,7 @@ MISTAKES = {
     "model: {name: smollm2}\nserve: {layout: tp0}": "layout 'tp0': every size must be at least 1",
     "model: {name: smollm2}\nserve: {layout: 2}": "layout is 2; it must be a string",
     "model: {name: smollm2}\nserve: {device: gpu}": "device is 'gpu'; the nearest known is cpu",
+    "model: {name: smollm2}\nserve: {name: ''}": "name is ''; it must be a string, and not empty",
     "model: {name: smollm2}\nserve: {name: a b}": "name is 'a b'; it must be of a-z",
     "model: {name: smollm2}\nserve: {name: ../x}": "name is '../x'; it must be of a-z",
     "model: {name: smollm2}\nserve: {served_model_name: [1]}": "served_model_name is [1]; it must be a name or a list",

@@ -29,12 +29,14 @@ COMPILE_TIMEOUT_S = 3600.0  # a quarter of an hour on two busy cores
 
 def tell_disk(
     options: EngineOptions, chosen: Candidate, topology: Topology, workload: Workload, progress: Progress
-) -> None:
-    """Reads from the disk for a moment. Raises UserError where the folder cannot be written to."""
+) -> float | None:
+    """Reads from the disk for a moment; bytes/s, None where nothing reads it or it has no room. Raises UserError where
+    the folder cannot be written to."""
     n_bytes = streamed_bytes(options, chosen, topology, workload)
     rate = disk_rate(options, reads=n_bytes > 0)
     if rate is not None:  # else the start refuses it, by how much is missing
         progress.say(limit(chosen.layout.name, n_bytes, rate))
+    return rate
 
 
 def disk_rate(options: EngineOptions, *, reads: bool = True) -> float | None:

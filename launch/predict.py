@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.busy import with_what_is_left
 from cluster.errors import BadLayout, NoFeasiblePlan
@@ -111,15 +111,18 @@ def planned(
     layouts = (
         None if dims is None else [Layout(dims, FORMATS[options.format], options.offload, options.zero3)]
     )
-    made = predict(options, topology, workload, layouts, kept=shelf_of(options, topology).read())
+    kept = shelf_of(options, topology).read()
+    made = predict(options, topology, workload, layouts, kept=kept)
     if made.chosen is None:
         why = " ".join(made.explanation)
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
+    fits = made.chosen
     if dims is None:
         progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
     if options.offload_dir is not None and options.address is None:  # elsewhere, those who read from it tell
-        tell_disk(options, made.chosen, topology, workload, progress)
-    return Planned(made.chosen, made, topology)
+        rate = tell_disk(options, made.chosen, topology, workload, progress)
+        made = predict(replace(options, disk_bytes_per_s=rate), topology, workload, layouts, kept=kept)
+    return Planned(made.chosen or fits, made, topology)
 
 
 def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:

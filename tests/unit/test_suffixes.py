@@ -13,6 +13,7 @@ import torch
 
 from cluster.errors import UserError
 from launch.configured import engine_config
+from launch.disk_limit import streamed_bytes
 from launch.options import add_engine_arguments, add_layout_arguments, check_blocks, engine_options, layout
 from launch.predict import planned
 from launch.progress import Progress
@@ -115,3 +116,21 @@ def test_what_is_refused_is_refused_before_anything_starts(
 def test_what_goes_together_runs(name: str, resident: int, models: dict[str, Path]) -> None:
     found = asked(name, models[MODELS[0]])
     assert isinstance(found, Residence) and found.resident == resident
+
+
+def test_a_start_is_priced_by_the_disk_that_it_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is served tells users and metrics no more tokens/s than the disk allows."""
+    monkeypatch.setattr("launch.disk_limit.disk_rate", lambda options, reads: 1e7)
+    parser = argparse.ArgumentParser()
+    add_engine_arguments(parser)
+    add_layout_arguments(parser)
+    flags = ["--layout", "tp1+offload", "--resident-layers", "10", "--offload-dir", str(tmp_path)]
+    args = parser.parse_args(
+        ["qwen3-8b", "--weights", "dummy", "--device", "cpu", "--dtype", "bfloat16", *flags]
+    )
+    options, dims = engine_options(args), layout(args)
+    made = planned(options, Workload(16, 16), dims, Progress(quiet=True))
+    assert made.topology is not None and made.candidate.estimate is not None
+    n_bytes = streamed_bytes(options, made.candidate, made.topology, Workload(16, 16))
+    assert n_bytes > 10**9
+    assert made.candidate.estimate.tpot_s > 0.9 * n_bytes / 1e7

@@ -11,11 +11,17 @@ from launch.options import EngineOptions
 from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
 from strategies.engines import CPU, OURS, Engine, engine, with_limits
+from strategies.formats import FORMATS
 from strategies.offload import Room
-from strategies.plan import ParallelDims
+from strategies.plan import Layout, ParallelDims
 
 JOIN_TIMEOUT_S = 120.0
 OFFLOAD_KV_TOKENS = 8192  # of cache, that offloaded layers leave room for
+
+
+def layout_name(options: EngineOptions, dims: ParallelDims) -> str:
+    """`tp2+int4+offload`."""
+    return Layout(dims, FORMATS[options.format], options.offload, options.zero3).name
 
 
 def engine_config(options: EngineOptions, dims: ParallelDims) -> EngineConfig:

@@ -15,7 +15,7 @@ from typing import Protocol, runtime_checkable
 from cluster.channel import Via
 from cluster.errors import GangDied
 from cluster.gang import Call, Gang, Member, results
-from launch.configured import JOIN_TIMEOUT_S, engine_config, limits_for
+from launch.configured import JOIN_TIMEOUT_S, engine_config, layout_name, limits_for
 from launch.disk_limit import check_disks, open_reads
 from launch.head import adopt, check_head
 from launch.links import only_proved, prove_first_layer
@@ -24,7 +24,6 @@ from launch.placed import CALL_TIMEOUT_S, Placed, Ready, everywhere, kill_all, r
 from launch.progress import Progress
 from orchestrator.admission import QueueLimits
 from orchestrator.coordinator import Coordinator
-from orchestrator.engine_config import EngineConfig
 from orchestrator.replica import GangReplica, Watchdog
 from orchestrator.scheduler import SchedulerConfig
 from orchestrator.supervisor import RestartPolicy, Supervisor
@@ -153,9 +152,10 @@ def deployment(
         if known is None:
             gangs.clear()
             prove_first_layer(options, dims, engine_config(options, dims), progress)
-            progress.say(f"{dims.name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
+            name = layout_name(options, dims)
+            progress.say(f"{name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
-            with progress.waiting(f"{dims.name}: starting workers"):
+            with progress.waiting(f"{name}: starting workers"):
                 gangs += found.acquire(Worker, sizes, options.device, timeout_s=ACQUIRE_TIMEOUT_S)
         placed = [Placed(gang, ranks_of(gang)) for gang in gangs]
         limits, weight_bytes, shards = known or _made_ready(placed, shards, dims, options, progress)
@@ -178,26 +178,27 @@ def _made_ready(
     options: EngineOptions,
     progress: Progress,
 ) -> Ready:
-    progress.say(f"{dims.name}: connecting its ranks")
-    _join(placed, shards, engine_config(options, dims), dims, progress)
+    name = layout_name(options, dims)
+    progress.say(f"{name}: connecting its ranks")
+    _join(placed, shards, dims, options, progress)
     if options.compatible:
-        progress.say(f"{dims.name}: {compatibility(options.spec)}")
+        progress.say(f"{name}: {compatibility(options.spec)}")
     stored = options.spec.published
     if stored is not None and not FORMATS[options.format].weights:
         progress.say(
-            f"{dims.name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
+            f"{name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
         )
     if options.host_kv_gb is not None:
         _check_host_room(placed, options.host_kv_gb)
     if options.offload_dir is not None and options.offload:
-        check_disks(placed, dims.name, options, progress)
+        check_disks(placed, name, options, progress)
         if options.offload_io == DEEPSPEED:
-            open_reads(placed, dims.name, progress)
-    weight_bytes = _load(placed, dims, progress)
+            open_reads(placed, name, progress)
+    weight_bytes = _load(placed, name, progress)
     if options.offload:
-        _tell_residence(placed, dims, progress)
+        _tell_residence(placed, name, progress)
     if options.device == "cuda":
-        _choose_kernels(placed, dims, progress)
+        _choose_kernels(placed, name, progress)
     return Ready(_fit(placed, dims, options, progress), weight_bytes, shards)
 
 
@@ -245,12 +246,12 @@ class Restarting:
         self._gangs[number] = gang
         if unwanted.is_set():  # else whoever sets it kills the gang, which ends what follows
             gang.kill()
-        placed = [Placed(gang, ranks_of(gang))]
+        placed, name = [Placed(gang, ranks_of(gang))], layout_name(options, dims)
         try:
-            _join(placed, self._shards, engine_config(options, dims), dims, quiet)
-            _load(placed, dims, quiet)
+            _join(placed, self._shards, dims, options, quiet)
+            _load(placed, name, quiet)
             if options.device == "cuda":
-                _choose_kernels(placed, dims, quiet)
+                _choose_kernels(placed, name, quiet)
             _fit(placed, dims, options, quiet, as_before=self._limits)
             return _serve(placed[0], self._shards, options)
         except BaseException:
@@ -261,11 +262,12 @@ class Restarting:
 def _join(
     placed: Sequence[Placed],
     shards: Sequence[Shard],
-    config: EngineConfig,
     dims: ParallelDims,
+    options: EngineOptions,
     progress: Progress,
 ) -> None:
     """Each replica's ranks meet; how a stage's small sums go is told where it has several ranks."""
+    config = engine_config(options, dims)
     calls: list[Call] = []
     for replica in placed:
         host = _host(replica)
@@ -276,7 +278,7 @@ def _join(
     paths = results(calls, JOIN_TIMEOUT_S + CALL_TIMEOUT_S)
     if dims.tp > 1:
         for path in dict.fromkeys(paths):
-            progress.say(f"{dims.name}: small sums through {path}")
+            progress.say(f"{layout_name(options, dims)}: small sums through {path}")
 
 
 def _host(replica: Placed) -> str:
@@ -294,28 +296,28 @@ def _check_host_room(placed: Sequence[Placed], gb: float) -> None:
         check_room(gb, ranks_on[node_id], available, member.node)
 
 
-def _load(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> list[int]:
+def _load(placed: Sequence[Placed], name: str, progress: Progress) -> list[int]:
     """All ranks load at once; the bar shows the bytes of all."""
     calls = everywhere(placed, "load")
-    with progress.bar(f"{dims.name}: loading weights") as bar:
+    with progress.bar(f"{name}: loading weights") as bar:
         while not all(call.wait(LOOK_S) for call in calls):
             parts = results(everywhere(placed, "loaded_bytes"), CALL_TIMEOUT_S)
             bar.update(sum(done for done, _ in parts), sum(total for _, total in parts))
     return results(calls, CALL_TIMEOUT_S)
 
 
-def _tell_residence(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+def _tell_residence(placed: Sequence[Placed], name: str, progress: Progress) -> None:
     """One line for all ranks that have the same."""
     for found in dict.fromkeys(results(everywhere(placed, "residence"), CALL_TIMEOUT_S)):
-        progress.say(f"{dims.name}: {found.told}")
+        progress.say(f"{name}: {found.told}")
 
 
-def _choose_kernels(placed: Sequence[Placed], dims: ParallelDims, progress: Progress) -> None:
+def _choose_kernels(placed: Sequence[Placed], name: str, progress: Progress) -> None:
     """Every rank times its own GPU; one line each, unless they choose differently."""
     for what in ("attention", "products"):
         chosen = results(everywhere(placed, f"choose_{what}"), LOAD_TIMEOUT_S)
         for path, reason in dict(reversed(chosen)).items():  # the first rank's reason
-            progress.say(f"{dims.name}: {what} by {path}: {reason}")
+            progress.say(f"{name}: {what} by {path}: {reason}")
 
 
 def _fit(
@@ -330,7 +332,8 @@ def _fit(
 
     `as_before`: what the other replicas have; there may be some blocks fewer now, but the context must fit.
     """
-    progress.say(f"{dims.name}: sizing the KV cache")
+    name = layout_name(options, dims)
+    progress.say(f"{name}: sizing the KV cache")
     blocks = min(results(everywhere(placed, "fit_blocks"), LOAD_TIMEOUT_S))
     if as_before is None:
         limits = limits_for(blocks, dims, options)
@@ -341,10 +344,10 @@ def _fit(
     if options.host_kv_gb is not None and as_before is None:
         rooms = results(everywhere(placed, "host_room"), CALL_TIMEOUT_S)
         limits = replace(limits, host_blocks=useful_blocks(rooms))
-        progress.say(f"{dims.name}: {told(rooms, options.block_size)}")
+        progress.say(f"{name}: {told(rooms, options.block_size)}")
     results(everywhere(placed, "allocate", limits), LOAD_TIMEOUT_S)  # locking host memory: 5 GB/s and less
     if options.device == "cuda" and options.captures:
-        progress.say(f"{dims.name}: capturing decode steps as CUDA graphs")
+        progress.say(f"{name}: capturing decode steps as CUDA graphs")
         results(everywhere(placed, "capture"), LOAD_TIMEOUT_S)
     return limits
 

@@ -39,16 +39,13 @@ from orchestrator.jobs import Job, examine
 from orchestrator.journal import Journal
 from orchestrator.request import SamplingParams
 from strategies.plan import ParallelDims
+from tests.bench.vs_vllm import VLLM_ENVIRONMENT
 
 Result = dict[str, float]
 Ask = Callable[[list[int]], Awaitable[tuple[float, int]]]
 ALONE, AT_ONCE = "engine alone", "all at once"
 COMPLETIONS = "/v1/completions"
 VLLM_START_S = 300.0
-VLLM_ENVIRONMENT = {
-    **{"VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1", "VLLM_LOGGING_LEVEL": "WARNING"},
-    "VLLM_USE_FLASHINFER_SAMPLER": "0",  # as vs_vllm.py runs it, where FlashInfer need not be in vLLM's folder
-}
 
 
 # --- load -------------------------------------------------------------------------------------------------------
@@ -261,7 +258,12 @@ def measure_vllm(args: argparse.Namespace, vocab: int) -> Result:
     command += ["--max-model-len", str(args.max_model_len), "--max-num-seqs", str(args.max_num_seqs)]
     command += ["--gpu-memory-utilization", str(args.gpu_memory_utilization)]
     command += ["-tp", str(dims.tp), "-pp", str(dims.pp), "-dp", str(dims.dp), *args.vllm_flag]
-    environment = {**os.environ, **VLLM_ENVIRONMENT, "PYTHONPATH": str(args.vllm_site.resolve())}
+    environment = {
+        **os.environ,
+        **VLLM_ENVIRONMENT,
+        "VLLM_LOGGING_LEVEL": "WARNING",
+        "PYTHONPATH": str(args.vllm_site.resolve()),
+    }
     with subprocess.Popen(command, env=environment) as server:
         try:
             _wait_for(server, port)

@@ -3,9 +3,9 @@
 `single` is one request of 512 random prompt tokens, the least of three times with 1 and with 129 tokens; `batch` is
 all requests at once. Both engines run random weights, greedily, past any end of text, without a prefix cache, on the
 same share of GPU memory. vLLM runs in a script of its own (--vllm-script), which takes --n, --isl, --osl, --tp, --pp,
---barrier and --no-custom-ar and prints a line `RESULT {…}`. Layouts with `host` at the end run with NCCL_P2P_DISABLE=1,
-as cards without peer access do. Every run is a process of its own with a time limit; one that fails leaves the others'
-results.
+--barrier, --no-custom-ar and --quantization, and prints a line `RESULT {…}`. Layouts with `host` at the end run with
+NCCL_P2P_DISABLE=1, as cards without peer access do. Every run is a process of its own with a time limit; one that
+fails leaves the others' results.
 """
 
 from __future__ import annotations
@@ -208,7 +208,7 @@ def _vllm_replica(args: argparse.Namespace, dims: ParallelDims, replica: int, ba
     command += ["--osl", str(args.output_tokens), "--max-seqs", str(args.max_num_seqs)]
     own = environment(args.layout, PYTHONPATH=str(args.vllm_site.resolve()), **VLLM_ENVIRONMENT)
     if dims.replica_size == 1:
-        own["CUDA_VISIBLE_DEVICES"] = str(replica)
+        own["CUDA_VISIBLE_DEVICES"] = str(visible(dims.dp)[replica])
     text, _ = run_child(command, own, script.parent, args.limit_s["vllm"], until="RESULT ")
     return parse_result(text)
 
@@ -219,6 +219,8 @@ def vllm_flags(layout: str, dims: ParallelDims, barrier: str) -> list[str]:
         flags += ["--barrier", barrier]
     if "host" in layout and dims.tp > 1:  # its own all-reduce wants peer access
         flags.append("--no-custom-ar")
+    if layout_of(layout).format.name == "fp8":  # vLLM makes it at load too
+        flags += ["--quantization", "fp8"]
     return flags
 
 

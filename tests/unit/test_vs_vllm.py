@@ -81,6 +81,7 @@ def test_a_layout_with_host_at_its_end_runs_without_peer_access(monkeypatch: pyt
     ]
     assert vllm_flags("pp2host", dims_of("pp2host"), "b") == ["--tag", "pp2host", "--tp", "1", "--pp", "2"]
     assert vllm_flags("dp2", dims_of("dp2"), "b")[-2:] == ["--barrier", "b"]
+    assert vllm_flags("tp1+fp8", dims_of("tp1+fp8"), "b")[-2:] == ["--quantization", "fp8"]
 
 
 def test_least_bytes_and_flops_of_llama_8b() -> None:

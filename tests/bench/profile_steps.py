@@ -27,7 +27,7 @@ from orchestrator.scheduler import Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
 from orchestrator.worker import Worker
 from strategies.pipeline import shard_replica
-from strategies.plan import ParallelDims
+from strategies.plan import Layout
 from strategies.source import spec_of
 from strategies.spec import Workload
 
@@ -92,18 +92,20 @@ def run_rank(rank: int, args: argparse.Namespace, port: int, done: Any) -> None:
 
 def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -> None:
     """As launch/start.py gets a rank ready."""
-    source, dims = resolve(args.model), ParallelDims.parse(args.layout)
-    spec, on_gpu = spec_of(source), args.device == "cuda"
+    source, layout = resolve(args.model), Layout.parse(args.layout)
+    spec, on_gpu, dims = spec_of(source), args.device == "cuda", layout.dims
     config = EngineConfig(
         source,
         spec,
         "bfloat16",
         args.device,
+        format=layout.format.name,
         dummy_weights=True,
         max_num_batched_tokens=args.max_num_batched_tokens,
         memory_utilization=0.88,
+        memory_cap_bytes=None if args.device_memory_gb is None else int(args.device_memory_gb * 1e9),
     )
-    shards = shard_replica(spec, dims, workload=Workload(concurrency=args.requests))
+    shards = shard_replica(spec, dims, workload=Workload(concurrency=args.requests), kept=layout.format)
     worker.join(config, shards[rank], f"tcp://127.0.0.1:{port}", rank)
     worker.load()
     attention = worker.choose_attention() if on_gpu else ("torch's SDPA", "no GPU")
@@ -187,16 +189,17 @@ def _synchronize(on_gpu: bool) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layout", default="tp1")
+    parser.add_argument("--layout", default="tp1", help="tp1, pp2, tp2+int4")
     parser.add_argument("--model", default="llama-3.1-8b")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument("--device-memory-gb", type=float, help="of each card, such as 25.3")
     parser.add_argument("--traces", type=Path, help="a folder for Chrome's traces")
     parser.add_argument("--prefill-only", action="store_true", help="spares the start its graphs")
     args = parser.parse_args()
-    world_size = ParallelDims.parse(args.layout).world_size
+    world_size = Layout.parse(args.layout).dims.world_size
     done = multiprocessing.get_context("spawn").SimpleQueue()
     multiprocessing.spawn(run_rank, (args, free_port(), done), nprocs=world_size)  # type: ignore[no-untyped-call]
 

@@ -27,9 +27,14 @@ LOOK_S = 0.25  # between two looks at how far it is
 
 
 def run_here(args: argparse.Namespace, source: Source) -> int:
-    from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
-    from launch.predict import planned
+
+    check_output(args.output)
+    endpoint = endpoint_of(source)
+    dims, options = layout(args), engine_options(args)
+    check_blocks(options)
+    from launch.generation_config import read as read_generation
+    from launch.predict import planned  # torch: after what can be refused without
     from launch.progress import Progress
     from launch.serve import conditions_of
     from launch.start import cluster, deployment
@@ -38,10 +43,6 @@ def run_here(args: argparse.Namespace, source: Source) -> int:
     from orchestrator.text import text_of
     from strategies.spec import Objective, Workload
 
-    check_output(args.output)
-    endpoint = endpoint_of(source)
-    dims, options = layout(args), engine_options(args)
-    check_blocks(options)
     generation = read_generation(options.source)
     options = replace(options, spec=generation.applied(options.spec), grammars=True)
     directory: Path = args.job_dir or args.output.with_suffix(".job")

@@ -64,15 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from cluster.errors import NoFeasiblePlan
-    from launch.compare_layouts import refused
-    from launch.compare_quality import why_unknown
-    from launch.compare_run import plans_of
-    from launch.disk_limit import disk_rate
     from launch.options import check_blocks, engine_options
-    from launch.predict import measured_machine, this_machine
-    from launch.progress import Progress
-    from launch.report import Comparison
 
     loads = [workload_of(argparse.Namespace(**{**vars(args), "concurrency": n})) for n in args.concurrency]
     workload = loads[0]
@@ -83,6 +75,15 @@ def run(args: argparse.Namespace) -> int:
         options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens
     )
     check_blocks(options)
+    from cluster.errors import NoFeasiblePlan
+    from launch.compare_layouts import refused
+    from launch.compare_quality import why_unknown
+    from launch.compare_run import plans_of  # torch: after what can be refused without
+    from launch.disk_limit import disk_rate
+    from launch.predict import measured_machine, this_machine
+    from launch.progress import Progress
+    from launch.report import Comparison
+
     progress = Progress()
     topology = this_machine(options) if args.no_measure else measured_machine(options, progress)
     if options.offload_dir is not None:

@@ -61,10 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from launch.options import check_blocks, engine_options, layout
-    from launch.predict import planned, workload_of
-    from launch.progress import Progress
     from orchestrator.request import SamplingParams
-    from orchestrator.text import text_of
 
     sampling = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
@@ -72,6 +69,10 @@ def run(args: argparse.Namespace) -> int:
     dims = layout(args)
     options = engine_options(args)
     check_blocks(options)
+    from launch.predict import planned, workload_of  # torch: after what can be refused without
+    from launch.progress import Progress
+    from orchestrator.text import text_of
+
     text = text_of(options.source)
     prompts = _prompts(args, sampling, text, options)
     progress = Progress()

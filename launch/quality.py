@@ -37,20 +37,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    import torch
-
     from cluster.errors import BadModel, BadRequest
-    from launch.progress import Progress
     from launch.texts import BUNDLED, bundled, read_text
-    from orchestrator.engine.memory import check_float8
-    from orchestrator.engine.quality import check_memory, windows_of
-    from orchestrator.text import text_of
-    from strategies.formats import FORMATS
 
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
     text = bundled() if args.text is None else read_text(args.text)
     asked = options_of(args.model, args.device, args.dtype, args.layout)
+    import torch  # after what can be refused without
+
+    from launch.progress import Progress
+    from orchestrator.engine.memory import check_float8
+    from orchestrator.engine.quality import check_memory, windows_of
+    from orchestrator.text import text_of
+    from strategies.formats import FORMATS
+
     check_float8(FORMATS[asked.format], torch.device(config_of(asked).device))
     of = options_of(args.against or args.model, args.device, "float32", "tp1")
     if asked.spec.vocab != of.spec.vocab:

@@ -55,10 +55,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import BadModel, BadRequest
     from launch.models import resolve
-    from launch.options import choose_device
-    from launch.progress import Progress
-    from orchestrator.engine.checkpoint import open_checkpoint
-    from orchestrator.text import text_of
     from strategies.quantize import can_remake, one_group
     from strategies.runnable import check_known
     from strategies.source import spec_of
@@ -73,6 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
     group = one_group(spec, args.group)
+    from launch.options import choose_device
+    from launch.progress import Progress
+    from orchestrator.engine.checkpoint import open_checkpoint  # torch: after what can be refused without
+    from orchestrator.text import text_of
+
     device = choose_device(args.device)
     text = text_of(source)
     windows = _windows(args, spec, text)

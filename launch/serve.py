@@ -118,9 +118,6 @@ def _run(args: argparse.Namespace, listener: socket.socket, keys: list[str]) -> 
     from launch.generation_config import read as read_generation
     from launch.options import check_blocks, engine_options, layout
     from launch.plan import workload_of
-    from launch.predict import planned
-    from launch.progress import Progress
-    from orchestrator.text import text_of
 
     workload = workload_of(args)
     dims = layout(args)
@@ -131,6 +128,10 @@ def _run(args: argparse.Namespace, listener: socket.socket, keys: list[str]) -> 
             dims = _ran_before(note, args)
         options = replace(engine_options(args), grammars=True, kept_as=args.kept_as)
         check_blocks(options)
+        from launch.predict import planned  # torch: after what can be refused without
+        from launch.progress import Progress
+        from orchestrator.text import text_of
+
         generation = GenerationConfig() if args.no_generation_config else read_generation(options.source)
         options = replace(options, spec=generation.applied(options.spec))
         text = text_of(options.source)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +33,37 @@ def test_help_is_quick_and_imports_nothing_heavy() -> None:
     assert done.returncode == 0
     assert done.stderr == "[]\n"
     assert all(name in done.stdout for name in ("plan", "compare", "generate", "doctor"))
+
+
+MISTYPED = f"""
+import sys
+from launch.__main__ import main
+for command in (
+    "generate smolm2 --prompt hi",
+    "serve smolm2 --port 0",
+    "compare smolm2",
+    "plan smolm2",
+    "batch run smolm2 {{path}} -o out.jsonl",
+    "quantize smolm2 --to int4 -o out",
+    "quality smolm2 --layout tp1",
+    "generate smollm2 --prompt hi --max-model-len 100000",
+):
+    code = main(command.split())
+    print(code, [name for name in {HEAVY[:3]} if name in sys.modules])
+"""
+
+
+def test_a_model_mistyped_is_refused_before_anything_heavy_is_imported(tmp_path: Path) -> None:
+    """Torch alone takes 4 s and more to import."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text('{"prompt": "hi"}')
+    source = MISTYPED.replace("{path}", str(prompts))
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, env=environment
+    )
+    assert done.stdout == "2 []\n" * 8, done.stderr
+    assert done.stderr.count("no model 'smolm2'") == 7, done.stderr
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -46,7 +45,7 @@ def disk_rate(options: EngineOptions, *, reads: bool = True) -> float | None:
 
     assert options.offload_dir is not None
     try:
-        os.makedirs(options.offload_dir, exist_ok=True)
+        options.offload_dir.mkdir(exist_ok=True)
         found = disk_read(str(options.offload_dir)) if reads else None
     except OSError as error:
         raise UserError(

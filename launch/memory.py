@@ -6,6 +6,7 @@ import argparse
 from dataclasses import replace
 
 from cluster.errors import UserError
+from cluster.files import LOG
 from cluster.topology import Topology
 from strategies.cost_memory import CAP_SLACK
 from strategies.engines import Engine
@@ -34,6 +35,19 @@ def check_memory(args: argparse.Namespace) -> None:
         value = getattr(args, flag)
         if value is not None and not 1 <= value <= MOST_GB:  # nan too
             raise UserError(f"--{flag.replace('_', '-')} is {value:g}; it must be from 1 to {MOST_GB:.0f} GB")
+
+
+def check_device_memory(gb: float | None, device: str, *, asked: str = "auto") -> None:
+    """Where the devices turn out to be CPUs a line says that it is for nothing. Raises UserError where a CPU was
+    asked for."""
+    if gb is None or device != "cpu":
+        return
+    if asked == "cpu":
+        raise UserError(
+            f"--device-memory-gb {gb:g} is of GPUs; leave it away with --device cpu, where --num-gpu-blocks-override "
+            "bounds the KV cache"
+        )
+    LOG.warning("--device-memory-gb %g is of GPUs, and there is none: it changes nothing", gb)
 
 
 def capped(topology: Topology, device_gb: float | None, host_gb: float | None = None) -> Topology:

@@ -6,27 +6,20 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from cluster.errors import BadLayout, BadModel, UserError
+from cluster.errors import BadLayout, UserError
 from launch.machine import peers_allowed
-from launch.memory import add_memory_arguments, check_memory
+from launch.memory import add_memory_arguments, check_device_memory
 from launch.models import resolve
+from launch.option_checks import check_address, check_compatible, check_offload, check_sizes
 from strategies.formats import FORMATS, PLAIN
 from strategies.host_kv import check_asked
 from strategies.offload import DEEPSPEED, THREADS
 from strategies.plan import Layout, ParallelDims
 from strategies.quantize import as_kept, can_remake, kept_on, native, or_native
-from strategies.runnable import check_layout, is_known, why_not
-from strategies.source import ModelSource, SourceKind, spec_of
+from strategies.runnable import check_layout, is_known
+from strategies.source import ModelSource, spec_of
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
-_MOST = {  # far over what serves well anywhere, under what would fail only for want of memory
-    "max_model_len": 10**8,
-    "max_num_seqs": 65_536,
-    "max_num_batched_tokens": 10**6,
-    "block_size": 1024,
-    "num_gpu_blocks_override": 10**9,
-}
-_LONGEST_STEP_S = 86_400
 LEAST_CONTEXT = 512  # tokens: where nobody asked for a context, less is no use
 
 
@@ -216,15 +209,16 @@ def _named(args: argparse.Namespace) -> Layout | None:
 
 def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> EngineOptions:
     """Checks every flag, reads the model's config and the headers of its weights. Raises UserError."""
-    _check_sizes(args)
-    address = _address(args.address)
+    check_sizes(args)
+    check_address(args.address)
+    address: str | None = args.address
     source = resolve(args.model)
     spec = spec_of(source)
     named = _named(args)
     zero3 = named is not None and named.zero3
     known = is_known(spec) and not zero3
     if not known:
-        _check_compatible(args, source, spec)
+        check_compatible(args, named, source, spec)
     if needs_weights and source.path is None and args.weights == "checkpoint":
         raise UserError(
             f"{args.model} is a built-in spec, a config without weights; add --weights dummy, or give a directory "
@@ -242,11 +236,12 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         address is not None and args.device != "auto"
     )  # who asks for it there has seen what is there
     device = args.device if is_elsewhere else choose_device(args.device)
+    check_device_memory(args.device_memory_gb, device, asked=args.device)
     spec = kept_on(device, spec)
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
-    _check_offload(args, spec, is_here=address is None)
+    check_offload(args, spec, is_here=address is None)
     caching = not args.no_enable_prefix_caching
     check_asked(args.host_kv_gb, prefix_caching=caching, has_blocks=known)
     return EngineOptions(
@@ -286,50 +281,6 @@ def _folder(text: str) -> Path:
     return Path(text)
 
 
-def _check_offload(args: argparse.Namespace, spec: ModelSpec, *, is_here: bool) -> None:
-    """What tells of offload has an offloaded layout to tell of. Raises UserError."""
-    resident, folder = args.resident_layers, args.offload_dir
-    names = str(getattr(args, "layouts", None) or getattr(args, "layout", None) or "auto").split(",")
-    named = [Layout.parse(name) for name in names if name != "auto"]
-    offloaded = [made for made in named if made.offload and not made.zero3]
-    for flag, value in (("resident-layers", resident), ("offload-dir", folder)):
-        if value is not None and any(made.zero3 for made in named) and not offloaded:
-            raise UserError(
-                f"--{flag} is of the engine's +offload; ZeRO-3 keeps every layer off the device: leave it away"
-            )
-        if value is not None and not offloaded:
-            raise UserError(f"--{flag} is of offloaded layouts; add --layout tp1+offload, or leave it away")
-    if args.offload_io is not None and folder is None:
-        raise UserError("--offload-io is of --offload-dir; give a folder on a disk, or leave it away")
-    if resident is not None and resident > spec.layers:
-        raise UserError(f"--resident-layers is {resident}; {spec.name} has {spec.layers} layers")
-    if folder is not None and is_here and folder.expanduser().exists() and not folder.expanduser().is_dir():
-        raise UserError(f"--offload-dir {folder} is a file; give a folder on a disk with room")
-
-
-def _check_compatible(args: argparse.Namespace, source: ModelSource, spec: ModelSpec) -> None:
-    """Raises UserError for what the compatibility runtime cannot do."""
-    if source.kind != SourceKind.HF:
-        raise UserError(
-            f"{spec.name} ({spec.family}) would run under the compatibility runtime, which wants a directory in the "
-            "Hugging Face layout; give one"
-        )
-    assert source.path is not None, "only built-in specs have none"
-    if args.weights == "checkpoint" and not any(source.path.glob("*.safetensors")):
-        raise BadModel(
-            f"{source.path} has no .safetensors files, and other formats may hold code; convert it, or give "
-            "--weights dummy"
-        )
-    named = _named(args)
-    reason = why_not(spec, named or Layout(ParallelDims()))
-    if reason is not None:
-        raise UserError(reason)
-    if args.weights == "checkpoint":
-        from orchestrator.engine.safetensors_files import check_files
-
-        check_files(source.path, spec.name)
-
-
 def _format(named: Layout | None, spec: ModelSpec) -> str:
     """That weights are kept in: the layout's, or the checkpoint's own. Raises BadLayout."""
     asked = PLAIN if named is None else as_kept(spec, named.format)
@@ -337,23 +288,6 @@ def _format(named: Layout | None, spec: ModelSpec) -> str:
     if asked.weights and stored.weights not in ("", asked.weights) and not can_remake(spec):
         raise BadLayout(f"{spec.name} is stored in {stored.weights} already; leave +{asked.weights} away")
     return or_native(spec, asked).name
-
-
-def _check_sizes(args: argparse.Namespace) -> None:
-    for flag, most in _MOST.items():
-        value = getattr(args, flag)
-        if value is not None and not 1 <= value <= most:
-            raise UserError(f"--{flag.replace('_', '-')} is {value}; it must be from 1 to {most}")
-    share = args.gpu_memory_utilization
-    if not 0 < share <= 1:  # nan too
-        raise UserError(f"--gpu-memory-utilization is {share:g}; it must be over 0 and at most 1")
-    resident = args.resident_layers
-    if resident is not None and resident < 0:
-        raise UserError(f"--resident-layers is {resident}; it must be at least 0")
-    check_memory(args)
-    patience_s = args.step_timeout
-    if patience_s is not None and not 1 <= patience_s <= _LONGEST_STEP_S:  # nan too
-        raise UserError(f"--step-timeout is {patience_s:g}; it must be from 1 to {_LONGEST_STEP_S} seconds")
 
 
 def check_blocks(options: EngineOptions) -> None:
@@ -366,16 +300,6 @@ def check_blocks(options: EngineOptions) -> None:
             f"--num-gpu-blocks-override {options.num_blocks} blocks of {options.block_size} hold {tokens} tokens, "
             f"fewer than a context of {options.least_context}; raise it or lower --max-model-len"
         )
-
-
-def _address(asked: str | None) -> str | None:
-    """Of a Ray cluster; whether one answers there is found out later."""
-    if asked is None or asked == "auto" or asked.startswith("ray://"):  # which is refused with its own reason
-        return asked
-    host, _, port = asked.rpartition(":")
-    if not host or not port.isdecimal():
-        raise UserError(f"--address {asked} is not HOST:PORT, such as 10.0.0.1:6379, nor auto")
-    return asked
 
 
 def choose_device(asked: str) -> str:

@@ -115,7 +115,7 @@ def _opened(directory: Path, size: int) -> tuple[int, bool]:
 def free_bytes(directory: Path) -> int:
     """That a folder has room for, which is made if it is not there. Raises BadLayout."""
     try:
-        directory.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(exist_ok=True)  # not the path to it: a disk that is not mounted has none
         room = os.statvfs(directory)
     except OSError as error:
         raise _unusable(directory, error) from None

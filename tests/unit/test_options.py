@@ -147,9 +147,9 @@ def test_shares_of_a_gpus_memory_that_are_none(model: Path, share: str) -> None:
 
 
 def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
-    options = made(
-        model, "--layout", "tp2+int8+offload", "--resident-layers", "1", "--device-memory-gb", "25.3"
-    )
+    elsewhere = ["--address", "auto", "--device", "cuda"]
+    layout = ["--layout", "tp2+int8+offload", "--resident-layers", "1"]
+    options = made(model, *layout, "--device-memory-gb", "25.3", *elsewhere)
     assert (options.format, options.offload, options.resident_layers) == ("int8", True, 1)
     config = engine_config(options, ParallelDims(2))
     assert (config.offload, config.resident_layers) == (True, 1)
@@ -171,6 +171,11 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
         ("--layout tp1+offload --resident-layers -1", "must be at least 0"),
         ("--layout tp1+offload --resident-layers 3", "is 3; .* has 2 layers"),
         ("--layout tp1+offload --offload-dir /proc/version", "/proc/version is a file; give a folder"),
+        (
+            "--layout tp1+offload --offload-dir /nowhere/x",
+            "is in no folder that is there; mkdir -p /nowhere,",
+        ),
+        ("--device-memory-gb 4", "is of GPUs; leave it away with --device cpu"),
         ("--layout tp1+offload --offload-io deepspeed", "is of --offload-dir; give a folder"),
         ("--layout tp1+sparse24+offload", "keeps all layers on the device; leave \\+offload away"),
         ("--device-memory-gb 0.5", "must be from 1 to 10000 GB"),
@@ -182,6 +187,28 @@ def test_offloaded_layouts_and_what_they_are_given(model: Path) -> None:
 def test_offload_flags_that_make_no_sense(argv: str, says: str, model: Path) -> None:
     with pytest.raises(UserError, match=says):
         made(model, *argv.split())
+
+
+def test_a_gpus_memory_is_limited_for_nothing_where_there_is_none(
+    model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    args = parsed("--weights", "dummy", "--device-memory-gb", "4")
+    args.model = str(model)
+    monkeypatch.setattr("launch.options.choose_device", lambda asked: "cpu")
+    assert engine_options(args).device == "cpu"
+    assert caplog.messages == ["--device-memory-gb 4 is of GPUs, and there is none: it changes nothing"]
+
+
+def test_a_folder_for_offload_is_made_and_the_way_to_it_is_not(model: Path, tmp_path: Path) -> None:
+    from launch.disk_limit import disk_rate
+
+    asked = ["--layout", "tp1+offload", "--offload-dir"]
+    options = made(model, *asked, str(tmp_path / "new"))
+    assert disk_rate(options, reads=False) is None
+    assert (tmp_path / "new").is_dir()
+    with pytest.raises(UserError, match=f"mkdir -p {tmp_path}/no/such, or give another"):
+        made(model, *asked, str(tmp_path / "no" / "such" / "folder"))
+    assert not (tmp_path / "no").exists()
 
 
 def test_an_empty_folder_is_not_this_one() -> None:

@@ -107,22 +107,23 @@ async def _answer(
     from launch.api.batches import answerer
     from launch.api.metrics import Facts
     from launch.api.service import Service
+    from launch.configured import layout_name
     from orchestrator.jobs import Job
     from orchestrator.journal import Journal
     from orchestrator.supervisor import DEFAULT_POLICY
 
-    journal = Journal(directory)
+    journal, name = Journal(directory), layout_name(options, served.dims)
     begun_s, before = time.perf_counter(), journal.completed + journal.failed
     if before:
         progress.say(f"{before} of {examined.lines} requests were answered before")
     async with served.coordinator(options, text, restarts=DEFAULT_POLICY) as coordinator:
-        facts = Facts(options.source.name, served.dims.name, served.dims.world_size, {})
+        facts = Facts(options.source.name, name, served.dims.world_size, {})
         service = Service(coordinator, [options.source.name], {}, facts, defaults=defaults)
         window = 2 * served.limits.max_num_seqs * served.dims.dp
         job = Job(path, examined, journal, answerer(service, endpoint, ""), window=window)
         running = asyncio.create_task(job.run())
         try:
-            with progress.bar(f"{served.dims.name}: answering", unit_is_bytes=False) as bar:
+            with progress.bar(f"{name}: answering", unit_is_bytes=False) as bar:
                 while not (await asyncio.wait({running}, timeout=LOOK_S))[0]:
                     bar.update(journal.completed + journal.failed, examined.lines)
             running.result()
@@ -132,5 +133,5 @@ async def _answer(
             await journal.close()
     seconds = time.perf_counter() - begun_s
     tokens = coordinator.meter.generated_tokens
-    progress.say(f"{served.dims.name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
+    progress.say(f"{name}: {tokens} tokens in {seconds:.1f} s, {tokens / seconds:.1f} tokens/s")
     return {"completed": journal.completed, "failed": journal.failed}

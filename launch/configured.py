@@ -92,8 +92,8 @@ def limits_for(blocks: int, dims: ParallelDims, options: EngineOptions) -> Sched
     least = options.least_context
     if blocks * size < least:
         raise BadLayout(
-            f"{dims.name}: {blocks * size} KV tokens fit beside the weights, fewer than a context of {least}. "
-            "Lower --max-model-len, or split the model over more devices"
+            f"{layout_name(options, dims)}: {blocks * size} KV tokens fit beside the weights, fewer than a context of "
+            f"{least}. Lower --max-model-len, or split the model over more devices"
         )
     context = asked or min(options.spec.max_positions, blocks * size)
     useful = options.max_num_seqs * -(-context // size)

@@ -55,7 +55,7 @@ def kill_all(gangs: Sequence[Gang]) -> None:
         gang.kill()
 
 
-def rested(gangs: Sequence[Gang], dims: ParallelDims, progress: Progress) -> Ready | None:
+def rested(gangs: Sequence[Gang], dims: ParallelDims, name: str, progress: Progress) -> Ready | None:
     """What a killed coordinator has left, ready for this one. None, and nothing of it, where that is not all."""
     try:
         if len(gangs) == dims.dp:
@@ -65,10 +65,10 @@ def rested(gangs: Sequence[Gang], dims: ParallelDims, progress: Progress) -> Rea
             results([p.call(r, "rest") for p in placed for r in range(1, dims.replica_size)], REST_TIMEOUT_S)
             weight_bytes = results(everywhere(placed, "weight_bytes"), CALL_TIMEOUT_S)
             shards = results(everywhere(placed[:1], "its_shard"), CALL_TIMEOUT_S)
-            progress.say(f"{dims.name}: the replicas of the server before are here, and loaded")
+            progress.say(f"{name}: the replicas of the server before are here, and loaded")
             return Ready(min(leaders, key=lambda limits: limits.num_blocks), weight_bytes, shards)
     except ShardwiseError as error:
-        progress.say(f"{dims.name}: what the server before left cannot be used: {error}")
+        progress.say(f"{name}: what the server before left cannot be used: {error}")
     kill_all(gangs)
     return None
 

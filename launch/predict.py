@@ -118,7 +118,7 @@ def planned(
         raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
     fits = made.chosen
     if dims is None:
-        progress.say(f"layout {made.chosen.dims.name}, the planner's choice; `shardwise plan` says why")
+        progress.say(f"layout {made.chosen.layout.name}, the planner's choice; `shardwise plan` says why")
     if options.offload_dir is not None and options.address is None:  # elsewhere, those who read from it tell
         rate = tell_disk(options, made.chosen, topology, workload, progress)
         made = predict(replace(options, disk_bytes_per_s=rate), topology, workload, layouts, kept=kept)

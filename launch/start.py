@@ -148,11 +148,11 @@ def deployment(
         owned.callback(kill_all, gangs)
         if isinstance(found, Keeping):
             gangs += found.left(terms_of(options, dims))
-        known = rested(gangs, dims, progress)
+        name = layout_name(options, dims)
+        known = rested(gangs, dims, name, progress)
         if known is None:
             gangs.clear()
             prove_first_layer(options, dims, engine_config(options, dims), progress)
-            name = layout_name(options, dims)
             progress.say(f"{name}: placing {dims.world_size} worker{'s' * (dims.world_size > 1)}")
             sizes = [dims.replica_size] * dims.dp
             with progress.waiting(f"{name}: starting workers"):

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,14 @@ from launch.api.files import FileStore
 from launch.api.server import serve_http
 from launch.api.service import Service
 from launch.batch_input import Source, endpoint_of, write_lines
+from launch.batch_run import _answer
 from launch.progress import Progress
 from orchestrator.coordinator import Coordinator
+from orchestrator.jobs import examine
+from strategies.plan import ParallelDims
 from tests.fakes import TalkingReplica
 from tests.served_api import EOS, FACTS, LIMITS, PATIENCE_S, PLAN, VOCAB, chat_text, says
+from tests.unit.test_start import OPTIONS
 
 KEY = "sk-0123456789abcdef"
 
@@ -172,3 +177,36 @@ def test_inputs(
     assert [line["body"] for line in lines] == bodies
     assert [line["custom_id"] for line in lines] == [f"row-{i}" for i in range(1, len(bodies) + 1)]
     assert {line["url"] for line in lines} == {endpoint_of(source)}
+
+
+def test_a_run_here_ends_with_the_whole_name_of_its_layout(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Serving:
+        """launch.start.Deployment, of a replica that answers by itself."""
+
+        dims, limits = ParallelDims(tp=2), LIMITS
+
+        def coordinator(self, *_: object, **__: object) -> Coordinator:
+            return Coordinator(
+                [TalkingReplica(says("Hi"))], LIMITS, vocab=VOCAB, eos_ids=(EOS,), text=chat_text()
+            )
+
+    body = {"messages": [{"role": "user", "content": "hi"}]}
+    path = tmp_path / "in.jsonl"
+    asked = {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": body}
+    path.write_text(json.dumps(asked) + "\n")
+    options = replace(OPTIONS, format="int4", offload=True)
+    answering = _answer(
+        path,
+        asked["url"],
+        examine(path),
+        tmp_path,
+        Serving(),
+        options,
+        {},
+        chat_text(),
+        Progress(),  # type: ignore[arg-type]
+    )
+    assert asyncio.run(answering) == {"completed": 1, "failed": 0}
+    assert "tp2+int4+offload: 3 tokens in " in capsys.readouterr().err

@@ -84,6 +84,9 @@ def test_as_many_batches_in_flight_as_stages() -> None:
 def test_a_context_that_does_not_fit(blocks: int, asked: int | None, says: str) -> None:
     with pytest.raises(BadLayout, match=says):
         limits_for(blocks, ParallelDims(tp=2), replace(OPTIONS, max_model_len=asked))
+    whole = replace(OPTIONS, max_model_len=asked, format="int4", offload=True)
+    with pytest.raises(BadLayout, match=re.escape(says.replace("tp2:", "tp2+int4+offload:"))):
+        limits_for(blocks, ParallelDims(tp=2), whole)
 
 
 class OneGang:

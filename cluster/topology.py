@@ -57,6 +57,7 @@ class Device:
     host_bytes_per_s: float | None = None  # from pinned host memory, while no other GPU pulls
     host_together_bytes_per_s: float | None = None  # the same while all GPUs pull; None: not measured
     provenance: Provenance = Provenance.DATASHEET
+    uncapped_bytes: int | None = None  # free, where a process was told to take less; None: it was not
 
 
 @dataclass(frozen=True, slots=True)

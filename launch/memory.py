@@ -59,7 +59,12 @@ def capped(topology: Topology, device_gb: float | None, host_gb: float | None = 
         return topology
     most = int(device_gb * 1e9)
     devices = tuple(
-        replace(d, memory_bytes=min(most, d.memory_bytes), free_bytes=min(most, d.free_bytes))
+        replace(
+            d,
+            memory_bytes=min(most, d.memory_bytes),
+            free_bytes=min(most, d.free_bytes),
+            uncapped_bytes=d.free_bytes,
+        )
         if d.kind != "cpu"
         else d
         for d in topology.devices

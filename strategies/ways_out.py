@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from cluster.errors import BadLayout
 from cluster.topology import Device, Topology
 from strategies.cost import estimate
-from strategies.cost_memory import Memory, memories
+from strategies.cost_memory import CAP_SLACK, Memory, memories
 from strategies.engines import OURS, engine
 from strategies.formats import FORMATS, PLAIN, Format
 from strategies.offload import Room
 from strategies.place import count, gb, place, shards
 from strategies.plan import Layout, ParallelDims, Placement
 from strategies.published import Stored
-from strategies.quantize import as_kept, can_remake
+from strategies.quantize import as_kept, can_remake, native
 from strategies.scheme import GGUF
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
@@ -26,13 +27,15 @@ _ONE_REQUEST = Workload(concurrency=1)  # memory depends on a workload by its co
 
 
 def ways_out(spec: ModelSpec, topology: Topology, dtype: str, length: int) -> tuple[str, ...]:
-    """Sentences, cheapest first: a format, the context, host memory, more cards. `length`: what context had to fit."""
+    """Sentences, cheapest first: a higher limit, a format, the context, host memory, more cards. `length`: what context
+    had to fit."""
     if not any(dtype in device.flops_per_s for device in topology.devices):  # which no memory mends
         return (f"No layout of {spec.name} runs on {topology.name} in {dtype}.",)
     best = max(topology.devices, key=lambda device: device.free_bytes)
     splits = list(_splits(len(topology.devices)))
     fitted = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, best, PLAIN)) is not None]
     ways = [
+        _higher_limit(spec, splits, dtype, best, length),
         *(_fewer_bits(spec, splits, dtype, best, kept, length) for kept in _smaller(spec, best)),
         _shorter_context(fitted),
         _offload(spec, topology, dtype, length),
@@ -66,6 +69,27 @@ def _needs(placement: Placement) -> list[Memory]:
 def _kv_tokens(placement: Placement) -> int:
     """Tokens of KV cache that fit the fullest rank; negative where the weights do not."""
     return min((n.free - n.fixed) // n.kv_per_token for n in _needs(placement))
+
+
+def _higher_limit(
+    spec: ModelSpec, splits: list[tuple[int, int]], dtype: str, device: Device, length: int
+) -> str | None:
+    """Of --device-memory-gb, where the cards have more."""
+    if device.uncapped_bytes is None:
+        return None
+    held = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, device, native(spec))) is not None]
+    fullest = [
+        (max(n.fixed + length * n.kv_per_token for n in _needs(p)) / (1 - CAP_SLACK), p.dims.name)
+        for p in held
+    ]
+    enough = [(need, name) for need, name in fullest if device.free_bytes < need <= device.uncapped_bytes]
+    if not enough:
+        return None
+    need, name = min(enough)
+    return (
+        f"Higher limit: --device-memory-gb {math.ceil(need / 1e8) / 10} would hold it as {name}; "
+        f"{gb(device.uncapped_bytes)} are free on each card."
+    )
 
 
 def _smaller(spec: ModelSpec, device: Device) -> list[Format]:
@@ -149,7 +173,7 @@ def short_host(placement: Placement, workload: Workload) -> str | None:
             if pinned is not None:
                 there = f"keeps {gb(pinned)} there" if pinned else "needs none"
                 return f"{reason} free; {layout.name} {there}"
-    return f"{reason} free; --offload-dir FOLDER keeps them on a disk"
+    return f"{reason} free; generate, serve and compare keep them on a disk by --offload-dir FOLDER"
 
 
 def _pinned(placement: Placement, layout: Layout, workload: Workload) -> int | None:

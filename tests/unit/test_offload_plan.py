@@ -22,7 +22,7 @@ from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, JOINED_BYTES, memor
 from strategies.cost_offload import host_rate
 from strategies.offload import BUFFERS, Room, Streaming
 from strategies.place import place
-from strategies.plan import Layout
+from strategies.plan import Layout, Plan
 from strategies.planner import plan
 from strategies.read_spec import builtin
 from strategies.source import ModelSource, SourceKind
@@ -214,12 +214,33 @@ def test_a_host_too_small_is_told_with_the_nearest_way_out() -> None:
     assert way is not None and float(way[2]) < 64
     assert reason(way[1], 64) is None, "the way out holds"
     assert reason("tp2+offload", 16).endswith("; tp2+int4 needs none")
-    assert reason("tp1+int4+offload", 4).endswith("; --offload-dir FOLDER keeps them on a disk")
+    assert reason("tp1+int4+offload", 4).endswith(
+        "; generate, serve and compare keep them on a disk by --offload-dir FOLDER"
+    )
     assert reason("tp2+offload", 4, Room(on_disk=True)) is None
     beside_kv = reason("tp2+offload", 200, Room(host_kv_bytes=60 * 10**9))
     assert beside_kv is not None and "which has 80.0 GB free; tp2+int8+offload keeps" in beside_kv
     two = reason("dp2+int4+offload", 30)
     assert two is not None and "int4 weights in host memory" in two, "both replicas lock their own"
+
+
+def test_a_limit_that_is_too_low_is_told_with_one_that_is_not() -> None:
+    def planned(cap_gb: float | None, cards: int = 1) -> Plan:
+        return plan(LLAMA_8B, capped(box("rtx-4090", cards), cap_gb), Workload(), "bfloat16")
+
+    told = next(way for way in planned(8).explanation if way.startswith("Higher limit"))
+    way = re.match(
+        r"Higher limit: --device-memory-gb ([\d.]+) would hold it as tp1; 25.4 GB are free on", told
+    )
+    assert way is not None
+    assert planned(float(way[1])).chosen is not None, "the way out holds"
+    assert planned(float(way[1]) - 0.7).chosen is None, "and is not far above"
+    assert "as tp2; 25.4 GB are free" in " ".join(planned(8, cards=2).explanation)
+    llama_70b = plan(LLAMA_70B, capped(box("rtx-4090", 1), 8), Workload(), "bfloat16").explanation
+    assert "Higher limit" not in " ".join(llama_70b), "no limit would do"
+    assert "Higher limit" not in " ".join(
+        plan(LLAMA_70B, box("rtx-4090", 1), Workload(), "bfloat16").explanation
+    )
 
 
 def test_what_a_host_must_have_is_told_where_nothing_is_known_of_it() -> None:

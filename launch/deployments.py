@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from cluster.detached import Detached
 
 DEAD = "dead"  # its keeper was killed, or the machine was started again
+UNREADABLE = "running, but what it wrote of itself is lost"
+KEEPER = "launch.keeper"
 CALL_S = 20.0
 _KILL_S = 10.0
 
@@ -117,7 +119,7 @@ class Here:
         path = os.pathsep.join(filter(None, (ours, os.environ.get("PYTHONPATH"))))
         with (self.directory / "keeper.err").open("ab") as errors:
             keeper = subprocess.Popen(
-                [sys.executable, "-m", "launch.keeper", str(self.directory)],
+                [sys.executable, "-m", KEEPER, str(self.directory)],
                 stdin=subprocess.DEVNULL,
                 stdout=errors,
                 stderr=errors,
@@ -133,8 +135,12 @@ class Here:
         new.unlink()
 
     def _state(self) -> dict[str, Any]:
-        """As of one that nobody keeps, where none was written or it is damaged."""
-        return {**asdict(State()), **_read(self.directory / STATE)}
+        """As of one that nobody keeps, where none was written or it is damaged; but a keeper is found all the same."""
+        state = {**asdict(State()), **_read(self.directory / STATE)}
+        if not state["keeper_pid"] and (pid := keepers().get(self.directory)) is not None:
+            since = started(pid) or ""
+            state |= {"state": UNREADABLE, "keeper_pid": pid, "keeper_started": since}
+        return state
 
     def _is_kept(self, state: Mapping[str, Any]) -> bool:
         since = started(state["keeper_pid"]) if state["keeper_pid"] else None
@@ -199,8 +205,20 @@ def locked() -> Iterator[None]:
 def recorded() -> dict[str, str | None]:
     """Names that were brought up from this machine, and the clusters that they are in."""
     root = state_directory() / "up"
-    found = sorted(path.parent for path in root.glob(f"*/{ORDER}"))
-    return {path.name: _read(path / ORDER).get("address") for path in found}
+    found = {path.parent for path in root.glob(f"*/{ORDER}")}
+    found |= {directory for directory in keepers() if directory.parent == root}  # though it was removed
+    return {path.name: _read(path / ORDER).get("address") for path in sorted(found)}
+
+
+def keepers() -> dict[Path, int]:
+    """Directory → the process that keeps the deployment, as the kernel tells our own processes' command lines."""
+    found: dict[Path, int] = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # it has ended
+            argv = (process / "cmdline").read_bytes().split(b"\0")
+            if argv[1:3] == [b"-m", KEEPER.encode()] and process.stat().st_uid == os.getuid():
+                found[Path(os.fsdecode(argv[3]))] = int(process.name)
+    return found
 
 
 def record_there(name: str, address: str) -> None:

@@ -66,6 +66,7 @@ def _forget_lost(args: argparse.Namespace, error: PlacementFailed, progress: Pro
 def _end(deployment: Deployment, progress: Progress, *, now: bool, timeout_s: float) -> None:
     deadline = time.monotonic() + (min(timeout_s, 10.0) if now else timeout_s)
     told_s = signalled_s = 0.0
+    known = deployment.describe()
     while (state := deployment.describe()["state"]) not in (*OVER, DEAD) and time.monotonic() < deadline:
         if not signalled_s or (now and time.monotonic() - signalled_s > AGAIN_S):
             signalled_s = time.monotonic()
@@ -77,4 +78,10 @@ def _end(deployment: Deployment, progress: Progress, *, now: bool, timeout_s: fl
             progress.say(f"{deployment.name}: {state}{flying}")
         time.sleep(LOOK_S)
     deployment.forget()
+    if known["state"] == DEAD and not known["order"] and not known["keeper_pid"]:
+        progress.say(
+            f"{deployment.name}: what was known of it is lost, and it is forgotten; were it in a Ray cluster, it is up "
+            f"there still: shardwise down {deployment.name} --address HOST:PORT"
+        )
+        return
     progress.say(f"{deployment.name} is down")

@@ -16,7 +16,16 @@ from typing import TYPE_CHECKING, Any
 
 from cluster.errors import UserError
 from launch.config import find_recipe
-from launch.deployments import DEAD, Deployment, Here, There, locked, record_there, recorded
+from launch.deployments import (
+    DEAD,
+    UNREADABLE,
+    Deployment,
+    Here,
+    There,
+    locked,
+    record_there,
+    recorded,
+)
 from launch.keeper import OVER, READY, STOPPING
 from launch.progress import Progress
 from launch.state import state_directory, up_directory
@@ -296,6 +305,8 @@ def _other(name: str, where: str) -> str:
 def _check_same(told: Mapping[str, Any], digest: str, progress: Progress) -> None:
     """Raises UserError where it was brought up from something else."""
     name = told["name"]
+    if told["state"] == UNREADABLE:
+        raise UserError(f"{name} is {UNREADABLE}; end it first: shardwise down {name}")
     if told["order"].get("digest") != digest:
         raise UserError(_other(name, "with another recipe"))
     if told["state"] == STOPPING:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -279,3 +280,47 @@ def test_gpus_of_a_deployment_are_told_as_the_driver_sees_them() -> None:
     assert " of 85.5 GB, " in str(second)
     assert " W, " in str(second)
     assert gpu_states([1], dual_h100()) == [second]
+
+
+@pytest.mark.parametrize("loss", ["damaged", "removed"])
+def test_a_keeper_of_which_nothing_is_written_any_more_is_found_and_ended(
+    loss: str, shardwise: Callable[..., Ran], tmp_path: Path
+) -> None:
+    recipe = str(tmp_path / "tiny.yaml")
+    assert shardwise("up", recipe)[0] == 0
+    keeper, server = state("tiny")["keeper_pid"], state("tiny")["server_pid"]
+    if loss == "removed":
+        shutil.rmtree(up_directory("tiny"))
+    for name in ("order.json", "state.json") if loss == "damaged" else ():
+        (up_directory("tiny") / name).write_bytes(b"\0\0")
+    told = json.loads(shardwise("status", "--json")[1])["deployments"]
+    assert [(one["name"], one["state"]) for one in told] == [("tiny", deployments.UNREADABLE)]
+    code, _, said = shardwise("up", recipe)
+    assert code == 2
+    assert f"tiny is {deployments.UNREADABLE}; end it first: shardwise down tiny" in said
+    code, _, said = shardwise("down", "tiny")
+    assert code == 0
+    assert said.splitlines()[-1].endswith("tiny is down")
+    assert started(keeper) is None or until_gone(keeper)
+    assert started(server) is None
+    assert deployments.recorded() == {}
+    assert not up_directory("tiny").exists()
+
+
+def until_gone(pid: int) -> bool:
+    end_s = time.monotonic() + PATIENCE_S
+    while started(pid) is not None and time.monotonic() < end_s:
+        time.sleep(0.01)
+    return started(pid) is None
+
+
+def test_what_may_be_in_a_cluster_is_not_said_to_be_down(
+    shardwise: Callable[..., Ran], tmp_path: Path
+) -> None:
+    deployments.record_there("far", "10.0.0.1:6379")
+    (up_directory("far") / "order.json").write_bytes(b"\0")
+    code, _, said = shardwise("down", "far")
+    assert code == 0
+    assert "far is down" not in said
+    assert "were it in a Ray cluster, it is up there still: shardwise down far --address HOST:PORT" in said
+    assert deployments.recorded() == {}

@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from cluster.errors import ShardwiseError, UserError
+from launch import progress  # noqa: F401  whose clock begins with the command
 from launch.outputs import drop_if_gone, hung_up
 
 COMMANDS = {

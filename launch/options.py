@@ -11,6 +11,7 @@ from launch.machine import peers_allowed
 from launch.memory import add_memory_arguments, check_device_memory
 from launch.models import resolve
 from launch.option_checks import check_address, check_compatible, check_offload, check_sizes
+from launch.progress import tell_torch
 from strategies.formats import FORMATS, PLAIN
 from strategies.host_kv import check_asked
 from strategies.offload import DEEPSPEED, THREADS
@@ -228,6 +229,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         raise UserError(
             f"--max-model-len is {args.max_model_len}; {spec.name} was made for {spec.max_positions} positions at most"
         )
+    tell_torch()
     if needs_weights and args.weights == "checkpoint" and known:
         from orchestrator.engine.checkpoint import open_checkpoint
 

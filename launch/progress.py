@@ -10,6 +10,13 @@ from contextlib import contextmanager
 from typing import Protocol
 
 SAY_AGAIN_S = 10.0
+BEGUN_S = time.monotonic()  # of the command, which imports this module first
+
+
+def tell_torch() -> None:
+    """Before it is imported: seconds, where the disk is cold or the machine busy."""
+    if "torch" not in sys.modules:
+        Progress().say("importing torch")
 
 
 class Bar(Protocol):
@@ -25,12 +32,11 @@ class Progress:
     def __init__(self, *, quiet: bool = False) -> None:
         self._quiet = quiet
         self._tty = sys.stderr.isatty() and not quiet
-        self._start_s = time.monotonic()
 
     def say(self, line: str) -> None:
         """With the seconds since the command began."""
         if not self._quiet:
-            elapsed_s = time.monotonic() - self._start_s
+            elapsed_s = time.monotonic() - BEGUN_S
             print(f"· {elapsed_s:5.1f} s  {line}", file=sys.stderr, flush=True)
 
     @contextmanager

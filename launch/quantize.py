@@ -69,9 +69,11 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
     group = one_group(spec, args.group)
+    from launch.progress import Progress, tell_torch
+
+    tell_torch()  # after what can be refused without it
     from launch.options import choose_device
-    from launch.progress import Progress
-    from orchestrator.engine.checkpoint import open_checkpoint  # torch: after what can be refused without
+    from orchestrator.engine.checkpoint import open_checkpoint
     from orchestrator.text import text_of
 
     device = choose_device(args.device)

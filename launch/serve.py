@@ -267,7 +267,7 @@ def _serve(
 ) -> int:
     import asyncio
 
-    progress.say("importing torch and Ray")  # seconds, where the disk is cold or the machine busy
+    progress.say("importing Ray")  # seconds, where the disk is cold or the machine busy
     import uvloop
 
     from launch.api.batches import Batches

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from launch import progress
 from launch.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -95,3 +97,15 @@ def test_no_command_at_all_gets_the_help(capsys: pytest.CaptureFixture[str]) -> 
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("usage: shardwise")
+
+
+def test_lines_count_from_the_commands_beginning_and_tell_what_is_imported(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(progress, "BEGUN_S", time.monotonic() - 100)
+    monkeypatch.delitem(sys.modules, "torch", raising=False)
+    progress.tell_torch()
+    monkeypatch.setitem(sys.modules, "torch", None)
+    progress.tell_torch()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.fullmatch(r"· 100\.\d s  importing torch", line)

@@ -170,7 +170,13 @@ def _results(args: argparse.Namespace, client: Server, batch: Mapping[str, Any])
         raise UserError(f"batch {batch['id']} failed: {batch['errors']['data'][0]['message']}")
     for field, path in (("output_file_id", args.output), ("error_file_id", errors_path(args.output))):
         if batch[field] is not None:
-            client.download(batch[field], path)
+            try:
+                client.download(batch[field], path)
+            except OSError as error:
+                raise UserError(
+                    f"--output {path}: {error.strerror}; the server keeps the answers: "
+                    f"shardwise batch results {batch['id']} -o FILE"
+                ) from None
     _progress(args).say(told_of(batch["request_counts"], args.output))
     if args.json:
         _show(args, batch)
@@ -179,8 +185,11 @@ def _results(args: argparse.Namespace, client: Server, batch: Mapping[str, Any])
 
 def check_output(path: Path) -> None:
     """Raises UserError where it cannot be written; better now than after an hour."""
+    is_new = not os.path.lexists(path)
     try:
-        path.touch()
+        path.open("ab").close()
+        if is_new:  # nothing is taken for answers until there are some
+            path.unlink()
     except OSError as error:
         raise UserError(f"--output {path}: {error.strerror}; give a file that can be written") from None
 

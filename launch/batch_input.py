@@ -110,6 +110,9 @@ def _text(source: Source, suffix: str) -> Iterator[Mapping[str, Any]]:
 def _object(number: int, line: str, source: Source) -> Mapping[str, Any]:
     try:
         found = json.loads(line)
+    except json.JSONDecodeError as error:
+        where = f"{source.path} line {number} is not JSON at column {len(line[: error.pos].rstrip()) + 1}"
+        raise BadRequest(f"{where}: {error.msg}") from None
     except (ValueError, RecursionError) as error:
         raise BadRequest(f"{source.path} line {number} is not JSON: {str(error)[:100]}") from None
     kinds = ("custom_id", "messages", "prompt", "prompt_token_ids")

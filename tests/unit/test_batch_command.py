@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 import threading
 import time
@@ -117,6 +118,16 @@ def test_from_file_to_file(batch: Callable[..., tuple[int, str, str]]) -> None:
     assert "completed" in batch("cancel", batch_id)[1]
 
 
+def test_answers_that_find_no_room_stay_with_the_server(batch: Callable[..., tuple[int, str, str]]) -> None:
+    write("in.jsonl", 1)
+    code, _, said = batch("submit", "in.jsonl", "-o", "/dev/full")
+    assert code == 2
+    way = re.search(r"--output /dev/full: No space .*: shardwise batch results (\S+) -o FILE$", said.strip())
+    assert way is not None
+    assert batch("results", way[1], "-o", "out.jsonl")[0] == 0
+    assert Path("out.jsonl").read_text().count("\n") == 1
+
+
 def test_prompts_of_a_table_at_once(batch: Callable[..., tuple[int, str, str]]) -> None:
     Path("in.csv").write_text('id,text\n1,"a, b"\n2,c\n')
     assert batch("submit", "in.csv", "--column", "text", "--max-tokens", "2", "-o", "out.jsonl")[0] == 0
@@ -132,6 +143,7 @@ def test_what_is_wrong_is_told_in_one_line_at_once(
     write("in.jsonl", 1)
     Path("in.doc").touch()
     Path("empty.jsonl").touch()
+    Path("cut.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     with socket.create_server(("127.0.0.1", 0)) as silent:
         nobody = f"http://127.0.0.1:{silent.getsockname()[1]}"
         begun_s = time.monotonic()
@@ -145,11 +157,18 @@ def test_what_is_wrong_is_told_in_one_line_at_once(
         (("submit", "in.doc"), address, "convert it to JSONL"),
         (("submit", "empty.jsonl"), address, "holds no requests"),
         (("submit", "in.jsonl", "-o", "no/where.jsonl"), address, "--output no/where.jsonl: No such file"),
+        (("submit", "in.jsonl", "-o", "."), address, "--output .: Is a directory"),
+        (
+            ("submit", "cut.jsonl", "-o", "cut.out"),
+            address,
+            "line 2 is not JSON at column 11: Expecting value",
+        ),
         (("status", "batch_nope"), address, "there is no batch 'batch_nope'"),
     ]
     for argv, to, says_ in wrong:
         code, out, said = batch(*argv, to=to)
         assert (code, out, said.count("\n"), says_ in said) == (2, "", 1, True), said
+    assert not Path("cut.out").exists(), "nothing is there that could be taken for answers"
     for key, says_ in (("", "none was given"), ("sk-wrong", "another")):
         monkeypatch.setenv("OPENAI_API_KEY", key)
         code, out, said = batch("list")

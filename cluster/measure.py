@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from cluster.children import ChildFailed, Children, Ranks
 from cluster.errors import GangDied
+from cluster.files import keep_whole
 from cluster.loopback import free_port
 from cluster.paths import Curve, Op, Path
 from cluster.profile import (
@@ -29,11 +30,11 @@ from cluster.profile import (
     MachineProfile,
     PairCopy,
     Rates,
+    encoded,
     fingerprint_of,
     kept,
     nccl_version,
     profile_path,
-    save,
 )
 from cluster.proof import Trusted
 from cluster.topology import LinkKind, Topology
@@ -101,7 +102,7 @@ def measure(
             f"times scatter by {profile.scatter:.0%}: something else runs here, so predictions will be rough"
         )
     if cache_dir:
-        save(profile, profile_path(cache_dir, topology))
+        keep_whole(encoded(profile), profile_path(cache_dir, topology))
     return profile
 
 

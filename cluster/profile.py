@@ -224,7 +224,11 @@ def changes(profile: MachineProfile, topology: Topology) -> list[str]:
 
 
 def save(profile: MachineProfile, path: File) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(profile)), path)
+    write_whole(encoded(profile), path)
+
+
+def encoded(profile: MachineProfile) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(profile))
 
 
 def _digest(facts: Iterable[str]) -> str:

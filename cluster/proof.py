@@ -9,7 +9,7 @@ from pathlib import Path as File
 
 import msgspec
 
-from cluster.files import read_back, write_whole
+from cluster.files import keep_whole, read_back
 from cluster.paths import Path
 from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
@@ -91,4 +91,4 @@ def kept(cache_dir: File, topology: Topology) -> Proof | None:
 
 
 def keep(proof: Proof, cache_dir: File, topology: Topology) -> None:
-    write_whole(msgspec.json.format(msgspec.json.encode(proof)), proof_path(cache_dir, topology))
+    keep_whole(msgspec.json.format(msgspec.json.encode(proof)), proof_path(cache_dir, topology))

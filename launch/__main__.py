@@ -12,6 +12,7 @@ from types import FrameType
 from typing import NoReturn
 
 from cluster.errors import ShardwiseError, UserError
+from cluster.files import no_room
 from launch import progress  # noqa: F401  whose clock begins with the command
 from launch.outputs import drop_if_gone, hung_up
 
@@ -101,6 +102,11 @@ def _run(args: argparse.Namespace) -> int:
         if not drop_if_gone(sys.stdout):
             raise
         return 128 + signal.SIGPIPE
+    except OSError as error:
+        if (told := no_room(error)) is None:
+            raise
+        print(f"shardwise {args.command}: {told}", file=sys.stderr)
+        return UserError.exit_code
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import msgspec
 
-from cluster.files import read_back, write_whole
+from cluster.files import keep_whole, read_back
 from cluster.profile import fingerprint_of, key_of
 from cluster.topology import Topology
 from strategies.kept import Kept
@@ -45,7 +45,7 @@ class Shelf:
         again = {(one.layout, one.load) for one in new}
         rest = [one for one in self.read() if (one.layout, one.load) not in again]
         whole = _File(FORMAT, self.fingerprint, [*rest, *new][-MOST:])
-        write_whole(msgspec.json.format(msgspec.json.encode(whole)), self.path)
+        keep_whole(msgspec.json.format(msgspec.json.encode(whole)), self.path)
 
 
 def shelf(

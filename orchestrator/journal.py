@@ -16,6 +16,8 @@ from typing import Any
 
 import msgspec
 
+from cluster.files import naming
+
 OUTPUT, ERRORS, MANIFEST = "output.jsonl", "errors.jsonl", "manifest.json"
 _NUMBER = re.compile(rb'\{"id":"batch_req_(\d{1,9})"')  # more digits were never written
 _BLOCK = 2**16
@@ -110,10 +112,11 @@ class Journal:
         for is_ok, file in self._files.items():
             mine = b"".join(line for _, ok, line in lines if ok is is_ok)
             if mine:
-                view = memoryview(mine)
-                while view:
-                    view = view[file.write(view) or 0 :]
-                os.fsync(file.fileno())
+                with naming(self._paths[is_ok]):
+                    view = memoryview(mine)
+                    while view:
+                        view = view[file.write(view) or 0 :]
+                    os.fsync(file.fileno())
 
     def _read(self, path: Path) -> int:
         """Note what is done. → lines"""
@@ -147,7 +150,7 @@ def _repair(path: Path) -> None:
 def write_durably(path: Path, value: Mapping[str, Any]) -> None:
     """A small JSON file: the old one or the new one, never half of it, also after the power went."""
     new = path.with_suffix(".new")
-    with new.open("w", encoding="utf-8") as file:
+    with naming(path), new.open("w", encoding="utf-8") as file:
         json.dump(value, file, indent=1)
         file.flush()
         os.fsync(file.fileno())

@@ -7,10 +7,13 @@ int32 along the rows) and weight_shape; everything else is in the model's dtype.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -91,6 +94,17 @@ def plain_tensors(
             yield name, checkpoint.read(name).to(dtype).clone()
 
 
+def _save(shard: Mapping[str, Tensor], path: Path) -> None:
+    """Raises OSError, which safetensors tells in words alone."""
+    try:
+        save_file(dict(shard), path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from None
+
+
 def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     """As they come, in files of up to some GB, with an index where there are several. → bytes."""
     shard: dict[str, Tensor] = {}
@@ -98,7 +112,7 @@ def write_shards(directory: Path, tensors: Iterable[tuple[str, Tensor]]) -> int:
     held = total = 0
 
     def flush() -> None:
-        save_file(shard, directory / f"part-{len(shards) + 1}.safetensors", metadata={"format": "pt"})
+        _save(shard, directory / f"part-{len(shards) + 1}.safetensors")
         shards.append(list(shard))
         shard.clear()
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from orchestrator.engine.checkpoint import Checkpoint
 from orchestrator.engine.gguf_checkpoint import GgufCheckpoint
-from orchestrator.engine.model import GateUp
+from orchestrator.engine.model import GateUp, Layer
 from orchestrator.engine.published import PublishedCheckpoint
-from orchestrator.engine.quantized import Quantized, QuantizedGateUp
+from orchestrator.engine.quantized import Quantized, QuantizedGateUp, round_on_the_way
 from orchestrator.engine.sparse import Sparse24, Sparse24GateUp
 from strategies.formats import PLAIN, Format
 from strategies.plan import Shard
@@ -87,6 +87,7 @@ def load(
         _assign(model, name, nn.Parameter(weights, requires_grad=False))
     for layer in small.values():
         layer.finish()
+    round_on_the_way(layer for layer in model.modules() if isinstance(layer, Layer))
     if tied:
         _assign(model, "head.weight", model.get_parameter("embed.weight"))
 

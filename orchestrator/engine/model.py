@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from orchestrator.engine import ops
 from orchestrator.engine.rope import Rope
+from orchestrator.engine.small_rows import RoundsTo, Rows, never
 from strategies.spec import ModelSpec
 
 
@@ -36,9 +37,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.empty(size))
         self.eps = eps
 
-    def forward(self, x_TE: Tensor, residual_TE: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    next_rounds_to: RoundsTo = staticmethod(never)  # of the layer that the norm is for
+
+    def forward(self, x_TE: Tensor, residual_TE: Tensor | None = None) -> tuple[Rows, Tensor]:
         """→ the norm of x + residual, and x + residual. Both arguments may be written over."""
-        return ops.add_rms_norm(x_TE, residual_TE, self.weight, self.eps)
+        small = self.next_rounds_to(x_TE)
+        return ops.add_rms_norm(x_TE, residual_TE, self.weight, self.eps, small)
 
 
 class Unfilled:
@@ -80,7 +84,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
         self.k_norm = RMSNorm(spec.head_dim, spec.rms_eps) if spec.qk_norm else None
 
-    def forward(self, x_TE: Tensor, layer: int, context: AttentionContext, wanted_R: Tensor | None) -> Tensor:
+    def forward(self, x_TE: Rows, layer: int, context: AttentionContext, wanted_R: Tensor | None) -> Tensor:
         heads_TN = context.attend(layer, self.qkv(x_TE), self.q_norm, self.k_norm)
         out: Tensor = self.o(heads_TN if wanted_R is None else heads_TN[wanted_R])
         return out
@@ -92,7 +96,7 @@ class MLP(nn.Module):
         self.gate_up = GateUp(spec.hidden, 2 * spec.intermediate, bias=spec.mlp_bias)
         self.down = Linear(spec.intermediate, spec.hidden, bias=spec.mlp_bias)
 
-    def forward(self, x_TE: Tensor) -> Tensor:
+    def forward(self, x_TE: Rows) -> Tensor:
         out: Tensor = self.down(self.gate_up(x_TE))
         return out
 

@@ -16,10 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from orchestrator.engine.small_rows import Rows
 from strategies.scheme import W8A8, Scheme
 
 
-def has_kernels(x: Tensor) -> bool:
+def has_kernels(x: Rows) -> bool:
     return x.is_cuda and x.dtype != torch.float64
 
 
@@ -41,12 +42,12 @@ def rows_by_kernel() -> tuple[int, ...]:
 
 
 def add_rms_norm(
-    x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float
-) -> tuple[Tensor, Tensor]:
-    """→ norm(x + residual), x + residual. Both arguments may be written over."""
+    x_TE: Tensor, residual_TE: Tensor | None, weight_E: Tensor, eps: float, small: torch.dtype | None = None
+) -> tuple[Rows, Tensor]:
+    """→ norm(x + residual), in `small` if that is given, and x + residual. Both arguments may be written over."""
     if has_kernels(x_TE):
-        both: tuple[Tensor, Tensor] = _kernels().add_rms_norm(
-            x_TE, residual_TE, weight_E, eps, pdl=overlaps(x_TE)
+        both: tuple[Rows, Tensor] = _kernels().add_rms_norm(
+            x_TE, residual_TE, weight_E, eps, small, pdl=overlaps(x_TE)
         )
         return both
     if residual_TE is not None:
@@ -107,27 +108,46 @@ def gate_up(x_TE: Tensor, weight_NE: Tensor, bias_N: Tensor | None, ways: Ways =
     return F.silu(gate) * up
 
 
-def quantized_linear(
-    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
-) -> Tensor:
+def rounds_to(x_MK: Rows, codes: Tensor, how: Scheme) -> torch.dtype | None:
+    """What a product by such weights takes x's rows in, on a GPU; None: in their own dtype."""
+    if how.format == W8A8 and _kernels().takes_int8(x_MK, codes):
+        return torch.int8
+    return torch.float8_e4m3fn if _kernels().takes_float8(x_MK, codes) else None
+
+
+def quantized_linear(x_MK: Rows, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme) -> Tensor:
     """On a GPU, by weights as quantized.py keeps them."""
+    small = rounds_to(x_MK, codes, how)
+    if small is not None:
+        by = _kernels().int8_by_int8 if small == torch.int8 else _kernels().float8_by_float8
+        product: Tensor = by(x_MK, codes, scales, bias_N)
+        return product
+    assert isinstance(x_MK, Tensor), "rows in 8 bits are for products that take them"
     if how.group and how.bits == 8:
         of_groups: Tensor = _kernels().groups_of_8(x_MK, codes, scales, bias_N, pdl=overlaps(x_MK))
         return of_groups
-    if how.format == W8A8 and _kernels().takes_int8(x_MK, codes):
-        in_int8: Tensor = _kernels().int8_by_int8(x_MK, codes, scales, bias_N)
-        return in_int8
     out: Tensor = _kernels().quantized(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
     return out
 
 
 def quantized_gate_up(
-    x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, how: Scheme
-) -> Tensor:
-    if how.format == W8A8 or (how.bits == 8 and how.group):
-        return gated(quantized_linear(x_MK, codes, scales, bias_N, how))
-    out: Tensor = _kernels().quantized_gate_up(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
-    return out
+    x_MK: Rows,
+    codes: Tensor,
+    scales: Tensor,
+    bias_N: Tensor | None,
+    how: Scheme,
+    small: torch.dtype | None = None,
+) -> Rows:
+    """Rows in `small`, if that is given."""
+    if how.group and how.bits == 4:
+        assert isinstance(x_MK, Tensor), "rows in 8 bits are for products that take them"
+        out: Tensor = _kernels().quantized_gate_up(x_MK, codes, scales, bias_N, how.group, pdl=overlaps(x_MK))
+        return out
+    both_MN = quantized_linear(x_MK, codes, scales, bias_N, how)
+    if small is None:
+        return gated(both_MN)
+    rows: Rows = _kernels().silu_mul_small(both_MN, small)
+    return rows
 
 
 def gated(both_MN: Tensor) -> Tensor:

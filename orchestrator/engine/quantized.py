@@ -16,13 +16,16 @@ Dimensions: M rows of x, N output channels, K columns, G groups of a row.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from orchestrator.engine import cpu_products, ops
+from orchestrator.engine.model import RMSNorm
+from orchestrator.engine.small_rows import RoundsTo, Rows, never
 from orchestrator.engine.stored import StoredCodes
 from strategies.scheme import GGUF, W8A8, Scheme
 
@@ -132,9 +135,14 @@ class Quantized(nn.Module):
         """[rows, K] in the scales' dtype; not once `packed`."""
         return dequantize(self.codes[rows], self.scales[rows], self.how)
 
-    def forward(self, x_MK: Tensor) -> Tensor:
+    def rounds_to(self, x_MK: Rows) -> torch.dtype | None:
+        """What rows may come in that are so many."""
+        return ops.rounds_to(x_MK, self.codes, self.how) if ops.has_kernels(x_MK) else None
+
+    def forward(self, x_MK: Rows) -> Tensor:
         if ops.has_kernels(x_MK):
             return ops.quantized_linear(x_MK, self.codes, self.scales, self.bias, self.how)
+        assert isinstance(x_MK, Tensor), "rows in 8 bits come from kernels"
         if self.packed:
             product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
         elif self.how.format == W8A8:
@@ -152,11 +160,25 @@ class Quantized(nn.Module):
 class QuantizedGateUp(Quantized):
     """With silu(gate) · up behind the product, as the layer that it stands in for."""
 
-    def forward(self, x_MK: Tensor) -> Tensor:
+    next_rounds_to: RoundsTo = staticmethod(never)
+
+    def forward(self, x_MK: Rows) -> Rows:  # type: ignore[override]  # nobody calls it by the other's name
         if ops.has_kernels(x_MK):
-            return ops.quantized_gate_up(x_MK, self.codes, self.scales, self.bias, self.how)
+            small = self.next_rounds_to(x_MK)
+            return ops.quantized_gate_up(x_MK, self.codes, self.scales, self.bias, self.how, small)
         gate_MN, up_MN = super().forward(x_MK).chunk(2, dim=-1)
         return F.silu(gate_MN) * up_MN
+
+
+def round_on_the_way(layers: Iterable[nn.Module]) -> None:
+    """What a norm or an activation writes for one product, which rounds its rows, is rounded as it is written."""
+    for layer in layers:
+        parts: Any = layer
+        attention, mlp = parts.attention, parts.mlp
+        pairs = ((parts.input_norm, attention.qkv), (parts.post_norm, mlp.gate_up), (mlp.gate_up, mlp.down))
+        for writer, reader in pairs:
+            if isinstance(writer, RMSNorm | QuantizedGateUp) and isinstance(reader, Quantized):
+                writer.next_rounds_to = reader.rounds_to
 
 
 BLOCK_WEIGHTS = 2**18  # widened at once: 1 MiB in float32, which stays in cache until it is multiplied

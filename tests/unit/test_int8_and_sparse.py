@@ -9,12 +9,16 @@ import torch
 from torch import Tensor
 
 from cluster.errors import BadLayout
+from orchestrator.engine import ops
 from orchestrator.engine.checkpoint import DummyCheckpoint
+from orchestrator.engine.kernels.activation import silu_mul, silu_mul_small
 from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8
+from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.rounding import rounded
 from orchestrator.engine.loader import load
-from orchestrator.engine.model import Transformer
-from orchestrator.engine.quantized import Quantized
+from orchestrator.engine.model import Layer, Transformer
+from orchestrator.engine.quantized import Quantized, QuantizedGateUp, round_on_the_way
+from orchestrator.engine.small_rows import SmallRows
 from orchestrator.engine.sparse import Sparse24, pruned
 from strategies import tensor
 from strategies.formats import FORMATS
@@ -34,8 +38,8 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def eight_bits(n: int, k: int) -> Quantized:
-    made = Quantized((n, k), Scheme(W8A8), True, CPU, torch.float32)
+def eight_bits(n: int, k: int, kind: type[Quantized] = Quantized) -> Quantized:
+    made = kind((n, k), Scheme(W8A8), True, CPU, torch.float32)
     made.fill(0, randn(n, k), None)
     assert made.bias is not None
     made.bias.data.copy_(randn(n, seed=1))
@@ -60,10 +64,57 @@ def test_rows_in_int8_are_summed_exactly(rows: int) -> None:
 def test_the_kernels_do_the_same() -> None:
     of, x = eight_bits(24, 576), randn(19, 576, seed=2)
     x[3] = 0
-    small, scales = rounded(x, torch.int8)
-    assert torch.equal(small, (x / scales[:, None]).round().to(torch.int8))
+    small = rounded(x, torch.int8)
+    assert torch.equal(small.codes_MK, (x / small.scales_M[:, None]).round().to(torch.int8))
     actual = int8_by_int8(x, of.codes, of.scales, of.bias)
     torch.testing.assert_close(actual, of(x), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("small", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("size", [576, 300])
+def test_rows_are_rounded_on_the_way_as_they_are_later(small: torch.dtype, size: int) -> None:
+    x, residual = randn(5, size).half(), randn(5, size, seed=1).half()
+    weight, gate_up = randn(size, seed=2).half(), randn(5, 2 * size, seed=3).half()
+    x[2] = residual[2] = gate_up[2] = 0
+    later, total = add_rms_norm(x, residual.clone(), weight, 1e-5)
+    on_the_way, carried = add_rms_norm(x, residual.clone(), weight, 1e-5, small)
+    assert torch.equal(carried, total)
+    for one, other in (
+        (on_the_way, rounded(later, small)),
+        (silu_mul_small(gate_up, small), rounded(silu_mul(gate_up), small)),
+    ):
+        assert isinstance(one, SmallRows)
+        assert torch.equal(one.scales_M, other.scales_M)
+        assert torch.equal(one.codes_MK.float(), other.codes_MK.float())
+        assert one.dtype == torch.float16
+
+
+def test_layers_hand_on_rows_that_are_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From norm to product, and from gate and up to down; few rows as they are; the same numbers."""
+    monkeypatch.setattr(ops, "has_kernels", lambda x: True)
+    monkeypatch.setattr(ops, "overlaps", lambda x: False)
+    layer = Layer(replace(SMOL, hidden=32, intermediate=48))
+    torch.nn.init.ones_(layer.post_norm.weight)
+    layer.mlp.gate_up = eight_bits(96, 32, QuantizedGateUp)
+    layer.mlp.down = eight_bits(32, 48)
+
+    def run(rows: int) -> tuple[list[type], Tensor]:
+        kinds: list[type] = []
+        hooks = [
+            part.register_forward_pre_hook(lambda _, args: kinds.append(type(args[0])))
+            for part in (layer.mlp.gate_up, layer.mlp.down)
+        ]
+        out = layer.mlp(layer.post_norm(randn(rows, 32, seed=5))[0])
+        for hook in hooks:
+            hook.remove()
+        return kinds, out
+
+    plain = {rows: run(rows) for rows in (16, 17)}
+    round_on_the_way([layer])
+    handed = {rows: run(rows) for rows in (16, 17)}
+    assert [kinds for kinds, _ in plain.values()] == [[Tensor, Tensor]] * 2
+    assert [kinds for kinds, _ in handed.values()] == [[Tensor, Tensor], [SmallRows, SmallRows]]
+    assert all(torch.equal(handed[rows][1], plain[rows][1]) for rows in (16, 17))
 
 
 def test_two_of_four_stay_and_they_are_the_largest() -> None:

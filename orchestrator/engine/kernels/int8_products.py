@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from orchestrator.engine.kernels.rounding import rounded
+from orchestrator.engine.small_rows import Rows
 
 LEAST_ROWS = 17
 """Fewer go by the weights alone, widened: they are bound by reading these, and cuBLAS wants no less."""
@@ -29,20 +30,20 @@ def _scaled(sums, row_scales, scales, bias, out, N, HAS_BIAS: tl.constexpr, BLOC
     tl.store(out + row * N + n, total.to(out.dtype.element_ty), mask=inside)
 
 
-def takes_int8(x_MK: Tensor, codes_NK: Tensor) -> bool:
+def takes_int8(x_MK: Rows, codes_NK: Tensor) -> bool:
     """cuBLAS wants eights of columns and channels."""
-    return len(x_MK) >= LEAST_ROWS and x_MK.shape[1] % 8 == 0 and len(codes_NK) % 8 == 0
+    return len(x_MK) >= LEAST_ROWS and codes_NK.shape[1] % 8 == 0 and len(codes_NK) % 8 == 0
 
 
-def int8_by_int8(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
+def int8_by_int8(x_MK: Rows, codes_NK: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
     """x @ weight.T + bias → [M, N] in x's dtype."""
-    m, n = len(x_MK), len(codes_NK)
-    small_MK, row_scales_M = rounded(x_MK, torch.int8)
-    sums = torch._int_mm(small_MK, codes_NK.t())
-    out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
+    small = rounded(x_MK, torch.int8)
+    m, n = len(small.codes_MK), len(codes_NK)
+    sums = torch._int_mm(small.codes_MK, codes_NK.t())
+    out = torch.empty((m, n), dtype=small.dtype, device=codes_NK.device)
     block = 1024
     _scaled[(triton.cdiv(n, block), m)](
-        sums, row_scales_M, scales_N, out if bias_N is None else bias_N, out, n,
+        sums, small.scales_M, scales_N, out if bias_N is None else bias_N, out, n,
         HAS_BIAS=bias_N is not None, BLOCK=block,
     )  # fmt: skip
     return out

@@ -23,16 +23,12 @@ from torch import Tensor
 from orchestrator.engine.kernels import four_bits
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, dot, widened
-from orchestrator.engine.kernels.rounding import rounded
 
 MAX_ROWS = 2
 """Rows of x that the streaming kernels take; each number of rows has a kernel of its own to compile."""
 
 MIDDLE_ROWS = 128
 """Up to which weights are widened on their way into tensor cores."""
-
-FLOAT8_ROWS = 16
-"""Up to which weights in float8 are widened too: to round x as well costs a launch more."""
 
 ROWS_BY_KERNEL = (1, 2, 3, 9, 17, 33, 65)
 """The fewest that choose another kernel, or another tile."""
@@ -235,28 +231,6 @@ def by_triton(
     rows = len(x_MK)
     if rows <= MAX_ROWS:
         return stream(x_MK, codes, scales, bias_N, group, pdl=pdl)
-    if rows > FLOAT8_ROWS and codes.dtype == torch.float8_e4m3fn and multiplies_float8(x_MK, codes):
-        return by_float8(x_MK, codes, scales, bias_N)
     if rows <= MIDDLE_ROWS:
         return dot(x_MK, codes, scales, bias_N, group)
     return widened(x_MK, codes, scales, bias_N, group, WIDENED_WEIGHTS)
-
-
-def multiplies_float8(x_MK: Tensor, codes: Tensor) -> bool:
-    """cuBLAS and CUTLASS want sixteens, and give bfloat16 where rows have scales of their own."""
-    return x_MK.dtype == torch.bfloat16 and x_MK.shape[1] % 16 == 0 and len(codes) % 16 == 0
-
-
-def to_float8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row scaled so that its largest is e4m3's: [M, K], and the scales, float32 [M, 1]."""
-    small_MK, scales_M = rounded(x_MK, torch.float8_e4m3fn)
-    return small_MK, scales_M.unsqueeze(1)
-
-
-def by_float8(x_MK: Tensor, codes: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:
-    """In float8, x's rows too."""
-    small_MK, scales_M1 = to_float8(x_MK)
-    out: Tensor = torch._scaled_mm(
-        small_MK, codes.t(), scale_a=scales_M1, scale_b=scales_N.unsqueeze(0), out_dtype=x_MK.dtype
-    )
-    return out if bias_N is None else out + bias_N

@@ -118,6 +118,11 @@ BESIDE = 0.25
 Two H100s, 8192 tokens (docs/performance.md): 105 ms of 94 + 20 by NVLink, 166 of 100 + 154 through the host."""
 
 
+HALVES = 3.3
+"""Times as long as a whole step's launches those of two halves take, whose threads wait for each other: 97 ms for 29
+(Llama-3.1-8B at tp2 on two H100s, docs/accuracy.md)."""
+
+
 def busy_s(place: Placement, replica: int, stage: int, parts: Seconds, work: Pass) -> float:
     """Of a stage's part of a pass with prompts: sums go beside products where the engine runs it in halves, and the
     host must launch what is not replayed as a graph.
@@ -131,14 +136,13 @@ def busy_s(place: Placement, replica: int, stage: int, parts: Seconds, work: Pas
         total = max(products, sums) + BESIDE * min(products, sums)
     if work.tokens <= engine.graph_tokens:
         return total
-    if place.dims.pp > 1:
-        total *= engine.pipelined
     device = place.device(replica, stage * place.dims.tp)
-    return max(total, layers * (1 + in_halves) * eager_layer_s(place, device))
+    launches = (1 + 2 * engine.eager_sum * (place.dims.tp > 1)) * (HALVES if in_halves else 1)
+    return max(total, layers * launches * eager_layer_s(place, device))
 
 
 def eager_layer_s(place: Placement, device: Device) -> float:
-    """Host time to launch a layer: by this host's own, measured on all its GPUs, for one alone scatters."""
+    """Host time to launch a layer: by this host's own, the least that any of its GPUs' probes saw."""
     engine = place.engine
     timed = _timed_layer_s(ByIdentity(place.topology), device.node) if device.kind != "cpu" else 0.0
     return timed * engine.eager_layers or engine.eager_layer_s
@@ -148,7 +152,7 @@ def eager_layer_s(place: Placement, device: Device) -> float:
 def _timed_layer_s(key: ByIdentity, node: str) -> float:
     """0 where none was timed."""
     timed = [d.layer_overhead_s for d in key.topology.devices if d.node == node and d.layer_overhead_s]
-    return sum(timed) / len(timed) if timed else 0.0
+    return min(timed, default=0.0)
 
 
 # --- decode and prefill -------------------------------------------------------------------------------------

@@ -75,14 +75,12 @@ class Engine:
     max_sequences: int
     memory_share: float  # of a device's memory that it takes
     eight_bit_kv: bool  # keeps the cache in 8 bits where weights are quantized
-    pipelined: (
-        float  # times as long for a stage's prompts where other stages' transfers hold some of its processors
-    )
     pipelines: bool  # stages work at the same time, on groups of sequences
     eager_layer_s: (
         float  # host time to launch a layer of a step that is not replayed as a graph; 0: hidden always
     )
     eager_layers: float  # the same in layers that a profile timed, which counts where there is one
+    eager_sum: float  # of a layer's, that launching a sum between its ranks takes
     graph_tokens: int  # steps of so many tokens are replayed
     overlap_tokens: int  # longer ones run in two halves, one's sums beside the other's products; 0: never
     mapped_sums: bool  # small sums through mapped host memory, where cards have no peer access

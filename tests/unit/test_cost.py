@@ -94,8 +94,8 @@ BY_HAND = replace(
     prompt_s=0.0,
     eager_layer_s=0.0,
     eager_layers=0.0,
+    eager_sum=0.0,
     overlap_tokens=0,
-    pipelined=1.0,
 )
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from orchestrator.engine.kernels import quantized as kernels
 from orchestrator.engine.kernels.quantized import MAX_ROWS, Tile, choose_tile4, choose_tile8, stream
-from orchestrator.engine.kernels.quantized_dot import dot, widen, widened
+from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, dot, piece, widen, widened
 from orchestrator.engine.kernels.rounding import rounded
 from orchestrator.engine.quantized import Quantized
 from strategies.scheme import Scheme
@@ -74,6 +74,17 @@ def test_widening_gives_the_weights_themselves(how: Scheme) -> None:
     of = layer(5, 384, how, torch.float32)
     wide = widen(of.codes, of.scales, how.group, torch.empty(5, 384))
     torch.testing.assert_close(wide, of.dequantized(slice(None)), rtol=2e-6, atol=4e-6)  # of weights of 1
+
+
+@pytest.mark.parametrize(
+    ("n", "k", "wanted"),
+    [(8192, 14336, 4096), (28672, 8192, 7168), (4096, 4096, 4096), (11, 128, 11), (300, 128, 512)],
+)
+def test_pieces_begin_where_a_product_may_write_whole_lines(n: int, k: int, wanted: int) -> None:
+    step = piece(n, k, WIDENED_WEIGHTS)
+    assert min(step, n) == min(wanted, n)
+    assert step * k <= WIDENED_WEIGHTS
+    assert step >= n or step % 256 == 0
 
 
 @pytest.mark.parametrize("how", [Scheme("int8"), Scheme("int4", 64)], ids=str)

@@ -51,7 +51,18 @@ class _Parser(argparse.ArgumentParser):
 
 
 def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    except KeyboardInterrupt:  # amid the imports, most likely
+        return _interrupted(signal.SIGINT)
+
+
+def _interrupted(by: signal.Signals) -> int:
+    print("interrupted", file=sys.stderr)
+    return 128 + by
+
+
+def _main(argv: list[str]) -> int:
     parser = _Parser(prog="shardwise", description="Splits a language model over whatever GPUs are there.")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     named = next((word for word in argv if not word.startswith("-")), None)
@@ -96,8 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"shardwise {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + ended_by
+        return _interrupted(ended_by)
     except BrokenPipeError:
         if not drop_if_gone(sys.stdout):
             raise

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch import progress
+from launch import plan, progress
 from launch.__main__ import main
 
 ROOT = Path(__file__).parents[2]
@@ -90,6 +90,17 @@ def test_wrong_arguments_get_one_line(argv: str, says: str, capsys: pytest.Captu
     assert out == ""
     assert err.count("\n") == 1
     assert says in err
+
+
+def test_interrupted_amid_its_imports_it_says_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(parser: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "add_arguments", interrupted)
+    assert main(["plan", "smollm2"]) == 130
+    assert capsys.readouterr() == ("", "interrupted\n")
 
 
 def test_no_command_at_all_gets_the_help(capsys: pytest.CaptureFixture[str]) -> None:

@@ -57,6 +57,9 @@ class Offer:
     planned_only: str | None
 
 
+_MOST_REQUESTS = 1e12  # a day: a hundred for everybody alive
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "model", metavar="MODEL", help="a directory, a .gguf file, a built-in name, or smollm2"
@@ -124,6 +127,10 @@ def _prices(args: argparse.Namespace) -> Prices:
         value = getattr(args, flag)
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise BadRequest(f"--{flag.replace('_', '-')} is {value:g}; it must be at least 0")
+    if args.requests_per_day > _MOST_REQUESTS:
+        raise BadRequest(
+            f"--requests-per-day is {args.requests_per_day:g}; it must be at most {_MOST_REQUESTS:g}"
+        )
     if args.peak < 1:
         raise BadRequest(f"--peak is {args.peak:g}; the busiest hour is at least the mean, 1")
     return Prices(

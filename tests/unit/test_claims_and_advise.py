@@ -124,6 +124,7 @@ def test_a_budget_leaves_out_what_costs_more(capsys):
         ("--requests-per-day 1 --peak 0.5", "--peak is 0.5; the busiest hour is at least the mean"),
         ("--requests-per-day 1 --budget -1", "--budget is -1; it must be at least 0"),
         ("--requests-per-day nan", "--requests-per-day is nan; it must be above 0"),
+        ("--requests-per-day 1e99", "--requests-per-day is 1e+99; it must be at most 1e+12"),
     ],
 )
 def test_a_wrong_input_is_one_line_and_exit_2(capsys, flags: str, said: str):

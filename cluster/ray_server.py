@@ -8,11 +8,9 @@ import secrets
 import signal
 import socket
 import tempfile
-import threading
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from types import FrameType
 from typing import Any
 from unittest.mock import patch
 
@@ -130,38 +128,11 @@ def _init(**settings: Any) -> None:
     """
     on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
-        with _no_signal_lost(), patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
+        with patch.object(ray._private.utils, "set_sigterm_handler", lambda handler: None):
             ray.init(**settings, **_QUIET)
     finally:  # also from a Ray that sets it in another way
         signal.signal(signal.SIGTERM, on_sigterm)
     ray._private.worker._worker_logs_enabled = False
-
-
-@contextmanager
-def _no_signal_lost() -> Iterator[None]:
-    """Ray drops what a handler raises amid some of its calls, and goes on as if no signal had come: it is raised again
-    at the end. (Seen: 2 of 28 Ctrl-C amid a start, Ray 2.60.)"""
-    if threading.current_thread() is not threading.main_thread():  # to which signals come
-        yield
-        return
-    came: list[int] = []
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
-
-    def noting(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        before[signal.Signals(number)](number, frame)  # type: ignore[operator,misc]
-
-    for number, handler in before.items():
-        if callable(handler):
-            signal.signal(number, noting)
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            if callable(handler):
-                signal.signal(number, handler)
-    if came:
-        signal.raise_signal(came[0])
 
 
 @contextmanager

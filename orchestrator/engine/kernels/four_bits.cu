@@ -9,49 +9,14 @@
 // Defined from outside: TENS (which kernel), GROUP (128, 64, 32), MT (16s of a warp's channels), NT (of tens: 8s of rows),
 // WARPS, BLOCKS (at once on a processor), IS_HALF (float16; else bfloat16), WIDE_SCALES (float32; else x's type).
 
-typedef unsigned int u32;
-typedef unsigned short u16;
-typedef unsigned long long u64;
-
 #define V (GROUP / 32)     // words of a group that a thread has
 #define GROUPS (128 / GROUP)  // of a chunk
 #define CHANNELS (16 * MT)  // of a warp
-#if IS_HALF
-#define MAGIC 0x64006400u
-#define ONES 0x3C003C00u
-#define BASE 1024.0f
-#define KIND "f16"
-#else
-#define MAGIC 0x43004300u
-#define ONES 0x3F803F80u
-#define BASE 128.0f
-#define KIND "bf16"
-#endif
-
-__device__ __forceinline__ float wide(u16 bits) {
-  float value;
-#if IS_HALF
-  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-#else
-  value = __uint_as_float((u32)bits << 16);
-#endif
-  return value;
-}
-__device__ __forceinline__ u16 narrow(float value) {
-  u16 bits;
-  asm("cvt.rn." KIND ".f32 %0, %1;" : "=h"(bits) : "f"(value));
-  return bits;
-}
 __device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
   asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
       "{%0, %1, %2, %3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ u32 codes_at(u32 word, int plane) {  // and four planes on
-  u32 pair;
-  asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(pair) : "r"(word >> (4 * plane)), "n"(MAGIC));
-  return pair;
 }
 __device__ __forceinline__ u32 zipped(u32 first, u32 second, int odd) {
   return __byte_perm(first, second, odd ? 0x7632 : 0x5410);
@@ -71,20 +36,6 @@ __device__ __forceinline__ void load_codes(Words<V>& to, const u32* from) {  // 
   asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to.at[0]) : "l"(from));
 #endif
 }
-
-struct Scale {
-#if WIDE_SCALES
-  float2 pair;
-  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const float2*)scales + index); }
-  __device__ __forceinline__ float scale() const { return pair.x; }
-  __device__ __forceinline__ float zero() const { return pair.y; }
-#else
-  u32 pair;
-  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const u32*)scales + index); }
-  __device__ __forceinline__ float scale() const { return wide((u16)pair); }
-  __device__ __forceinline__ float zero() const { return wide((u16)(pair >> 16)); }
-#endif
-};
 
 // x of a group's eight planes, as it lies: a thread's V columns of each.
 struct Raw {
@@ -238,28 +189,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #define TASKS_EACH ((TASKS + WARPS * 32 - 1) / (WARPS * 32))
 #define WORDS_A_TASK (4 / TASKS_EACH)  // that are multiplied while a task's x is on its way
 #define UNITS_A_ROW 16  // of four pairs
-
-#if WIDE_SCALES
-__device__ __forceinline__ u32 weights(u32 word, int plane, float scale, float zero) {
-  const u32 codes = codes_at(word, plane);
-  const float low = wide((u16)codes) - (BASE + 8.0f), high = wide((u16)(codes >> 16)) - (BASE + 8.0f);
-  u32 pair;
-  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * scale + zero), "f"(low * scale + zero));
-  return pair;
-}
-#else
-#if IS_HALF
-#define AWAY 0xE408E408u  // -1032
-#else
-#define AWAY 0xC308C308u  // -136
-#endif
-__device__ __forceinline__ u32 weights(u32 word, int plane, u32 scale, u32 zero) {
-  u32 pair;
-  asm("fma.rn." KIND "x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(codes_at(word, plane)), "r"(ONES), "r"(AWAY));
-  asm("fma.rn." KIND "x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(scale), "r"(zero));
-  return pair;
-}
-#endif
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     tens_of_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x,

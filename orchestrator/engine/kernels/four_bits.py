@@ -172,9 +172,11 @@ def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
         "WIDE_SCALES": int(scales == torch.float32),
         "GATED": int(gated),
     }
-    return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + _text()
+    return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + "".join(
+        map(_text, ("codes.cu", "four_bits.cu"))
+    )
 
 
 @cache
-def _text() -> str:
-    return Path(__file__).with_suffix(".cu").read_text()
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()

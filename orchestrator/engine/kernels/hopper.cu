@@ -6,52 +6,11 @@
 // holds both of what it multiplies.
 //
 // Defined from outside: MX, BN, WGS, STAGES, SPLIT, SHARE, GATED, MANY, to_element (a float rounded to the element type,
-// as its bits) and wgmma. Barriers, copies and matrix descriptors: PTX ISA, "mbarrier", "cp.async.bulk.tensor", "wgmma".
+// as its bits) and wgmma. In front of it: hopper_parts.cu.
 
-typedef unsigned int u32;
-typedef unsigned long long u64;
-typedef unsigned short u16;
-
-#define CONSUMERS (WGS * 128)
-#define X_BYTES (MX * 128)
 #define W_BYTES (BN * 128)
 #define STAGE_BYTES (X_BYTES + W_BYTES)
-#define CLUSTER (SPLIT * SHARE)
-#define OUT_COLUMNS (GATED ? BN / 2 : BN)
 #define EVICT_FIRST 0x12F0000000000000ull
-#define EVICT_LAST 0x14F0000000000000ull
-
-struct __align__(64) TensorMap { char bytes[128]; };
-
-__device__ __forceinline__ void barrier_init(u32 at, u32 count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(at), "r"(count));
-}
-__device__ __forceinline__ void barrier_expect(u32 at, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(u32 at, u32 parity) {
-  asm volatile(
-      "{\n.reg .pred done;\n"
-      "again:\n"
-      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-      "@done bra over;\n"
-      "bra again;\n"
-      "over:\n}\n" ::"r"(at), "r"(parity) : "memory");
-}
-__device__ __forceinline__ void barrier_arrive(u32 at, u32 block) {  // of that block of the cluster
-#if SHARE > 1  // nothing was written that the other block would read, so no wider scope, whose fence takes its time
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(at), "r"(block) : "memory");
-#else
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(at) : "memory");
-#endif
-}
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;\n" ::: "memory");
-}
-__device__ __forceinline__ void consumers_sync() { asm volatile("bar.sync 1, %0;" ::"n"(CONSUMERS) : "memory"); }
 
 __device__ __forceinline__ void load_w(const TensorMap* map, u32 to, u32 barrier, int k, int row) {
 #if GATED  // dimensions: k, 8 rows, gate or up, groups of 8
@@ -66,36 +25,6 @@ __device__ __forceinline__ void load_w(const TensorMap* map, u32 to, u32 barrier
       : "memory");
 #endif
 }
-__device__ __forceinline__ void load_x(const TensorMap* map, u32 to, u32 barrier, int k, int row, u16 sharers) {
-#if SHARE > 1
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5, %6;" ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "h"(sharers),
-      "l"(EVICT_LAST) : "memory");
-#else
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint"
-      " [%0], [%1, {%3, %4}], [%2], %5;" ::"r"(to), "l"(map), "r"(barrier), "r"(k), "r"(row), "l"(EVICT_LAST)
-      : "memory");
-#endif
-}
-
-// K-major tiles of 128 bytes a row, swizzled by 128 bytes: 1024 bytes from 8 rows to the next (PTX, matrix descriptor).
-__device__ __forceinline__ u64 matrix(u32 address) {
-  return (u64)((address & 0x3FFFF) >> 4) | (1ull << 16) | (64ull << 32) | (1ull << 62);
-}
-
-// Of each stage: its blocks have come, and all who read them have.
-__device__ __forceinline__ void open_stages(u32 full, u32 empty) {
-  if (threadIdx.x == 0) {
-    for (int s = 0; s < STAGES; s++) {
-      barrier_init(full + 8 * s, 1);
-      barrier_init(empty + 8 * s, WGS * 4 * SHARE);
-    }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  }
-  if (SHARE > 1) cluster_sync(); else __syncthreads();
-}
 
 // 64 columns of K, 16 at a time: begun, not ended.
 template <int COUNT>
@@ -107,8 +36,6 @@ __device__ __forceinline__ void multiply(float (&d)[COUNT], u64 a, u64 b, int ad
   wgmma(d, a + 6, b + 6, 1);
   asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
 }
-
-__device__ __forceinline__ float silu_times(float gate, float up) { return gate / (1.0f + __expf(-gate)) * up; }
 
 #if MANY
 // silu(gate) * up of many rows: whole tiles of MX rows of x and BN of W (gate and up), strided over the clusters, GROUP
@@ -199,16 +126,6 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
 // tile adds up some of its rows, in the order of K, out of the others' shared memory: the same sum every time.
 #define PITCH (BN + 8)  // floats from row to row of a part: no two threads on one bank
 
-__device__ __forceinline__ float4 load_part(u32 at, u32 block) {
-  float4 v;
-  asm volatile(
-      "{\n.reg .b32 there;\n"
-      "mapa.shared::cluster.u32 there, %4, %5;\n"
-      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
-      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(block) : "memory");
-  return v;
-}
-
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__(CLUSTER, 1, 1)
     few_rows(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, u16* out, int M, int N,
              int K) {
@@ -295,34 +212,8 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
   }
 #if SPLIT > 1
   cluster_sync();
-  if (threadIdx.x < CONSUMERS) {
-    const int first = part * (MX / SPLIT);  // of the rows that this block adds up
-    const int rows = M - first < MX / SPLIT ? M - first : MX / SPLIT;
-    for (int u = threadIdx.x; u < rows * (OUT_COLUMNS / 4); u += CONSUMERS) {
-      const int m = first + u / (OUT_COLUMNS / 4), n = u % (OUT_COLUMNS / 4) * 4;
-      const u32 at = tiles_at + (m * PITCH + (GATED ? n / 8 * 16 + n % 8 : n)) * 4;
-      float4 parts[SPLIT], ups[SPLIT];
-#pragma unroll
-      for (int i = 0; i < SPLIT; i++) {
-        parts[i] = load_part(at, place * SPLIT + i);
-        if (GATED) ups[i] = load_part(at + 32, place * SPLIT + i);
-      }
-      float4 sum = parts[0], up = ups[0];
-#pragma unroll
-      for (int i = 1; i < SPLIT; i++) {
-        sum.x += parts[i].x, sum.y += parts[i].y, sum.z += parts[i].z, sum.w += parts[i].w;
-        if (GATED) up.x += ups[i].x, up.y += ups[i].y, up.z += ups[i].z, up.w += ups[i].w;
-      }
-      if (GATED) {
-        sum.x = silu_times(sum.x, up.x), sum.y = silu_times(sum.y, up.y);
-        sum.z = silu_times(sum.z, up.z), sum.w = silu_times(sum.w, up.w);
-      }
-      const int to_n = tile * OUT_COLUMNS + n;
-      if (to_n < N)
-        *(ushort4*)(out + (long long)m * N + to_n) =
-            make_ushort4(to_element(sum.x), to_element(sum.y), to_element(sum.z), to_element(sum.w));
-    }
-  }
+  if (threadIdx.x < CONSUMERS)
+    add_parts<PITCH>(tiles_at, part, place, tile, out, M, N, [](int) { return 0.0f; });
 #endif
   if (CLUSTER > 1) cluster_sync();  // no block ends while another may still read its parts or arrive at its barriers
 }

@@ -24,7 +24,7 @@ REGISTERS = 16384  # of each of the four parts of a processor that warps are dea
 BLOCK_K = 64  # columns of x and W at a time: 128 bytes, the widest swizzle
 MOST_ROWS = 256  # of x in one tile
 LARGEST_CLUSTER = 8  # that every device takes
-_KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
+KINDS = {torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +99,7 @@ MANY = Tile(256, 128, 1, 2, gated=True, many=True)
 
 def fits(n: int, k: int, dtype: torch.dtype, *, gated: bool) -> bool:
     """Whether hopper.cu takes such a weight: copies of 16 bytes, stores of four columns, of eights where gated."""
-    return dtype in _KINDS and n % (16 if gated else 4) == 0 and k % 8 == 0 and k >= 1024
+    return dtype in KINDS and n % (16 if gated else 4) == 0 and k % 8 == 0 and k >= 1024
 
 
 def likeliest(m: int, n: int, k: int, processors: int, most: int, *, gated: bool) -> list[Tile]:
@@ -130,7 +130,7 @@ def expected_s(tile: Tile, n: int, k: int, processors: int) -> float:
 
 def source(tile: Tile, dtype: torch.dtype) -> str:
     """hopper.cu for a tile: its sizes, and the instructions that name them."""
-    count, kind = tile.width // 2, _KINDS[dtype]
+    count, kind = tile.width // 2, KINDS[dtype]
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     sizes = {
@@ -156,12 +156,12 @@ def source(tile: Tile, dtype: torch.dtype) -> str:
         f'    : {operands} : "l"(a), "l"(b), "r"(add));',
         "}",
     ]
-    return "\n".join(lines) + "\n" + _text()
+    return "\n".join(lines) + "\n" + _text("hopper_parts.cu") + _text("hopper.cu")
 
 
 @cache
-def _text() -> str:
-    return Path(__file__).with_name("hopper.cu").read_text()
+def _text(name: str) -> str:
+    return Path(__file__).with_name(name).read_text()
 
 
 def binaries(tiles: Sequence[Tile], dtype: torch.dtype) -> dict[Tile, bytes]:

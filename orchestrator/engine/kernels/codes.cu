@@ -1,0 +1,76 @@
+// Weights in 4 bits on their way to tensor cores. The code at `plane` of a word and the one four planes on are 16 bits
+// apart: one AND and OR puts both into the mantissa of 128 (1024 in float16), which makes them BASE + code, exactly.
+//
+// Defined from outside: IS_HALF (x is float16; else bfloat16), WIDE_SCALES (float32; else x's type).
+
+typedef unsigned int u32;
+typedef unsigned short u16;
+typedef unsigned long long u64;
+
+#if IS_HALF
+#define MAGIC 0x64006400u
+#define ONES 0x3C003C00u
+#define BASE 1024.0f
+#define KIND "f16"
+#else
+#define MAGIC 0x43004300u
+#define ONES 0x3F803F80u
+#define BASE 128.0f
+#define KIND "bf16"
+#endif
+
+__device__ __forceinline__ float wide(u16 bits) {
+  float value;
+#if IS_HALF
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+#else
+  value = __uint_as_float((u32)bits << 16);
+#endif
+  return value;
+}
+__device__ __forceinline__ u16 narrow(float value) {
+  u16 bits;
+  asm("cvt.rn." KIND ".f32 %0, %1;" : "=h"(bits) : "f"(value));
+  return bits;
+}
+__device__ __forceinline__ u32 codes_at(u32 word, int plane) {  // and four planes on
+  u32 pair;
+  asm("lop3.b32 %0, %1, 0x000F000F, %2, 0xEA;" : "=r"(pair) : "r"(word >> (4 * plane)), "n"(MAGIC));
+  return pair;
+}
+struct Scale {
+#if WIDE_SCALES
+  float2 pair;
+  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const float2*)scales + index); }
+  __device__ __forceinline__ float scale() const { return pair.x; }
+  __device__ __forceinline__ float zero() const { return pair.y; }
+#else
+  u32 pair;
+  __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const u32*)scales + index); }
+  __device__ __forceinline__ float scale() const { return wide((u16)pair); }
+  __device__ __forceinline__ float zero() const { return wide((u16)(pair >> 16)); }
+#endif
+};
+
+// Two weights, rounded to x's type.
+#if WIDE_SCALES
+__device__ __forceinline__ u32 weights(u32 word, int plane, float scale, float zero) {
+  const u32 codes = codes_at(word, plane);
+  const float low = wide((u16)codes) - (BASE + 8.0f), high = wide((u16)(codes >> 16)) - (BASE + 8.0f);
+  u32 pair;
+  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * scale + zero), "f"(low * scale + zero));
+  return pair;
+}
+#else
+#if IS_HALF
+#define AWAY 0xE408E408u  // -1032
+#else
+#define AWAY 0xC308C308u  // -136
+#endif
+__device__ __forceinline__ u32 weights(u32 word, int plane, u32 scale, u32 zero) {
+  u32 pair;
+  asm("fma.rn." KIND "x2 %0, %1, %2, %3;" : "=r"(pair) : "r"(codes_at(word, plane)), "r"(ONES), "r"(AWAY));
+  asm("fma.rn." KIND "x2 %0, %0, %1, %2;" : "+r"(pair) : "r"(scale), "r"(zero));
+  return pair;
+}
+#endif

@@ -35,9 +35,9 @@ def _kernels() -> Any:
     return import_module("orchestrator.engine.kernels.all")
 
 
-def rows_by_kernel() -> tuple[int, ...]:
+def rows_by_kernel(x_MK: Tensor, codes: Tensor, scales: Tensor, how: Scheme) -> list[int]:
     """Of a quantized product on a GPU: the fewest rows that choose another kernel, or another tile."""
-    fewest: tuple[int, ...] = _kernels().ROWS_BY_KERNEL
+    fewest: list[int] = _kernels().rows_by_kernel(x_MK, codes, scales, how.group)
     return fewest
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -96,7 +96,11 @@ def _calls(model: Transformer, cache: KVCache, slots: DeviceSlots) -> Iterator[C
     gate_up = layer.mlp.gate_up
     for product in (*products, gate_up):
         # More go through cuBLAS, which wants 32 MiB to work in of each thread.
-        for rows in ops.rows_by_kernel() if isinstance(product, Quantized) else (1, 2):
+        tried: Sequence[int] = (1, 2)
+        if isinstance(product, Quantized):
+            x_1K = states(1, product.in_features)
+            tried = ops.rows_by_kernel(x_1K, product.codes, product.scales, product.how)
+        for rows in tried:
             yield partial(product.forward, states(rows, product.in_features))  # no hooks: no sums
     yield partial(gate_up.forward, states(ROWS[-1], spec.hidden))
     yield partial(ops.argmax, states(1, spec.vocab))

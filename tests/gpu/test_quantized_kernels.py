@@ -56,9 +56,9 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
     layer.bias.data.normal_()
     codes, pairs = unpack(layer.codes, group).view(n, -1, group), layer.scales.double()
     wide = ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k)
-    for rows in (1, 2, 8, 9, 16, 17, 33, 65, 128):
+    for rows in (1, 2, 8, 9, 16, 17, 33, 65, 97, 128, 129, 161, 200, 256):
         x = torch.randn(rows, k, device="cuda").to(dtype)
-        assert four_bits.takes(x, layer.scales, group)
+        assert rows > four_bits.MOST_ROWS or four_bits.takes(x, layer.scales, group)
         expected = x.double() @ wide.T + layer.bias.double()
         gate, up = expected.chunk(2, dim=-1)
         for actual, wanted in (
@@ -70,3 +70,27 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
         ):
             error = ((actual.double() - wanted).norm() / wanted.norm()).item()
             assert error < (4e-3 if dtype == torch.bfloat16 else 8e-4), rows
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [(1544, 2560), (4096, 4096), (6144, 4096)], ids=str)
+@torch.no_grad()
+def test_parts_of_a_tile_are_added_alike_every_time(shape: tuple[int, int]) -> None:
+    """Whichever block comes last: eager, and in a graph whose kernels begin before those in front have ended."""
+    n, k = shape
+    torch.manual_seed(0)
+    layer = Quantized((n, k), Scheme("int4", 128), False, torch.device("cuda"), torch.bfloat16)
+    layer.fill(0, torch.randn(n, k, device="cuda").to(torch.bfloat16), None)
+    x = torch.randn(128, k, device="cuda").to(torch.bfloat16)
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+
+    def product() -> torch.Tensor:
+        return kernels.quantized(x, layer.codes, layer.scales, None, 128, pdl=pdl)
+
+    expected = product()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        made = [product() for _ in range(20)]
+    for _ in range(20):
+        graph.replay()
+        assert all(torch.equal(one, expected) for one in made)

@@ -7,12 +7,11 @@ from orchestrator.engine.kernels.gemv import MAX_ROWS, gate_up, gemv
 from orchestrator.engine.kernels.int8_products import int8_by_int8, takes_int8
 from orchestrator.engine.kernels.norm import add_rms_norm
 from orchestrator.engine.kernels.overlap import supported
-from orchestrator.engine.kernels.quantized import ROWS_BY_KERNEL, quantized, quantized_gate_up
+from orchestrator.engine.kernels.quantized import quantized, quantized_gate_up, rows_by_kernel
 from orchestrator.engine.kernels.quantized_groups import groups_of_8
 
 __all__ = [
     "MAX_ROWS",
-    "ROWS_BY_KERNEL",
     "add_rms_norm",
     "argmax",
     "float8_by_float8",
@@ -22,6 +21,7 @@ __all__ = [
     "int8_by_int8",
     "quantized",
     "quantized_gate_up",
+    "rows_by_kernel",
     "silu_mul",
     "silu_mul_small",
     "supported",

@@ -5,7 +5,7 @@ Dimensions: M rows of x, N output channels, K columns.
 
 from __future__ import annotations
 
-from ctypes import c_int
+from ctypes import c_int, c_void_p
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -18,32 +18,23 @@ from orchestrator.engine.kernels import four_bits, hopper
 from orchestrator.engine.kernels.compiled import binaries
 
 CHUNK = 128  # columns that a thread fetches codes of at a time
+CHANNELS = 128  # of a tile, the gate's and up's counted
+GROUPS = 2  # warpgroups that multiply, 64 channels each
+WARPS = 4 * GROUPS
+THREADS = 128 * (GROUPS + 1)
+REGISTERS = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
+MOST_TILES = 4096  # of a weight; each has a counter for each of its warps
+FEWEST_ROWS = 17  # that are faster than by four_bits.cu
+ROWS = tuple(range(32, hopper.MOST_ROWS + 1, 32))  # of tiles: what is multiplied for nothing costs its time
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """What a block computes: rows of x, channels; one of the parts that K is split in; how many tiles share x."""
+    """What a block computes at a time: rows of x, of a plain product or of SiLU(gate) × up."""
 
-    rows: int  # a multiple of 16, up to 256
-    channels: int  # a multiple of 64
-    split: int
-    share: int
+    rows: int  # a multiple of 8
     gated: bool = False
     ring: int = 2  # chunks of codes on their way to registers
-
-    @property
-    def groups(self) -> int:
-        """Warpgroups that multiply."""
-        return self.channels // 64
-
-    @property
-    def threads(self) -> int:
-        return 128 * (self.groups + 1)
-
-    @property
-    def registers(self) -> tuple[int, int]:
-        """Of a thread that multiplies, and of one that brings x."""
-        return {1: (0, 0), 2: (240, 24), 3: (160, 32)}[self.groups]
 
     @property
     def stages(self) -> int:
@@ -53,32 +44,42 @@ class Tile:
     def shared_bytes(self) -> int:
         return 1024 + self.stages * (self.rows * 128 + 16)
 
-    @property
-    def possible(self) -> bool:
-        return (
-            self.stages >= 3
-            and self.rows * (self.channels + 4) * 4 <= self.stages * self.rows * 128
-            and self.rows % (8 * self.share) == 0
-            and self.rows % self.split == 0
-            and self.split * self.share <= hopper.LARGEST_CLUSTER
-        )
 
-    def blocks(self, n: int) -> int:
-        """Of a weight of n rows, the gate's and up's counted."""
-        return -(-n // (self.channels * self.share)) * self.share * self.split
+def choose(m: int, *, gated: bool) -> Tile:
+    """Of few rows more chunks are on their way: they are sooner done with."""
+    rows = next(rows for rows in ROWS if m <= rows)
+    return Tile(rows, gated, 4 if rows <= 64 else 2)
 
-    def __str__(self) -> str:
-        return f"{self.rows}×{self.channels}, K in {self.split}, x for {self.share}, {self.ring} ahead"
+
+@cache
+def blocks_of(n: int, k: int) -> int:
+    """Of a weight of n rows: each has as many chunks, and a chunk takes about as long as adding a part of a tile."""
+    tiles, chunks = -(-n // CHANNELS), k // CHUNK
+    most = min(four_bits.PROCESSORS, tiles * chunks)
+    possible = [most, *(tiles * parts for parts in range(1, min(most // tiles, chunks) + 1))]
+
+    def turns(blocks: int) -> int:
+        own = -(-tiles * chunks // blocks)
+        is_even = blocks % tiles == 0
+        parts = blocks // tiles if is_even else -(-chunks * blocks // (tiles * chunks)) + 1
+        return own + (parts if parts > 1 else 0)
+
+    return min(possible, key=turns)
 
 
 def takes(x_MK: Tensor, n: int, scales: Tensor, group: int) -> bool:
+    """So many rows of x, where another kernel is slower or there is none."""
+    return FEWEST_ROWS <= len(x_MK) <= hopper.MOST_ROWS and fits(x_MK, n, scales, group)
+
+
+def fits(x_MK: Tensor, n: int, scales: Tensor, group: int) -> bool:
+    """Whether four_bits_hopper.cu is for such weights and this GPU."""
     if torch.version.cuda is None or not x_MK.is_cuda or group not in (64, 128):
         return False
-    m, k = x_MK.shape
-    if m > hopper.MOST_ROWS or k % CHUNK or n % 8:
+    if x_MK.shape[1] % CHUNK or n % 8 or n > MOST_TILES * CHANNELS:
         return False
-    fits = x_MK.dtype in (torch.float16, torch.bfloat16) and scales.dtype in (x_MK.dtype, torch.float32)
-    return fits and torch.cuda.get_device_capability(x_MK.device) == (9, 0)
+    known = x_MK.dtype in hopper.KINDS and scales.dtype in (x_MK.dtype, torch.float32)
+    return known and torch.cuda.get_device_capability(x_MK.device) == (9, 0)
 
 
 def multiply(
@@ -87,22 +88,34 @@ def multiply(
     scales: Tensor,
     bias_N: Tensor | None,
     group: int,
-    tile: Tile,
     *,
+    gated: bool = False,
     pdl: bool = False,
 ) -> Tensor:
-    """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]. The weights are rounded to x's dtype."""
+    """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2], as tens_of_rows of four_bits.py.
+
+    Contiguous tensors. Products of one device run one after another: their counters are the same.
+    """
     m, k = x_MK.shape
     n = len(codes)
-    outputs = n // 2 if tile.gated else n
+    outputs = n // 2 if gated else n
+    tile, blocks = choose(m, gated=gated), blocks_of(n, k)
     out_MN = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
-    x_map = cuda.tensor_map(x_MK, (k, m), (k,), (hopper.BLOCK_K, tile.rows // tile.share))
+    parts = torch.empty(2 * blocks * CHANNELS * tile.rows, dtype=torch.float32, device=x_MK.device)
+    x_map = cuda.tensor_map(x_MK, (k, m), (k,), (hopper.BLOCK_K, tile.rows))
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, x_MK.device)
     kernel.launch(
-        tile.blocks(n), tile.threads, four_bits._stream(), x_map,
-        *four_bits._pointers(codes, scales, bias_N, out_MN), c_int(m), c_int(outputs), c_int(k), overlap=pdl,
+        blocks, THREADS, four_bits._stream(), x_map,
+        *four_bits._pointers(codes, scales, bias_N, out_MN, parts), c_void_p(_counters(x_MK.device)),
+        c_int(m), c_int(outputs), c_int(k), overlap=pdl,
     )  # fmt: skip
     return out_MN
+
+
+@cache
+def _counters(device: torch.device) -> int:
+    """Of the warps that have written a tile's parts: zero between kernels. On the current device."""
+    return cuda.allocate(MOST_TILES * WARPS * 4, 0)
 
 
 @cache
@@ -120,26 +133,22 @@ def source(tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype) -> s
     registers = ", ".join(f"%{i}" for i in range(count))
     operands = ", ".join(f'"+f"(d[{i}])' for i in range(count))
     lefts = ", ".join(f"%{count + i}" for i in range(4))
-    consumers, producers = tile.registers
     sizes = {
         "MX": tile.rows,
-        "BN": tile.channels,
-        "WGS": tile.groups,
+        "BN": CHANNELS,
+        "WGS": GROUPS,
         "STAGES": tile.stages,
-        "SPLIT": tile.split,
-        "SHARE": tile.share,
+        "SHARE": 1,
         "GATED": int(tile.gated),
         "RING": tile.ring,
         "GROUP": group,
         "IS_HALF": int(dtype == torch.float16),
         "WIDE_SCALES": int(scales == torch.float32),
-        "CONSUMER_REGISTERS": consumers,
-        "PRODUCER_REGISTERS": producers,
+        **REGISTERS,
     }
     instruction = f"wgmma.mma_async.sync.aligned.m64n{tile.rows}k16.f32.{kind}.{kind}"
     lines = [
         *(f"#define {name} {size}" for name, size in sizes.items()),
-        "#define to_element narrow",
         f"__device__ __forceinline__ void wgmma(float (&d)[{count}], const unsigned (&a)[4],"
         " unsigned long long b, int add) {",
         f'  asm volatile("{{\\n.reg .pred p;\\nsetp.ne.b32 p, %{count + 5}, 0;\\n"',

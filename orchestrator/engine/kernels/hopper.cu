@@ -8,6 +8,7 @@
 // Defined from outside: MX, BN, WGS, STAGES, SPLIT, SHARE, GATED, MANY, to_element (a float rounded to the element type,
 // as its bits) and wgmma. In front of it: hopper_parts.cu.
 
+#define CLUSTER (SPLIT * SHARE)
 #define W_BYTES (BN * 128)
 #define STAGE_BYTES (X_BYTES + W_BYTES)
 #define EVICT_FIRST 0x12F0000000000000ull
@@ -126,6 +127,16 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
 // tile adds up some of its rows, in the order of K, out of the others' shared memory: the same sum every time.
 #define PITCH (BN + 8)  // floats from row to row of a part: no two threads on one bank
 
+__device__ __forceinline__ float4 load_part(u32 at, u32 block) {
+  float4 v;
+  asm volatile(
+      "{\n.reg .b32 there;\n"
+      "mapa.shared::cluster.u32 there, %4, %5;\n"
+      "ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [there];\n}\n"
+      : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at), "r"(block) : "memory");
+  return v;
+}
+
 extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__(CLUSTER, 1, 1)
     few_rows(const __grid_constant__ TensorMap x_map, const __grid_constant__ TensorMap w_map, u16* out, int M, int N,
              int K) {
@@ -212,8 +223,34 @@ extern "C" __global__ void __launch_bounds__(CONSUMERS + 32, 1) __cluster_dims__
   }
 #if SPLIT > 1
   cluster_sync();
-  if (threadIdx.x < CONSUMERS)
-    add_parts<PITCH>(tiles_at, part, place, tile, out, M, N, [](int) { return 0.0f; });
+  if (threadIdx.x < CONSUMERS) {
+    const int first = part * (MX / SPLIT);  // of the rows that this block adds up
+    const int rows = M - first < MX / SPLIT ? M - first : MX / SPLIT;
+    for (int u = threadIdx.x; u < rows * (OUT_COLUMNS / 4); u += CONSUMERS) {
+      const int m = first + u / (OUT_COLUMNS / 4), n = u % (OUT_COLUMNS / 4) * 4;
+      const u32 at = tiles_at + (m * PITCH + (GATED ? n / 8 * 16 + n % 8 : n)) * 4;
+      float4 parts[SPLIT], ups[SPLIT];
+#pragma unroll
+      for (int i = 0; i < SPLIT; i++) {
+        parts[i] = load_part(at, place * SPLIT + i);
+        if (GATED) ups[i] = load_part(at + 32, place * SPLIT + i);
+      }
+      float4 sum = parts[0], up = ups[0];
+#pragma unroll
+      for (int i = 1; i < SPLIT; i++) {
+        sum.x += parts[i].x, sum.y += parts[i].y, sum.z += parts[i].z, sum.w += parts[i].w;
+        if (GATED) up.x += ups[i].x, up.y += ups[i].y, up.z += ups[i].z, up.w += ups[i].w;
+      }
+      if (GATED) {
+        sum.x = silu_times(sum.x, up.x), sum.y = silu_times(sum.y, up.y);
+        sum.z = silu_times(sum.z, up.z), sum.w = silu_times(sum.w, up.w);
+      }
+      const int to_n = tile * OUT_COLUMNS + n;
+      if (to_n < N)
+        *(ushort4*)(out + (long long)m * N + to_n) =
+            make_ushort4(to_element(sum.x), to_element(sum.y), to_element(sum.z), to_element(sum.w));
+    }
+  }
 #endif
   if (CLUSTER > 1) cluster_sync();  // no block ends while another may still read its parts or arrive at its barriers
 }

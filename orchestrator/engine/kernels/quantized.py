@@ -3,7 +3,7 @@
 A few rows of x are bound by the bytes of the weights: programs stream them past all rows, as gemv.py does. Tens of rows
 go through tensor cores, the weights widened on their way from memory. For more the weights are widened into memory
 first and cuBLAS multiplies, which gives it a piece at a time that stays in the L2 cache. Of 4 bits up to 128 rows go
-by four_bits.py, where it can.
+by four_bits.py, tens of rows up to 256 by four_bits_hopper.py, where they can.
 
 4 bits: bits of a code are put into the mantissa of a float between 1 and 2, which is 1 + code / 16: an AND and an OR,
 where a conversion takes a slot of a slower unit. The rest is folded into scale and zero.
@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from orchestrator.engine.kernels import four_bits
+from orchestrator.engine.kernels import four_bits, four_bits_hopper
 from orchestrator.engine.kernels.activation import silu_mul
 from orchestrator.engine.kernels.quantized_dot import WIDENED_WEIGHTS, dot, widened
 
@@ -29,9 +29,6 @@ MAX_ROWS = 2
 
 MIDDLE_ROWS = 128
 """Up to which weights are widened on their way into tensor cores."""
-
-ROWS_BY_KERNEL = (1, 2, 3, 9, 17, 33, 65)
-"""The fewest that choose another kernel, or another tile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,6 +207,8 @@ def quantized(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
 ) -> Tensor:
     """x @ weight.T + bias → [M, N], by what suits so many rows. `group`: of 4-bit weights; 0: 8 bits."""
+    if group and four_bits_hopper.takes(x_MK, len(codes), scales, group):
+        return four_bits_hopper.multiply(x_MK, codes, scales, bias_N, group, pdl=pdl)
     if group and four_bits.takes(x_MK, scales, group):
         by_rows = four_bits.few_rows if len(x_MK) <= four_bits.FEW_ROWS else four_bits.tens_of_rows
         return by_rows(x_MK, codes, scales, bias_N, group, pdl=pdl)
@@ -220,9 +219,19 @@ def quantized_gate_up(
     x_MK: Tensor, codes: Tensor, scales: Tensor, bias_N: Tensor | None, group: int, *, pdl: bool = False
 ) -> Tensor:
     """SiLU(gate) × up → [M, N / 2], the gate's rows first in the weight."""
+    if group and four_bits_hopper.takes(x_MK, len(codes), scales, group):
+        return four_bits_hopper.multiply(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
     if group and len(x_MK) <= four_bits.FEW_ROWS and four_bits.takes(x_MK, scales, group):
         return four_bits.few_rows(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
     return silu_mul(quantized(x_MK, codes, scales, bias_N, group, pdl=pdl), pdl=pdl)
+
+
+def rows_by_kernel(x_MK: Tensor, codes: Tensor, scales: Tensor, group: int) -> list[int]:
+    """The fewest rows like x's that choose another kernel, or another tile."""
+    fewest = {1, 2, 3, 9, 17, 33, 65}
+    if group and four_bits_hopper.fits(x_MK, len(codes), scales, group):
+        fewest |= {four_bits_hopper.FEWEST_ROWS, *(1 + rows for rows in four_bits_hopper.ROWS[:-1])}
+    return sorted(fewest)
 
 
 def by_triton(

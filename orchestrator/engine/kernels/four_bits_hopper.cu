@@ -67,7 +67,7 @@ __device__ __forceinline__ u32 count_arrival(u32* at) {  // sees what those coun
 // A channel's two rows of x -> a row's two channels, over the eight channels and rows of a warp.
 __device__ __forceinline__ u32 turned(float low, float high) {
   u32 two = narrow(low) | (u32)narrow(high) << 16;
-  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(two));
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %0;" : "+r"(two));
   return two;
 }
 

@@ -25,7 +25,8 @@ THREADS = 128 * (GROUPS + 1)
 REGISTERS = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
 MOST_TILES = 4096  # of a weight; each has a counter for each of its warps
 FEWEST_ROWS = 17  # that are faster than by four_bits.cu
-ROWS = tuple(range(-(-FEWEST_ROWS // 32) * 32, hopper.MOST_ROWS + 1, 32))  # of tiles: rows of none take time too
+ROWS = tuple(range(-(-FEWEST_ROWS // 32) * 32, hopper.MOST_ROWS + 1, 32))
+"""Of tiles: rows of x that there are not take time too."""
 
 
 @dataclass(frozen=True, slots=True)

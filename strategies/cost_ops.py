@@ -72,6 +72,7 @@ class Rates:
     of_compute: float
     reads: float  # times the share of bandwidth that products reach on others
     products: Mapping[str, Mapping[int, float]]  # dtype -> rows -> FLOP/s, where a CPU's were timed
+    is_hopper: bool = False  # whose own instructions multiply weights in 4 bits
 
     def reading(self, share: float) -> float:
         return self.bandwidth * min(MOST, share) * self.of_bandwidth
@@ -102,6 +103,7 @@ def rates(place: Placement, device: Device, at_work: float) -> Rates:
             for dtype, by_rows in device.products.items()
             if device.pool
         },
+        device.name in place.engine.kernels.hopper,
     )
 
 
@@ -173,7 +175,8 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         read = (weights * p.weight_bytes + moved) / r.reading(k.float8_reads)
         return joined(read, flops / r.computing(p.compute, k.compute[p.width] / slower))
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
-    if rows <= k.dot_rows:
+    by_wgmma = p.width is Width.FOUR and r.is_hopper
+    if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
         codes = (k.few_codes if rows <= FEW_ROWS else k.codes)[p.width]
         read = sum(
             joined(
@@ -181,7 +184,8 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
                 weights / (codes * r.flops["float32"] * r.of_compute),
             )
         )
-        return joined(read, flops / r.computing(dtype, k.dot_compute[p.width] / slower))
+        share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
+        return joined(read, flops / r.computing(dtype, share / slower))
     widened = weights * k.widened_bytes / r.bandwidth
     read, more = joined(
         (2 * weights + moved) / r.reading(k.weights[Width.FULL]),

@@ -7,7 +7,7 @@ its host does, and by few factors. An engine that is not listed gets the middle 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,9 @@ class Kernels:
     few_codes: Mapping[int, float] = field(default_factory=dict)  # the same at the rows of few_rows
     dot_rows: int = 0  # up to so many; beyond, all are widened first
     dot_compute: Mapping[int, float] = field(default_factory=dict)  # of FLOP/s in the dtype, up to there
+    hopper: Sequence[str] = ()  # devices where 4 bits go by wgmma, which the two lines below are of
+    hopper_rows: int = 0
+    hopper_compute: float = 0.0
     widened_bytes: float = 0.0  # of each weight, that widening it first reads and writes
     float8_rows: int = 0  # from which on x is rounded to float8 as well
     float8_reads: float = 0.0  # of bandwidth, reading weights from there on

@@ -66,6 +66,8 @@ def run(args: argparse.Namespace) -> int:
     sampling = SamplingParams(
         max_tokens=args.max_tokens, temperature=args.temperature, top_p=args.top_p, top_k=args.top_k
     )
+    if args.chat and args.prompts is not None:
+        raise UserError("--chat is for --prompt; a line of a --prompts file says it with messages")
     dims = layout(args)
     options = engine_options(args)
     check_blocks(options)
@@ -85,8 +87,6 @@ def _prompts(
 ) -> list[Prompt]:
     from launch.prompts import check, from_file, from_texts
 
-    if args.chat and args.prompts is not None:
-        raise UserError("--chat is for --prompt; a line of a --prompts file says it with messages")
     if args.prompts is not None:
         prompts = from_file(args.prompts, sampling, text)
     else:

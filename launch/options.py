@@ -229,6 +229,7 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
         raise UserError(
             f"--max-model-len is {args.max_model_len}; {spec.name} was made for {spec.max_positions} positions at most"
         )
+    check_offload(args, spec, is_here=address is None)
     tell_torch()
     if needs_weights and args.weights == "checkpoint" and known:
         from orchestrator.engine.checkpoint import open_checkpoint
@@ -243,7 +244,6 @@ def engine_options(args: argparse.Namespace, *, needs_weights: bool = True) -> E
     if args.weights == "dummy" and can_remake(spec):
         spec = replace(spec, published=None)  # random weights are in no blocks
     kept = _format(named, spec)
-    check_offload(args, spec, is_here=address is None)
     caching = not args.no_enable_prefix_caching
     check_asked(args.host_kv_gb, prefix_caching=caching, has_blocks=known)
     return EngineOptions(

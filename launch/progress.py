@@ -14,8 +14,9 @@ BEGUN_S = time.monotonic()  # of the command, which imports this module first
 
 
 def tell_torch() -> None:
-    """Before it is imported: seconds, where the disk is cold or the machine busy."""
-    if "torch" not in sys.modules:
+    """Before it is imported: seconds, where the disk is cold or the machine busy. To who looks: what was asked wrongly
+    is found after it too, and is one line in a log."""
+    if "torch" not in sys.modules and sys.stderr.isatty():
         Progress().say("importing torch")
 
 

@@ -49,6 +49,8 @@ for command in (
     "quantize smolm2 --to int4 -o out",
     "quality smolm2 --layout tp1",
     "generate smollm2 --prompt hi --max-model-len 100000",
+    "generate smollm2 --prompt hi --resident-layers 3",
+    "generate smollm2 --prompts {{path}} --chat",
 ):
     code = main(command.split())
     print(code, [name for name in {HEAVY[:3]} if name in sys.modules])
@@ -64,7 +66,7 @@ def test_a_model_mistyped_is_refused_before_anything_heavy_is_imported(tmp_path:
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=tmp_path, capture_output=True, text=True, env=environment
     )
-    assert done.stdout == "2 []\n" * 8, done.stderr
+    assert done.stdout == "2 []\n" * 10, done.stderr
     assert done.stderr.count("no model 'smolm2'") == 7, done.stderr
 
 
@@ -115,6 +117,9 @@ def test_lines_count_from_the_commands_beginning_and_tell_what_is_imported(
 ) -> None:
     monkeypatch.setattr(progress, "BEGUN_S", time.monotonic() - 100)
     monkeypatch.delitem(sys.modules, "torch", raising=False)
+    progress.tell_torch()
+    assert capsys.readouterr().err == "", "a log has what was wrong alone"
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     progress.tell_torch()
     monkeypatch.setitem(sys.modules, "torch", None)
     progress.tell_torch()

@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
     text = bundled() if args.text is None else read_text(args.text)
-    asked = options_of(args.model, args.device, args.dtype, args.layout)
+    asked = with_float8(options_of(args.model, args.device, args.dtype, args.layout), args.dtype)
     import torch  # after what can be refused without
 
     from launch.progress import Progress
@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     from orchestrator.text import text_of
     from strategies.formats import FORMATS
 
-    check_float8(FORMATS[asked.format], torch.device(config_of(asked).device))
+    if asked.device != "cpu":
+        check_float8(FORMATS[asked.format], torch.device(asked.device))
     of = options_of(args.against or args.model, args.device, "float32", "tp1")
     if asked.spec.vocab != of.spec.vocab:
         raise BadModel(
@@ -89,6 +90,21 @@ def options_of(model: str, device: str, dtype: str, layout: str) -> EngineOption
     return engine_options(args)
 
 
+def with_float8(options: EngineOptions, dtype: str) -> EngineOptions:
+    """A CPU emulates what a GPU does in float8, of a checkpoint stored in it too, which it would run widened."""
+    from strategies.formats import FORMATS
+    from strategies.quantize import or_native
+    from strategies.source import spec_of
+
+    spec = spec_of(options.source)
+    kept = or_native(spec, FORMATS[options.format])
+    if options.device != "cpu" or kept.weights != "fp8":
+        return options
+    return replace(
+        options, spec=spec, format=kept.name, dtype="bfloat16" if dtype == "auto" else options.dtype
+    )
+
+
 def _measured(
     asked: EngineOptions, of: EngineOptions, windows: Sequence[Sequence[int]], progress: Progress
 ) -> Quality:
@@ -104,14 +120,16 @@ def config_of(options: EngineOptions) -> EngineConfig:
     from launch.configured import engine_config
     from strategies.plan import ParallelDims
 
-    return replace(engine_config(options, ParallelDims()), graphs=False)
+    config = engine_config(options, ParallelDims())
+    return replace(config, graphs=False, emulates_float8=options.device == "cpu")
 
 
 def precision(options: EngineOptions) -> str:
     from strategies.formats import FORMATS
 
     kept = FORMATS[options.format]
-    parts = [f"{kept.weights} weights"] if kept.weights else []
+    emulated = ", emulated" if kept.weights == "fp8" and options.device == "cpu" else ""
+    parts = [f"{kept.weights} weights{emulated}"] if kept.weights else []
     parts += ["a cache in float8"] if kept.has_float8_kv else []
     return options.dtype + (f" with {' and '.join(parts)}" if parts else "")
 

@@ -1,10 +1,12 @@
-"""`shardwise quantize`: a model's weights in four bits, as a directory that vLLM and transformers read as well."""
+"""`shardwise quantize`: a model's weights in fewer bits, as a directory that vLLM and transformers read as well."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import shutil
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
     from launch.progress import Progress
     from orchestrator.engine.checkpoint import Checkpoint
     from orchestrator.engine.model import Transformer
+    from orchestrator.engine.stored import StoredCodes
     from orchestrator.text import Text
     from strategies.source import ModelSource
     from strategies.spec import ModelSpec
@@ -37,7 +40,10 @@ _COPIED = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a directory, a .gguf file, or smollm2")
     parser.add_argument(
-        "--to", choices=("int4",), required=True, help="int4: groups of 128, 64 or 32 columns"
+        "--to",
+        choices=("int4", "fp8"),
+        required=True,
+        help="int4: groups of 128, 64 or 32 columns; fp8: e4m3",
     )
     parser.add_argument("-o", "--out", type=Path, required=True, metavar="DIR", help="a directory, made anew")
     parser.add_argument(
@@ -48,14 +54,58 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="with error feedback (GPTQ) on a file of text; without a file on Python's language reference",
     )
     parser.add_argument("--tokens", type=int, default=16384, metavar="N", help="of the text, at most (16384)")
-    parser.add_argument("--group", type=int, choices=(128, 64, 32), help="default: the largest that divides")
+    parser.add_argument(
+        "--group", type=int, choices=(128, 64, 32), help="of int4; default: the largest that divides"
+    )
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What weights become."""
+
+    told: str
+    config: dict[str, object]
+    to_nearest: Callable[[Tensor], StoredCodes]
+    with_feedback: Callable[[Tensor, Tensor], StoredCodes]
+
+
+def _kind(group: int | None, dtype: torch.dtype) -> _Kind:
+    """fp8, or int4 in groups of so many columns. `dtype`: of scales."""
+    from orchestrator.engine import float8, gptq
+    from orchestrator.engine.write_packed import float8_config, four_bits_config
+
+    if group is None:
+        return _Kind(
+            "fp8",
+            float8_config(),
+            partial(float8.to_nearest, dtype=dtype),
+            partial(float8.with_feedback, dtype=dtype),
+        )
+    return _Kind(
+        f"int4, groups of {group}",
+        four_bits_config(group),
+        partial(gptq.to_nearest, group=group, dtype=dtype),
+        partial(gptq.with_feedback, group=group, dtype=dtype),
+    )
+
+
+def _group(args: argparse.Namespace, spec: ModelSpec) -> int | None:
+    """None: of fp8, which has none. Raises UserError."""
+    from cluster.errors import BadRequest
+    from strategies.quantize import one_group
+
+    if args.to == "int4":
+        return one_group(spec, args.group)
+    if args.group is not None:
+        raise BadRequest(f"--group {args.group} is of int4; fp8 has a scale a channel: leave it away")
+    return None
 
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import BadModel, BadRequest
     from launch.models import resolve
-    from strategies.quantize import can_remake, one_group
+    from strategies.quantize import can_remake
     from strategies.runnable import check_known
     from strategies.source import spec_of
 
@@ -68,33 +118,41 @@ def run(args: argparse.Namespace) -> int:
         raise BadRequest(f"{args.out} is there already; give a directory that is not")
     if args.tokens < 2:
         raise BadRequest(f"--tokens is {args.tokens}; it must be at least 2")
-    group = one_group(spec, args.group)
+    group = _group(args, spec)
     from launch.progress import Progress, tell_torch
 
     tell_torch()  # after what can be refused without it
+    import torch
+
     from launch.options import choose_device
     from orchestrator.engine.checkpoint import open_checkpoint
     from orchestrator.text import text_of
 
+    stored = spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"
+    dtype: torch.dtype = getattr(torch, stored)
+    kind = _kind(group, dtype)
     device = choose_device(args.device)
     text = text_of(source)
     windows = _windows(args, spec, text)
     checkpoint = open_checkpoint(source, spec)
     checkpoint.verify()
     progress = Progress()
-    partial = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    unfinished = args.out.with_name(f".{args.out.name}.partial")
+    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        partial.mkdir(parents=True)
+        unfinished.mkdir(parents=True)
     except OSError as error:
         raise BadRequest(f"{args.out} cannot be made ({error.strerror}); give another directory") from None
     try:
-        written = _write(partial, spec, source, checkpoint, windows, group, device, text, progress)
-        partial.rename(args.out)
+        written = _write(unfinished, spec, checkpoint, windows, kind, dtype, device, progress)
+        config = _config(source, spec, stored) | {"quantization_config": kind.config}
+        (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        _copy_text(source, spec, text, unfinished)
+        unfinished.rename(args.out)
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
     way = "to nearest" if windows is None else f"calibrated on {sum(map(len, windows)):,} tokens"
-    print(f"{args.out}: {spec.name} in int4, groups of {group}, {way}; {written / 1e9:.2f} GB")
+    print(f"{args.out}: {spec.name} in {kind.told}, {way}; {written / 1e9:.2f} GB")
     return 0
 
 
@@ -114,50 +172,41 @@ def _windows(args: argparse.Namespace, spec: ModelSpec, text: Text | None) -> li
 def _write(
     directory: Path,
     spec: ModelSpec,
-    source: ModelSource,
     checkpoint: Checkpoint,
     windows: Sequence[Sequence[int]] | None,
-    group: int,
+    kind: _Kind,
+    dtype: torch.dtype,
     device: str,
-    text: Text | None,
     progress: Progress,
 ) -> int:
-    import torch
+    """Its weights. → bytes."""
+    from orchestrator.engine.write_packed import plain_tensors, write_shards
 
-    from orchestrator.engine.write_packed import plain_tensors, quantization_config, write_shards
-
-    stored = spec.dtype if spec.dtype in ("bfloat16", "float16") else "bfloat16"
-    dtype = getattr(torch, stored)
     with progress.bar(f"{spec.name}: loading weights") as bar:
         model = _model(spec, checkpoint, device, bar.update)
-    with progress.bar(f"{spec.name}: four bits, by layer", unit_is_bytes=False) as bar:
+    with progress.bar(f"{spec.name}: {kind.told}, by layer", unit_is_bytes=False) as bar:
 
         def tensors() -> Iterator[tuple[str, Tensor]]:
-            yield from _in_four_bits(model, spec, windows, group, dtype, bar.update)
+            yield from _made(model, spec, windows, kind, bar.update)
             yield from plain_tensors(spec, checkpoint, dtype)
 
-        written = write_shards(directory, tensors())
-    config = _config(source, spec, stored) | {"quantization_config": quantization_config(group)}
-    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    _copy_text(source, spec, text, directory)
-    return written
+        return write_shards(directory, tensors())
 
 
-def _in_four_bits(
+def _made(
     model: Transformer,
     spec: ModelSpec,
     windows: Sequence[Sequence[int]] | None,
-    group: int,
-    dtype: torch.dtype,
+    kind: _Kind,
     told: Callable[[int, int], None],
 ) -> Iterator[tuple[str, Tensor]]:
     from orchestrator.engine.calibrate import calibrated, rounded
     from orchestrator.engine.write_packed import layer_tensors
 
     found = (
-        rounded(model, group, dtype, told)
+        rounded(model, kind.to_nearest, told)
         if windows is None
-        else calibrated(model, windows, group, dtype, told)
+        else calibrated(model, windows, kind.with_feedback, told)
     )
     for layer, linear, codes in found:
         yield from layer_tensors(spec, layer, linear, codes)

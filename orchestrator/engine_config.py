@@ -36,6 +36,7 @@ class EngineConfig:
     least_kv_tokens: int = 0  # of them, that it cannot do without
     host_memory_bytes: int | None = None  # of this host, for offloaded layers and KV; None: what is available
     host_kv_bytes: int = 0  # of host memory, of each rank, for KV that the device has no room for
+    emulates_float8: bool = False  # where the device does not multiply it: slowly, to tell its quality
     graphs: bool = True  # decode steps as CUDA graphs, where there are any
     memory_utilization: float = 0.9  # of the device's memory, for weights, KV and everything else
     memory_cap_bytes: int | None = None  # of a GPU, for all that the process takes; in place of the share

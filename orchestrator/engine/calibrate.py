@@ -1,7 +1,7 @@
-"""A model's linear layers in four bits, one layer after another, each calibrated on what it reads of a text.
+"""A model's linear layers in fewer bits, one layer after another, each calibrated on what it reads of a text.
 
-A layer's inputs are those that the layers before it give in four bits, and each of its four products is rounded knowing
-what the ones before it in the layer have become.
+A layer's inputs are those that the layers before it give in fewer bits, and each of its four products is rounded
+knowing what the ones before it in the layer have become.
 """
 
 from __future__ import annotations
@@ -15,30 +15,33 @@ import torch
 from torch import Tensor, nn
 
 from orchestrator.engine.attention import Batch, SdpaContext
-from orchestrator.engine.gptq import Codes, to_nearest, with_feedback
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import Transformer
+from orchestrator.engine.stored import StoredCodes
 from strategies.quantize import LINEARS
 
-Found = tuple[int, str, Codes]  # layer, which of LINEARS, codes
+Found = tuple[int, str, StoredCodes]  # layer, which of LINEARS, codes
 Told = Callable[[int, int], None]
 State = tuple[Tensor, Tensor | None]  # of a window: x, and the sum that it is to be added to
 
 
-def rounded(model: Transformer, group: int, dtype: torch.dtype, told: Told) -> Iterator[Found]:
-    """To nearest, without a text. `dtype`: of the scales."""
+def rounded(model: Transformer, to_nearest: Callable[[Tensor], StoredCodes], told: Told) -> Iterator[Found]:
+    """Without a text: of each weight, what `to_nearest` makes of it."""
     for index, layer in enumerate(model.layers):
         for linear in LINEARS:
             weight_NK = layer.get_submodule(linear).get_parameter("weight").data
-            yield index, linear, to_nearest(weight_NK, group, dtype)
+            yield index, linear, to_nearest(weight_NK)
         told(index + 1, len(model.layers))
 
 
 @torch.no_grad()
 def calibrated(
-    model: Transformer, windows: Sequence[Sequence[int]], group: int, dtype: torch.dtype, told: Told
+    model: Transformer,
+    windows: Sequence[Sequence[int]],
+    with_feedback: Callable[[Tensor, Tensor], StoredCodes],
+    told: Told,
 ) -> Iterator[Found]:
-    """With error feedback. The model's weights are written over by what they become."""
+    """Of each weight, what `with_feedback` makes of it and H. The model's weights are written over by that."""
     assert model.embed is not None, "the whole model is calibrated"
     contexts = [prompt_context(model, len(window)) for window in windows]
     device = model.embed.weight.device
@@ -49,7 +52,7 @@ def calibrated(
             product = layer.get_submodule(linear)
             hessian_KK = _read(product, runs)
             weight = product.get_parameter("weight")
-            codes = with_feedback(weight.data, hessian_KK, group, dtype)
+            codes = with_feedback(weight.data, hessian_KK)
             weight.data.copy_(codes.dequantized())
             yield index, linear, codes
         states = [run() for run in runs]

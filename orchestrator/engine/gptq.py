@@ -3,75 +3,81 @@
 w = (code − zero point) × scale, whole zero points, in groups of columns. Rounding to nearest looks at the weights
 alone. With H = Σ x xᵀ of what the layer reads, each column's error is made good by the columns not yet rounded, those
 that weigh most first, and a group's range is the one that costs least of many. Scales and zero points are chosen before
-columns move, so that the order need not be kept with the weights.
+columns move, so that the order need not be kept with the weights. float8.py does the same for another grid.
 
 Dimensions: N output channels, K columns, G groups of a row.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from orchestrator.engine.stored import StoredCodes
 
 MOST_CODE = 15
 DAMPING = 0.01  # of H's mean diagonal
 BLOCK = 128  # columns between two updates of all that are left
 SHRINKS = tuple(1 - 0.02 * step for step in range(26))  # of a group's range, tried
 
-
-@dataclass(frozen=True, slots=True)
-class Codes:
-    codes_NK: Tensor  # uint8, 0 to 15
-    scales_NG: Tensor  # in the dtype that they are stored in
-    zero_points_NG: Tensor  # uint8, 0 to 15
-
-    def dequantized(self) -> Tensor:
-        """float32."""
-        n, k = self.codes_NK.shape
-        groups = self.codes_NK.view(n, self.scales_NG.shape[1], -1).float()
-        wide = (groups - self.zero_points_NG.float()[:, :, None]) * self.scales_NG.float()[:, :, None]
-        return wide.view(n, k)
-
-    def rows(self, rows: slice) -> Codes:
-        return Codes(self.codes_NK[rows], self.scales_NG[rows], self.zero_points_NG[rows])
+Rounded = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""Of a column, by its place, what it has become [N]: its codes, float32, and the values that they stand for."""
 
 
-def to_nearest(weight_NK: Tensor, group: int, dtype: torch.dtype) -> Codes:
+def to_nearest(weight_NK: Tensor, group: int, dtype: torch.dtype) -> StoredCodes:
     n, k = weight_NK.shape
     groups = weight_NK.float().view(n, k // group, group)
     scales, points = _ranges(groups.amin(2), groups.amax(2), 1.0, dtype)
-    return Codes(_codes(groups, scales, points).view(n, k).to(torch.uint8), scales, points.to(torch.uint8))
+    codes_NK = _codes(groups, scales, points).view(n, k)
+    return StoredCodes(codes_NK.to(torch.uint8), scales, points.to(torch.uint8))
 
 
-def with_feedback(weight_NK: Tensor, hessian_KK: Tensor, group: int, dtype: torch.dtype) -> Codes:
+def with_feedback(weight_NK: Tensor, hessian_KK: Tensor, group: int, dtype: torch.dtype) -> StoredCodes:
     """float32 weights and H, of one device. A column that was never read is rounded to nearest."""
     n, k = weight_NK.shape
-    left_NK, hessian_KK = weight_NK.float().clone(), hessian_KK.clone()
+    damped_KK = damped(hessian_KK)
+    groups = weight_NK.float().view(n, k // group, group)
+    scales, points = _searched(groups, damped_KK.diagonal().view(-1, group), dtype)
+
+    def rounded(column: int, left_N: Tensor) -> tuple[Tensor, Tensor]:
+        scale, point = scales[:, column // group].float(), points[:, column // group]
+        code = (left_N / scale + point).round_().clamp_(0, MOST_CODE)
+        return code, (code - point) * scale
+
+    codes_NK = fed_back(weight_NK, damped_KK, rounded)
+    return StoredCodes(codes_NK.to(torch.uint8), scales, points.to(torch.uint8))
+
+
+def damped(hessian_KK: Tensor) -> Tensor:
+    """That can be inverted: columns that were never read weigh something too."""
+    hessian_KK = hessian_KK.clone()
     diagonal_K = hessian_KK.diagonal()
     diagonal_K[diagonal_K == 0] = 1
     diagonal_K += DAMPING * diagonal_K.mean()
-    scales, points = _searched(left_NK.view(n, k // group, group), diagonal_K.view(-1, group), dtype)
-    order_K = diagonal_K.argsort(descending=True)
-    inverse_KK = _upper_inverse(hessian_KK[order_K][:, order_K])
-    left_NK = left_NK[:, order_K]
-    of_group_K = order_K // group
-    codes_NK = torch.empty((n, k), dtype=torch.uint8, device=weight_NK.device)
+    return hessian_KK
+
+
+def fed_back(weight_NK: Tensor, damped_KK: Tensor, rounded: Rounded) -> Tensor:
+    """Codes of all columns, float32 [N, K], each column rounded as those before it have left it."""
+    n, k = weight_NK.shape
+    order_K = damped_KK.diagonal().argsort(descending=True)
+    places = order_K.tolist()
+    inverse_KK = _upper_inverse(damped_KK[order_K][:, order_K])
+    left_NK = weight_NK.float()[:, order_K]
+    codes_NK = torch.empty((n, k), device=weight_NK.device)
     for start in range(0, k, BLOCK):
         stop = min(start + BLOCK, k)
         errors = torch.empty((n, stop - start), device=weight_NK.device)
         for column in range(start, stop):
-            at = int(of_group_K[column])
-            scale, point = scales[:, at].float(), points[:, at]
-            code = (left_NK[:, column] / scale + point).round_().clamp_(0, MOST_CODE)
-            codes_NK[:, column] = code.to(torch.uint8)
-            error = (left_NK[:, column] - (code - point) * scale) / inverse_KK[column, column]
+            code, value = rounded(places[column], left_NK[:, column])
+            codes_NK[:, column] = code
+            error = (left_NK[:, column] - value) / inverse_KK[column, column]
             left_NK[:, column:stop] -= error[:, None] * inverse_KK[column, column:stop]
             errors[:, column - start] = error
         left_NK[:, stop:] -= errors @ inverse_KK[start:stop, stop:]
-    back_K = order_K.argsort()
-    return Codes(codes_NK[:, back_K].contiguous(), scales, points.to(torch.uint8))
+    return codes_NK[:, order_K.argsort()].contiguous()
 
 
 def _upper_inverse(hessian_KK: Tensor) -> Tensor:

@@ -32,6 +32,9 @@ from strategies.scheme import GGUF, W8A8, Scheme
 INT8 = ("int8", W8A8)
 INT8_MOST = 127.0
 FP8_MOST = 448.0  # of e4m3
+FLOAT8_ROWS = 16
+"""Of x, up to which weights in float8 are widened: to round x as well costs a launch more."""
+
 PLANES = 8  # codes of a word
 
 
@@ -147,6 +150,8 @@ class Quantized(nn.Module):
             product_MN = cpu_products.int4(x_MK, self.codes, self.scales, self.how.group)
         elif self.how.format == W8A8:
             product_MN = by_int8(x_MK, self.codes, self.scales)
+        elif self.how.format == "fp8" and multiplies_float8(x_MK, self.codes):
+            product_MN = by_float8(x_MK, self.codes, self.scales)
         elif self._has_int8_product(x_MK):
             product_MN = cpu_products.int8(x_MK, self.codes, self.scales)
         elif self.how.group:
@@ -206,6 +211,26 @@ def quantize_channels(wide_NK: Tensor, scales_N: Tensor, kept: str) -> Tensor:
     if kept in INT8:
         return ratios_NK.round_().clamp_(-INT8_MOST, INT8_MOST).to(torch.int8)
     return ratios_NK.clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn)
+
+
+def multiplies_float8(x_MK: Rows, codes: Tensor) -> bool:
+    """Whether x's rows are made float8 too, on devices that can: cuBLAS and CUTLASS want sixteens, and give bfloat16
+    where rows have scales of their own."""
+    fits = x_MK.dtype == torch.bfloat16 and codes.shape[1] % 16 == 0 and len(codes) % 16 == 0
+    return fits and len(x_MK) > FLOAT8_ROWS
+
+
+def by_float8(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:
+    """x @ weight.T as GPUs have it that multiply float8: each row of x in it by its largest, sums in float32."""
+    small_MK, scales_M1 = rows_in_float8(x_MK)
+    sums_MN = in_blocks(small_MK.float(), len(codes_NK), lambda rows: codes_NK[rows])
+    return (sums_MN * (scales_M1 * scales_N)).to(x_MK.dtype)
+
+
+def rows_in_float8(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    wide_MK = x_MK.float()
+    scales_M1 = (wide_MK.abs().amax(dim=1, keepdim=True) / FP8_MOST).clamp_(min=1e-12)
+    return (wide_MK / scales_M1).clamp_(-FP8_MOST, FP8_MOST).to(torch.float8_e4m3fn), scales_M1
 
 
 def by_int8(x_MK: Tensor, codes_NK: Tensor, scales_N: Tensor) -> Tensor:

@@ -109,7 +109,8 @@ def loaded(
             dtype
         )
     kept = FORMATS[config.format]
-    check_float8(kept, device)
+    if not config.emulates_float8:
+        check_float8(kept, device)
     layers = len(shard.layers)
     streaming = Streaming(layers, resident_of(config, shard, device, free) if config.offload else layers)
     assert kept.weights != SPARSE24 or not streaming.buffers, "strategies.runnable refuses it"

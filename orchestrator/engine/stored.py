@@ -29,3 +29,11 @@ class StoredCodes:
         if self.least_NG is not None:
             wide += self.least_NG[:, :, None]
         return wide.view(n, k)
+
+    def rows(self, rows: slice) -> StoredCodes:
+        def of(some: Tensor | None) -> Tensor | None:
+            return None if some is None else some[rows]
+
+        return StoredCodes(
+            self.codes_NK[rows], self.scales_NG[rows], of(self.zero_points_NG), of(self.least_NG)
+        )

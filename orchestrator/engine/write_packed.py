@@ -1,7 +1,8 @@
-"""Four-bit weights on disk as compressed-tensors' pack-quantized safetensors, which vLLM and transformers read.
+"""Weights in fewer bits on disk as compressed-tensors' safetensors, which vLLM and transformers read.
 
-Each linear layer has weight_packed (eight codes an int32 along the columns), weight_scale, weight_zero_point (eight an
-int32 along the rows) and weight_shape; everything else is in the model's dtype.
+Of four bits (pack-quantized) each linear layer has weight_packed (eight codes an int32 along the columns),
+weight_scale, weight_zero_point (eight an int32 along the rows) and weight_shape; of float8 (float-quantized) weight, in
+it, and weight_scale, a channel's. Everything else is in the model's dtype.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from orchestrator.engine.checkpoint import Checkpoint
-from orchestrator.engine.gptq import Codes
 from orchestrator.engine.published import packed
+from orchestrator.engine.stored import StoredCodes
 from strategies.spec import ModelSpec
 from strategies.tensor_shapes import tensor_shapes
 
@@ -28,28 +29,35 @@ SHARD_BYTES = 4 * 2**30
 _ATTENTION, _MLP = "self_attn", "mlp"
 
 
-def quantization_config(group: int) -> dict[str, object]:
-    weights = {
-        "num_bits": BITS,
-        "type": "int",
-        "strategy": "group",
-        "group_size": group,
-        "symmetric": False,
+def four_bits_config(group: int) -> dict[str, object]:
+    weights = _codes(BITS, "int", "group", symmetric=False) | {"group_size": group, "actorder": None}
+    return _config("pack-quantized", weights, None)
+
+
+def float8_config() -> dict[str, object]:
+    """Rows of x are made float8 as they come: `dynamic`."""
+    x = _codes(8, "float", "token", symmetric=True) | {"dynamic": True, "observer": None}
+    return _config("float-quantized", _codes(8, "float", "channel", symmetric=True), x)
+
+
+def _codes(bits: int, kind: str, strategy: str, *, symmetric: bool) -> dict[str, object]:
+    return {
+        "num_bits": bits,
+        "type": kind,
+        "strategy": strategy,
+        "symmetric": symmetric,
         "dynamic": False,
-        "actorder": None,
         "block_structure": None,
         "observer": "minmax",
         "observer_kwargs": {},
     }
-    linears = {
-        "targets": ["Linear"],
-        "weights": weights,
-        "input_activations": None,
-        "output_activations": None,
-    }
+
+
+def _config(form: str, weights: dict[str, object], x: dict[str, object] | None) -> dict[str, object]:
+    linears = {"targets": ["Linear"], "weights": weights, "input_activations": x, "output_activations": None}
     return {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
         "config_groups": {"group_0": linears},
         "ignore": ["lm_head"],
@@ -58,7 +66,9 @@ def quantization_config(group: int) -> dict[str, object]:
     }
 
 
-def layer_tensors(spec: ModelSpec, layer: int, linear: str, codes: Codes) -> Iterator[tuple[str, Tensor]]:
+def layer_tensors(
+    spec: ModelSpec, layer: int, linear: str, codes: StoredCodes
+) -> Iterator[tuple[str, Tensor]]:
     """One of LINEARS, under the names of the checkpoint's parts of it."""
     q, kv = spec.heads * spec.head_dim, spec.kv_heads * spec.head_dim
     parts = {
@@ -76,8 +86,11 @@ def layer_tensors(spec: ModelSpec, layer: int, linear: str, codes: Codes) -> Ite
         own = codes.rows(slice(at, at + rows))
         at += rows
         stem = f"model.layers.{layer}.{name}"
-        yield f"{stem}.weight_packed", packed(own.codes_NK.cpu(), BITS)
         yield f"{stem}.weight_scale", own.scales_NG.cpu().contiguous()
+        if own.zero_points_NG is None:
+            yield f"{stem}.weight", own.codes_NK.cpu().contiguous()
+            continue
+        yield f"{stem}.weight_packed", packed(own.codes_NK.cpu(), BITS)
         yield (
             f"{stem}.weight_zero_point",
             packed(own.zero_points_NG.cpu().T.contiguous(), BITS).T.contiguous(),

@@ -1,14 +1,16 @@
-"""Four-bit codes: to nearest, and with error feedback."""
+"""Codes of four bits and of float8: to nearest, and with error feedback."""
 
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 
 from launch.models import resolve, spec_of
+from orchestrator.engine import float8
 from orchestrator.engine.calibrate import calibrated, prompt_context, rounded
 from orchestrator.engine.checkpoint import open_checkpoint
 from orchestrator.engine.gptq import to_nearest, with_feedback
@@ -66,6 +68,47 @@ def test_feedback_makes_the_products_error_much_smaller() -> None:
     assert fed_back < 0.6 * nearest, (fed_back, nearest)
 
 
+def test_float8_to_nearest_is_torchs_rounding() -> None:
+    weight = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
+    weight[3] = 0
+    found = float8.to_nearest(weight, torch.bfloat16)
+    assert found.scales_NG.shape == (8, 1) and found.scales_NG.dtype == torch.bfloat16
+    ratios = (weight / found.scales_NG.float()).clamp(-448, 448)
+    assert torch.equal(found.codes_NK.float(), ratios.to(torch.float8_e4m3fn).float())
+    assert (
+        (found.dequantized() - weight).abs().le(weight.abs() / 16 + 1e-4).all()
+    )  # three bits behind the first
+    assert not found.dequantized()[3].any()
+
+
+def test_feedback_makes_float8s_error_much_smaller() -> None:
+    x = inputs(256)
+    weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
+    weight[5] = 0
+
+    def error(wide: torch.Tensor) -> float:
+        return ((x @ (wide - weight).T).norm() / (x @ weight.T).norm()).item()
+
+    nearest = error(float8.to_nearest(weight, torch.bfloat16).dequantized())
+    found = float8.with_feedback(weight, x.T @ x, torch.bfloat16)
+    assert error(found.dequantized()) < 0.6 * nearest, (error(found.dequantized()), nearest)
+    assert not found.dequantized()[5].any()
+    assert found.codes_NK.dtype == torch.float8_e4m3fn and found.codes_NK.float().isfinite().all()
+
+
+def test_the_column_that_weighs_most_chooses_float8s_scale() -> None:
+    """Where the largest of a channel is 448, 232 lies half way between 224 and 240."""
+    weight = torch.full((1, 32), 0.5)
+    weight[0, 0], weight[0, 7] = 448, 232
+    hessian = torch.eye(32)
+    hessian[7, 7] = 1e6
+    nearest = float8.to_nearest(weight, torch.float32)
+    found = float8.with_feedback(weight, hessian, torch.float32)
+    assert nearest.scales_NG.item() == 1
+    assert (nearest.dequantized()[0, 7] - 232).abs() == 8
+    assert (found.dequantized()[0, 7] - 232).abs() < 2
+
+
 def test_columns_that_nothing_reads_are_rounded_to_nearest() -> None:
     x = inputs(64)
     x[:, 32:] = 0
@@ -77,7 +120,19 @@ def test_columns_that_nothing_reads_are_rounded_to_nearest() -> None:
     assert ((found.dequantized() - weight)[:, 32:].abs() <= 0.5001 * scale)[inside].all()
 
 
-def test_a_model_calibrated_on_a_text_is_nearer_to_itself(tmp_path: Path) -> None:
+FOUR_BITS = {"group": 32, "dtype": torch.float32}
+NEAREST = {
+    "int4": partial(to_nearest, **FOUR_BITS),
+    "fp8": partial(float8.to_nearest, dtype=torch.float32),
+}
+FEEDBACK = {
+    "int4": partial(with_feedback, **FOUR_BITS),
+    "fp8": partial(float8.with_feedback, dtype=torch.float32),
+}
+
+
+@pytest.mark.parametrize("kind", ["int4", "fp8"])
+def test_a_model_calibrated_on_a_text_is_nearer_to_itself(kind: str, tmp_path: Path) -> None:
     """Of a random Llama: the logits of tokens like those that it was calibrated on, beside plain rounding's."""
     make_model(tmp_path, "llama", std=0.1, hidden_size=128, intermediate_size=192, num_attention_heads=4)
     source = resolve(str(tmp_path))
@@ -92,7 +147,7 @@ def test_a_model_calibrated_on_a_text_is_nearer_to_itself(tmp_path: Path) -> Non
         load(model, shard, spec, open_checkpoint(source, spec), torch.device("cpu"), torch.float32)
         seen: list[tuple[int, str]] = []
         if codes == "rounded":
-            for index, linear, found in rounded(model, 32, torch.float32, lambda done, total: None):
+            for index, linear, found in rounded(model, NEAREST[kind], lambda done, total: None):
                 model.layers[index].get_submodule(linear).get_parameter("weight").data.copy_(
                     found.dequantized()
                 )
@@ -100,7 +155,7 @@ def test_a_model_calibrated_on_a_text_is_nearer_to_itself(tmp_path: Path) -> Non
         if codes == "calibrated":
             told: list[tuple[int, int]] = []
             for index, linear, _ in calibrated(
-                model, windows[1:], 32, torch.float32, lambda done, total: told.append((done, total))
+                model, windows[1:], FEEDBACK[kind], lambda done, total: told.append((done, total))
             ):
                 seen.append((index, linear))
             assert told == [(1, 3), (2, 3), (3, 3)]

@@ -57,10 +57,6 @@ def test_wants_a_tokenizer_and_one_device(tmp_path: Path, capsys: pytest.Capture
     assert "has no tokenizer, which a text needs" in capsys.readouterr().err
     assert main(["quality", str(tmp_path), "--device", "cpu", "--layout", "tp2"]) == 2
     assert "quality runs on one device" in capsys.readouterr().err
-    assert (
-        main(["quality", str(tmp_path), "--device", "cpu", "--layout", "tp1+fp8"]) == 2
-    )  # before a text is looked for
-    assert "+fp8 wants GPUs of compute capability 8.9 on" in capsys.readouterr().err
     assert main(["quality", str(tmp_path), "--text", str(tmp_path / "none.txt")]) == 2
     assert "cannot be read (No such file" in capsys.readouterr().err
 

@@ -9,16 +9,14 @@ import torch
 from torch import Tensor
 
 from orchestrator.engine.kernels.rounding import rounded
+from orchestrator.engine.quantized import FLOAT8_ROWS, multiplies_float8
 from orchestrator.engine.small_rows import Rows
 
-LEAST_ROWS = 17
-"""Fewer go by the weights alone, widened: to round x as well costs a launch more."""
+LEAST_ROWS = FLOAT8_ROWS + 1
 
 
 def takes_float8(x_MK: Rows, codes: Tensor) -> bool:
-    """cuBLAS and CUTLASS want sixteens, and give bfloat16 where rows have scales of their own."""
-    many = len(x_MK) >= LEAST_ROWS and codes.dtype == torch.float8_e4m3fn
-    return many and x_MK.dtype == torch.bfloat16 and codes.shape[1] % 16 == 0 and len(codes) % 16 == 0
+    return codes.dtype == torch.float8_e4m3fn and multiplies_float8(x_MK, codes)
 
 
 def float8_by_float8(x_MK: Rows, codes: Tensor, scales_N: Tensor, bias_N: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from orchestrator.engine.checkpoint import open_checkpoint
 from orchestrator.engine.quantized import Quantized
 from orchestrator.request import SamplingParams
 from strategies.formats import FORMATS
-from strategies.quantize import scheme
+from strategies.quantize import kept_on, native, scheme
 from tests.oracle import greedy
 from tests.serving import Pool, answers, assert_logits_agree, options, served
 from tests.tiny import make_model
@@ -75,14 +76,18 @@ def test_layouts_answer_as_one_process_does(
             assert_logits_agree(expected, prompt, completion.token_ids, seen)
 
 
-def test_a_published_checkpoint_answers_as_its_weights_widened_do(pool: Pool, tmp_path: Path) -> None:
-    """Written by `quantize`, run as stored: three ranks with unlike parts."""
+@pytest.mark.parametrize("kept", ["int4", "fp8"])
+def test_a_published_checkpoint_answers_as_its_weights_widened_do(
+    kept: str, pool: Pool, tmp_path: Path
+) -> None:
+    """Written by `quantize`, run as a CPU runs it (float8 widened): three ranks with unlike parts."""
     model = make_model(tmp_path / "model", "llama", std=0.1, **SIZES)
     made = tmp_path / "made"
-    assert (
-        main(["quantize", str(tmp_path / "model"), "--to", "int4", "-o", str(made), "--device", "cpu"]) == 0
-    )
-    asked = options(made, num_blocks=18, format="int4")
+    assert main(["quantize", str(tmp_path / "model"), "--to", kept, "-o", str(made), "--device", "cpu"]) == 0
+    asked = options(made, num_blocks=18)
+    spec = kept_on("cpu", asked.spec)
+    asked = replace(asked, spec=spec, format=native(spec).name)
+    assert asked.format == ("int4" if kept == "int4" else "")
     checkpoint = open_checkpoint(resolve(str(made)), asked.spec)
     for name, parameter in model.named_parameters():
         parameter.data = checkpoint.read(name).float().clone()  # embedding and norms in half precision

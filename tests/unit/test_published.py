@@ -384,6 +384,33 @@ def test_quantize_writes_what_is_read_back(tmp_path: Path, capsys: pytest.Captur
     assert sorted(p.name for p in tmp_path.iterdir()) == ["made", "model"]
 
 
+def test_quantize_writes_float8_that_is_read_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In the tensors of compressed-tensors' float-quantized: codes, and a scale a channel."""
+    make_model(tmp_path / "model", "llama", std=0.05, **SIZES)
+    out = tmp_path / "made"
+    asked = ["quantize", str(tmp_path / "model"), "--to", "fp8", "-o", str(out), "--device", "cpu"]
+    assert main([*asked, "--group", "64"]) == 2
+    assert "--group 64 is of int4; fp8 has a scale a channel" in capsys.readouterr().err
+    assert main(asked) == 0
+    assert "in fp8, to nearest; " in capsys.readouterr().out
+    config = json.loads((out / "config.json").read_text())["quantization_config"]
+    assert config["format"] == "float-quantized"
+    x = config["config_groups"]["group_0"]["input_activations"]
+    assert (x["num_bits"], x["type"], x["strategy"], x["dynamic"]) == (8, "float", "token", True)
+    tensors, plain = (load_file(d / "model.safetensors") for d in (out, tmp_path / "model"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    codes, scales = tensors[name], tensors[f"{name}_scale"]
+    assert codes.dtype == torch.float8_e4m3fn and codes.shape == (192, 320)
+    assert scales.dtype == torch.bfloat16 and scales.shape == (192, 1)
+    assert ((codes.float() * scales.float() - plain[name]).abs() <= plain[name].abs() / 16 + 1e-5).all()
+    assert tensors.keys() - plain.keys() == {f"{n}_scale" for n in plain if "_proj" in n}
+    spec = spec_of(resolve(str(out)))
+    made = open_checkpoint(resolve(str(out)), spec)
+    made.verify()
+    assert native(spec).name == "fp8"
+    assert torch.equal(made.read(name).float(), codes.float() * scales.float())
+
+
 def test_another_format_than_the_stored_one_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

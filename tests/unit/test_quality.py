@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from cluster.errors import BadRequest
+from cluster.errors import BadLayout, BadRequest
 from launch.__main__ import main
+from launch.quality import config_of, options_of, precision, with_float8
 from launch.texts import bundled
-from orchestrator.engine.quality import compared, windows_of
+from orchestrator.engine.quality import compared, scored, windows_of
 from tests.tiny import make_model
 
 
@@ -59,6 +61,23 @@ def test_wants_a_tokenizer_and_one_device(tmp_path: Path, capsys: pytest.Capture
     assert "quality runs on one device" in capsys.readouterr().err
     assert main(["quality", str(tmp_path), "--text", str(tmp_path / "none.txt")]) == 2
     assert "cannot be read (No such file" in capsys.readouterr().err
+
+
+def test_a_cpu_emulates_float8(tmp_path: Path) -> None:
+    """Of a format that is asked for, and of a checkpoint that has it; here alone."""
+    make_model(tmp_path / "plain", "llama")
+    made = str(tmp_path / "made")
+    assert main(["quantize", str(tmp_path / "plain"), "--to", "fp8", "-o", made, "--device", "cpu"]) == 0
+    for model, layout in ((str(tmp_path / "plain"), "tp1+fp8"), (made, "tp1"), (made, "tp1+kvfp8")):
+        asked = with_float8(options_of(model, "cpu", "auto", layout), "auto")
+        assert (asked.format, asked.dtype) == ("fp8" + layout[3:].replace("+fp8", ""), "bfloat16")
+        assert precision(asked).startswith("bfloat16 with fp8 weights, emulated")
+        assert config_of(asked).emulates_float8
+        (logits,) = scored(config_of(asked), [list(range(20))], lambda done, total: None)
+        assert logits.shape == (20, 131) and logits.isfinite().all()
+    assert with_float8(options_of(made, "cpu", "float32", "tp1"), "float32").dtype == "float32"
+    with pytest.raises(BadLayout, match=r"wants GPUs of compute capability 8\.9 on"):
+        list(scored(replace(config_of(asked), emulates_float8=False), [[1, 2]], lambda done, total: None))
 
 
 def test_a_model_is_like_itself(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from orchestrator.engine import cpu_products
 from orchestrator.engine.checkpoint import DummyCheckpoint
 from orchestrator.engine.loader import load
 from orchestrator.engine.model import Transformer
-from orchestrator.engine.quantized import Quantized, dequantize, pack, unpack
+from orchestrator.engine.quantized import FLOAT8_ROWS, Quantized, dequantize, pack, unpack
 from strategies.formats import FORMATS
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims
@@ -98,6 +98,26 @@ def test_fp8_is_what_torch_rounds_to() -> None:
     scales[scales == 0] = 1
     expected = (weight / scales[:, None]).to(torch.float8_e4m3fn)
     assert torch.equal(layer.codes.view(torch.uint8), expected.view(torch.uint8))
+
+
+def test_many_rows_are_multiplied_in_float8_too_as_a_gpu_does() -> None:
+    """In float64, of what torch rounds x and the weights to; of few rows, of x itself. Shapes that GPUs do not take
+    so, and other dtypes, are widened."""
+    layer = quantized(weights(32, 96, torch.bfloat16), FP8)
+    codes, scales = layer.codes.double(), layer.scales.double()
+    x = torch.randn((FLOAT8_ROWS + 1, 96), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+    x[1] = 0
+    of_row = (x.float().abs().amax(1, keepdim=True) / 448).clamp(min=1e-12)
+    small = (x.float() / of_row).to(torch.float8_e4m3fn).double()
+    in_float8 = (small @ codes.T) * of_row.double() * scales
+    wide = x.double() @ codes.T * scales
+    assert (in_float8 - wide).norm() > 0.01 * wide.norm()
+    torch.testing.assert_close(layer(x).double(), in_float8, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(layer(x[1:]).double(), wide[1:], rtol=2**-6, atol=1e-3)
+    torch.testing.assert_close(layer(x.float()).double(), wide, rtol=1e-5, atol=1e-3)
+    odd = quantized(weights(33, 96, torch.bfloat16), FP8)
+    wide = x.double() @ odd.codes.double().T * odd.scales.double()
+    torch.testing.assert_close(odd(x).double(), wide, rtol=2**-6, atol=1e-2)
 
 
 @pytest.mark.parametrize("group", [32, 64, 128])

@@ -29,10 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--chat", action="store_true", help="ask /v1/chat/completions, not /v1/completions")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else")
-    load = parser.add_argument_group("load")
-    load.add_argument("--requests", type=int, default=200, metavar="N", help="in all (200)")
+    load = parser.add_argument_group("load", "the second names are those of `vllm bench serve`")
+    load.add_argument("--requests", "--num-prompts", type=int, default=200, metavar="N", help="in all (200)")
     load.add_argument(
-        "--concurrency", type=int, metavar="N", help="so many at once, each that ends replaced; default: 32"
+        "--concurrency",
+        "--max-concurrency",
+        type=int,
+        metavar="N",
+        help="so many at once, each that ends replaced; default: 32",
     )
     load.add_argument(
         "--request-rate",
@@ -47,8 +51,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="of the rate: below 1 in bursts, above steadier (1)",
     )
-    load.add_argument("--prompt-tokens", type=int, default=1024, metavar="N", help="of each request (1024)")
-    load.add_argument("--output-tokens", type=int, default=128, metavar="N", help="of each request (128)")
+    for flag, theirs, default in (("prompt", "input", 1024), ("output", "output", 128)):
+        load.add_argument(
+            f"--{flag}-tokens",
+            f"--random-{theirs}-len",
+            type=int,
+            default=default,
+            metavar="N",
+            help=f"of each request ({default})",
+        )
     load.add_argument(
         "--text", action="store_true", help="prompts as text, for endpoints that take no token ids"
     )

@@ -215,8 +215,11 @@ def test_a_closed_loop_on_a_server(url: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_rate_on_a_server_and_chat(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    made = bench(url, capsys, "--requests", "20", "--request-rate", "100", "--max-ttft-ms", "10000")
+    """By the flags of `vllm bench serve`."""
+    load = ("--num-prompts", "20", "--random-input-len", "7", "--random-output-len", "4")
+    made = bench(url, capsys, *load, "--request-rate", "100", "--max-ttft-ms", "10000")
     assert made["completed"] == 20 and made["max_concurrency"] is None
+    assert (made["total_input_tokens"], made["total_output_tokens"]) == (20 * 7, 20 * 4)
     assert made["duration"] >= sum(arrivals(20, 100.0, 1.0, "0"))
     assert made["request_goodput"] == made["request_throughput"]
     assert bench(url, capsys, "--requests", "3", "--chat")["total_output_tokens"] == 15

@@ -70,7 +70,6 @@ class Rates:
     flops: dict[str, float]
     of_bandwidth: float  # shares of these rates per share of the data sheet's
     of_compute: float
-    reads: float  # times the share of bandwidth that products reach on others
     products: Mapping[str, Mapping[int, float]]  # dtype -> rows -> FLOP/s, where a CPU's were timed
     is_hopper: bool = False  # whose own instructions multiply weights in 4 bits
 
@@ -95,9 +94,6 @@ def rates(place: Placement, device: Device, at_work: float) -> Rates:
         left * device.bandwidth_bytes_per_s / max(1.0, sharers * at_work),
         {dtype: left * rate / sharers for dtype, rate in device.flops_per_s.items()},
         *full_rates(device),
-        1.0
-        if device.provenance is Provenance.MEASURED
-        else place.engine.kernels.reads_on.get(device.name, 1.0),
         {
             dtype: {rows: left * rate / sharers for rows, rate in by_rows.items()}
             for dtype, by_rows in device.products.items()
@@ -155,7 +151,7 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
         return _small_s(p, rows, r, k, slower)
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
     few = k.few_rows.get(p.width, 1.0) if rows <= FEW_ROWS else 1.0
-    read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads * r.reads)
+    read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads)
     share = k.compute[p.width]
     if p.width is Width.FULL and p.compute in r.products:
         whole = p.n * p.k * weight_s(r.products[p.compute], rows) * slower / (share * r.of_compute)
@@ -232,9 +228,7 @@ def experts_s(place: Placement, shard: Shard, tokens: float, r: Rates, compute: 
     each = everyone * e.per_token / max(hit, 1e-9)
     own = hit / dims.expert_ranks  # whole experts' worth on this rank
     params = 3 * place.spec.hidden * e.intermediate
-    read = (
-        own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width] * r.reads)
-    )
+    read = own * params * kept.bytes_per_weight(place.dtype) / r.reading(k.expert_weights[kept.width])
     tile = k.expert_tile if kept.compute is not None else WEIGHT_ONLY_TILE
     flops = own * 2 * params * max(each, tile)
     share = k.expert_compute[kept.width]

@@ -25,10 +25,9 @@ class Kernels:
 
     weights: Mapping[int, float]  # of bandwidth, reading a product's weights
     few_rows: Mapping[int, float]  # times as large a share where rows are so few that own kernels read them
-    reads_on: Mapping[str, float]  # device's name -> times as large a share there
     gaps_on: Mapping[
         str, float
-    ]  # the same of gaps between kernels: each generation of GPUs launches in its own time
+    ]  # device's name -> times the gaps: each generation of GPUs launches in its own time
     compute: Mapping[int, float]  # of FLOP/s, in a product
     expert_weights: Mapping[int, float]
     expert_compute: Mapping[int, float]
@@ -73,7 +72,7 @@ class Engine:
     ungraphed_s: Mapping[str, float]  # device's name -> more host time a step of several sequences, there
     first_s: float  # before a request's first token: HTTP, tokenizer, the load generator's own
     token_out_s: float  # that the server in front takes to send one token
-    burst: float  # share of the other requests in flight whose prompts are ahead of one's own
+    burst: float  # times the queue of prompts that a request would meet which comes at random
     chunk_tokens: int  # of prompts, in a step
     max_sequences: int
     memory_share: float  # of a device's memory that it takes

@@ -19,6 +19,7 @@ from strategies.spec import Workload
 
 _ROUNDS = 2  # of sequences in decode, which depend on the time that prompts take, which depends on them
 _MOST_FIRST = 0.7  # of a request's life that can be before its first token, waiting for room left out
+_MOST_BUSY = 0.98  # of a request's life that prompts can take
 _FRONT_ROUNDS = 4  # of sequences in the engine where the server in front of it is what holds them up
 
 
@@ -68,10 +69,18 @@ def _life(place: Placement, replica: int, live: float, workload: Workload, needs
         prompt_s = chunks * _joining_s(place, replica, decoding, context, tokens, prompt, busy, needs)
         prompt_s += engine.prompt_s * min(1.0, chunks)
         life_s = live * prompt_s + output * step_s
-        own_s = prompt_s + step_s + engine.burst * (live - 1) * prompt_s
+        own_s = prompt_s + step_s + prompts_ahead(engine.burst, live, live * prompt_s / life_s) * prompt_s
         first_s = min(own_s, _MOST_FIRST * life_s)
         decoding = max(1.0, live * (1 - first_s / life_s))
     return _Life(life_s, first_s, step)
+
+
+def prompts_ahead(burst: float, live: float, busy: float) -> float:
+    """That a new request finds waiting, where prompts take the share `busy` of all time: the queue that one which
+    comes at random meets, ρ / (1 − ρ), times `burst`; at most everybody else's.
+    """
+    busy = min(_MOST_BUSY, busy)
+    return min(live - 1, burst * busy / (1 - busy))
 
 
 def _joining_s(

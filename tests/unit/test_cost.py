@@ -68,7 +68,6 @@ BY_HAND = replace(
     kernels=Kernels(
         weights={16: 0.80},
         few_rows={},
-        reads_on={},
         gaps_on={},
         compute={16: 0.60},
         expert_weights={},

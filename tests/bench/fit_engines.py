@@ -122,13 +122,14 @@ class Sample:
 
 
 def read(path: str) -> list[Sample]:
-    found = []
     with open(path, newline="") as file:
-        for row in csv.DictReader(file):
-            case = serving_case(row)
-            needs = memories(case.placement, case.workload)
-            found.append(Sample(row, case, needs, float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3))
-    return found
+        return [sample(row) for row in csv.DictReader(file)]
+
+
+def sample(row: Mapping[str, str]) -> Sample:
+    case = serving_case(row)
+    needs = memories(case.placement, case.workload)
+    return Sample(row, case, needs, float(row["ttft_ms"]) / 1e3, float(row["tpot_ms"]) / 1e3)
 
 
 class Constants:

@@ -29,7 +29,7 @@ from tests.tiny import make_model
 
 SECONDS = float(os.environ.get("CHAOS_S", "30"))
 CLIENTS, STEP_TIMEOUT_S, SETTLE_S = 32, 3.0, 60.0
-CALM_S = (0.5, 6.0)  # between two blows, for each rank of a gang: it comes back when all have imported torch
+CALM_S = (0.5, 6.0)  # between two blows
 MOST_MB = 16.0  # that a run may add: a request that stayed would be kilobytes, and there are thousands
 
 
@@ -88,7 +88,7 @@ async def client(
 async def strike(coordinator: Coordinator, where: Hosting, tally: Tally, end_s: float) -> None:
     rnd = random.Random(int(SECONDS))
     while time.monotonic() < end_s:
-        await asyncio.sleep(rnd.uniform(*CALM_S) * len(where.gangs[0].members))
+        await asyncio.sleep(rnd.uniform(*CALM_S))
         alive = [gang for gang in where.gangs if not gone(gang)]
         if not alive:
             continue
@@ -157,7 +157,7 @@ def test_random_kills_under_load(layout: str, tmp_path: Path, monkeypatch: pytes
         tally, seen = asyncio.run(play(found, where, asked))
     assert tally.wrong == []
     assert tally.asked == tally.answered > 0
-    assert tally.blows.total() >= SECONDS / (10 * len(where.gangs[0].members))
+    assert tally.blows.total() >= SECONDS / 10
     assert all(gone(gang) for gang in where.gangs)
     pids = {str(member.pid) for gang in where.gangs for member in gang.members}
     assert not [name for name in os.listdir("/dev/shm") if any(pid in name for pid in pids)]

@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
@@ -21,6 +22,8 @@ LOG = logging.getLogger("shardwise")
 
 ATTEMPTS = 2  # deaths under suspicion, at the last of them alone: such a request is not run again
 KILLED_ATTEMPTS = 4  # where the last replica was killed: seldom the doing of what it ran
+MOST_UNRELATED = 8  # killed replicas that it had no part in: so many at most put off its end, by one each
+UNRELATED_S = 600.0  # so recent
 CLEARED_TOKENS = 4
 """So many new tokens after a death put a request above suspicion. It goes on from what was shown, and so comes at once
 to the step that it died in; steps in flight ahead of what was shown, and tokens lost on their way, are the others."""
@@ -92,21 +95,41 @@ class Record:
     blamed: int = 0  # deaths that may be its doing
     suspects: int = 0  # of the last of them, with this one
     was_killed: bool = False  # so the last one ended
+    unrelated: int = 0  # kills of late that it had no part in
     suspicions: int = 0  # those and earlier ones, which it was cleared of
     cleared_at: int = 0  # so many tokens of its answer put it above suspicion
 
     @property
     def is_spent(self) -> bool:
-        return self.suspects == 1 and self.blamed >= (KILLED_ATTEMPTS if self.was_killed else ATTEMPTS)
+        most = KILLED_ATTEMPTS + min(self.unrelated, MOST_UNRELATED) if self.was_killed else ATTEMPTS
+        return self.suspects == 1 and self.blamed >= most
 
-    def after_death(self, tokens: int, suspects: int, *, was_killed: bool = False) -> Record:
+    def after_death(
+        self, tokens: int, suspects: int, *, was_killed: bool = False, unrelated: int = 0
+    ) -> Record:
         """It is one of so many that may have done it. `tokens`: how many of its answer there are."""
         needed = CLEARED_TOKENS << min(self.suspicions, MOST_DOUBLINGS)
-        return Record(self.blamed + 1, suspects, was_killed, self.suspicions + 1, tokens + needed)
+        return Record(self.blamed + 1, suspects, was_killed, unrelated, self.suspicions + 1, tokens + needed)
 
     def after_tokens(self, tokens: int) -> Record:
         """Above suspicion where it came so far: what it dies of later has nothing to do with the last time."""
         return replace(self, blamed=0) if self.blamed and tokens >= self.cleared_at else self
+
+
+class Kills:
+    """Replicas killed of late, and who may have done it: one killed without a request might have been with it too."""
+
+    def __init__(self) -> None:
+        self._kills: deque[tuple[float, frozenset[str]]] = deque(maxlen=64)
+
+    def add(self, now_s: float, suspects: Iterable[str]) -> None:
+        self._kills.append((now_s, frozenset(suspects)))
+
+    def without(self, request_id: str, now_s: float) -> int:
+        """How many it had no part in."""
+        return sum(
+            request_id not in suspects and now_s - at_s <= UNRELATED_S for at_s, suspects in self._kills
+        )
 
 
 class Suspect(Protocol):

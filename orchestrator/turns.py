@@ -11,7 +11,7 @@ from orchestrator.answer import Ongoing
 from orchestrator.lane import Lane
 from orchestrator.router import Outstanding, choose, has_room
 from orchestrator.scheduler import SchedulerConfig
-from orchestrator.supervisor import Trials
+from orchestrator.supervisor import Kills, Trials
 
 _RETRY_S = (1.0, 60.0)  # the least and the most that a client is told to wait
 
@@ -21,6 +21,7 @@ class Turns:
         self._lanes, self._limits, self._queue = lanes, limits, queue
         self._waiting: FairQueue[Ongoing] = FairQueue()
         self._trials: Trials[Ongoing] = Trials()
+        self._kills = Kills()
 
     def __len__(self) -> int:
         """Those that no replica has."""
@@ -92,8 +93,16 @@ class Turns:
         self._trials.end(lane.number)
         for one in given:
             one.replica = -1
+        now_s = time.monotonic()
+        if was_killed:
+            self._kills.add(now_s, (one.request.id for one in suspects))
         for one in suspects:
-            one.record = one.record.after_death(len(one.token_ids), len(suspects), was_killed=was_killed)
+            one.record = one.record.after_death(
+                len(one.token_ids),
+                len(suspects),
+                was_killed=was_killed,
+                unrelated=self._kills.without(one.request.id, now_s),
+            )
 
     def _rooms(self, *, is_batch: bool) -> list[Outstanding]:
         """Replicas with room, and nobody's trial."""

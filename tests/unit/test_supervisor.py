@@ -19,8 +19,11 @@ from orchestrator.supervisor import (
     CROWD,
     KILLED_ATTEMPTS,
     MOST_DOUBLINGS,
+    MOST_UNRELATED,
+    UNRELATED_S,
     Breaker,
     End,
+    Kills,
     Record,
     RestartPolicy,
     Supervisor,
@@ -71,6 +74,24 @@ def test_a_kill_from_outside_is_weak_evidence() -> None:
         record = record.after_death(0, 1, was_killed=True)
         assert record.after_death(0, 1).is_spent == (attempt + 1 >= ATTEMPTS)
     assert record.is_spent
+
+
+def test_where_replicas_are_killed_without_it_a_request_has_more_attempts() -> None:
+    kills = Kills()
+    for at_s, suspects in ((0.0, "x"), (1.0, "ab"), (2.0, "b"), (3.0, "")):
+        kills.add(at_s, suspects)
+    assert [kills.without(one, 4.0) for one in "xabc"] == [3, 3, 2, 4]
+    assert kills.without("a", UNRELATED_S + 2.5) == 1
+
+    def deaths(unrelated: int) -> int:
+        record, count = Record(), 0
+        while not record.is_spent:
+            record, count = record.after_death(0, 1, was_killed=True, unrelated=unrelated), count + 1
+        assert Record(record.blamed - 1).after_death(0, 1, unrelated=unrelated).is_spent
+        return count
+
+    most = KILLED_ATTEMPTS + MOST_UNRELATED
+    assert [deaths(unrelated) for unrelated in (0, 1, 3, MOST_UNRELATED, 99)] == [4, 5, 7, most, most]
 
 
 def test_whoever_is_suspected_again_must_come_further_to_be_cleared() -> None:
@@ -280,6 +301,32 @@ async def test_one_that_kills_its_replica_fails_alone_after_two_attempts() -> No
     assert "2 replicas died while they ran this request" in str(found[6])
     good = [one[0].token_ids for one in found if isinstance(one, list)]
     assert good == [list(range(20))] * 12
+
+
+@in_loop
+async def test_one_under_which_replicas_are_killed_outlives_as_many_more_as_were_killed_without_it() -> None:
+    stage, others = Stage(1, replace(POLICY, failures=99)), 2
+    kill = death()
+    kill.was_killed = True
+
+    async def killed(prompt: int) -> None:
+        assert (await stage.replicas[0].submitted.get()).prompt_token_ids == [prompt]
+        restarts = stage.serving.restarts.get(0, 0)
+        stage.replicas[0].die(kill)
+        await stage.until(lambda: stage.serving.restarts == {0: restarts + 1})
+
+    async with stage.serving:
+        for prompt in range(others):
+            asked = stage.ask([prompt], max_tokens=1)
+            await killed(prompt)
+            stage.replicas[0].say(await stage.replicas[0].submitted.get(), 5, end=FinishReason.LENGTH)
+            await asked
+        last = stage.ask([99])
+        for _ in range(KILLED_ATTEMPTS + others):
+            assert not last.done()
+            await killed(99)
+        with pytest.raises(AttemptsSpent, match=f"{KILLED_ATTEMPTS + others} replicas died"):
+            await last
 
 
 @in_loop

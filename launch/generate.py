@@ -144,10 +144,14 @@ async def _answer_all(
             for task in asked:
                 task.cancel()
             await asyncio.gather(*asked, return_exceptions=True)
+            printer.end()
 
 
 class _JsonLines:
     stream = None
+
+    def end(self) -> None:
+        """Every line was whole."""
 
     def answer(self, prompt: Prompt, completions: Sequence[Completion]) -> None:
         for choice, done in enumerate(completions):
@@ -172,8 +176,10 @@ class _People:
 
     def __init__(self, prompts: Sequence[Prompt]) -> None:
         self._single = len(prompts) == 1
+        self._is_in_line = False
 
     def stream(self, new_text: str) -> None:
+        self._is_in_line = True
         sys.stdout.write(new_text)
         sys.stdout.flush()
 
@@ -185,6 +191,12 @@ class _People:
             shown = self._single and choice == 0 and done.text is not None
             text = done.text if done.text is not None else " ".join(map(str, done.token_ids))
             print("" if shown else text, flush=True)
+            self._is_in_line = False
+
+    def end(self) -> None:
+        """What is told next, on an answer that was broken off too, has a line of its own."""
+        if self._is_in_line:
+            print(flush=True)
 
 
 def _one_line(label: str) -> str:

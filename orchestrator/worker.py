@@ -12,7 +12,6 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -28,9 +27,6 @@ from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
 from orchestrator.text import text_of
 from strategies.plan import Shard
-
-if TYPE_CHECKING:  # the module brings Triton, which not every machine has
-    pass
 
 IDLE_WAIT_S = 0.5  # how long an idle loop blocks before it looks whether it should stop
 REST_S = 40.0  # to end a step, or to see that nobody reads its tokens

@@ -6,7 +6,6 @@ import os
 
 from cluster.errors import BadLayout
 from launch.links import ways_beside_nccl
-from launch.memory import sharing
 from launch.options import EngineOptions
 from orchestrator.engine_config import EngineConfig
 from orchestrator.scheduler import SchedulerConfig
@@ -65,12 +64,11 @@ def kv_reserve(options: EngineOptions) -> int:
 
 def priced_engine(options: EngineOptions) -> Engine:
     """Our engine with these options, as the planner knows it."""
-    ours = with_limits(
+    return with_limits(
         engine(CPU if options.device == "cpu" else OURS),
         chunk_tokens=options.max_num_batched_tokens,
         max_sequences=options.max_num_seqs,
     )
-    return sharing(ours, options.device_memory_gb, options.gpu_memory_utilization)
 
 
 def room_of(options: EngineOptions, cached: int | None = None) -> Room:

@@ -7,9 +7,8 @@ from dataclasses import replace
 
 from cluster.errors import UserError
 from cluster.files import LOG
-from cluster.topology import Topology
-from strategies.cost_memory import CAP_SLACK
-from strategies.engines import Engine
+from cluster.topology import Device, Topology
+from strategies.cost_memory import CAP_SLACK, GAP_BYTES
 
 MOST_GB = 10_000.0
 
@@ -50,30 +49,23 @@ def check_device_memory(gb: float | None, device: str, *, asked: str = "auto") -
     LOG.warning("--device-memory-gb %g is of GPUs, and there is none: it changes nothing", gb)
 
 
-def capped(topology: Topology, device_gb: float | None, host_gb: float | None = None) -> Topology:
-    """With GPUs of no more memory than a process may take of each, and hosts of as much as was said."""
+def capped(
+    topology: Topology, device_gb: float | None, host_gb: float | None = None, *, share: float = 1.0
+) -> Topology:
+    """With GPUs of no more free memory than an engine takes of each, and hosts of as much as was said.
+
+    `share`: of all of a GPU's memory; where `device_gb` caps it, all of that but the slack.
+    """
     if host_gb is not None:
         nodes = dict.fromkeys(device.node for device in topology.devices)
         topology = replace(topology, host_bytes=dict.fromkeys(nodes, int(host_gb * 1e9)))
-    if device_gb is None:
-        return topology
-    most = int(device_gb * 1e9)
-    devices = tuple(
-        replace(
-            d,
-            memory_bytes=min(most, d.memory_bytes),
-            free_bytes=min(most, d.free_bytes),
-            uncapped_bytes=d.free_bytes,
-        )
-        if d.kind != "cpu"
-        else d
-        for d in topology.devices
-    )
-    return replace(topology, devices=devices)
+    return replace(topology, devices=tuple(_capped(d, device_gb, share) for d in topology.devices))
 
 
-def sharing(engine: Engine, device_gb: float | None, utilization: float | None = None) -> Engine:
-    """The engine told what share of a device's memory it takes: of a cap all but the slack."""
-    if device_gb is not None:
-        return replace(engine, memory_share=1 - CAP_SLACK)
-    return engine if utilization is None else replace(engine, memory_share=utilization)
+def _capped(device: Device, gb: float | None, share: float) -> Device:
+    if device.kind == "cpu":
+        return device
+    most = device.memory_bytes if gb is None else min(int(gb * 1e9), device.memory_bytes)
+    left = (1 - share) * most + GAP_BYTES if gb is None else CAP_SLACK * most
+    free = max(0, int(min(most, device.free_bytes) - left))
+    return replace(device, memory_bytes=most, free_bytes=free, uncapped_bytes=device.free_bytes)

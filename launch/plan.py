@@ -14,7 +14,7 @@ from cluster.topology import Topology
 from launch.config import read_machine
 from launch.kept import shelf
 from launch.machine import as_measured, cache_directory, found_here
-from launch.memory import add_memory_arguments, capped, check_device_memory, check_memory, sharing
+from launch.memory import add_memory_arguments, capped, check_device_memory, check_memory
 from launch.models import spec_of
 from launch.plan_json import plan_to_json
 from strategies.engines import CPU, OURS, engine
@@ -121,8 +121,8 @@ def run(args: argparse.Namespace) -> int:
     if here:
         topology = as_measured(topology, dtype)
     check_device_memory(args.device_memory_gb, topology.devices[0].kind)
-    topology = capped(topology, args.device_memory_gb, args.host_memory_gb)
-    ours = sharing(engine(CPU if topology.devices[0].kind == "cpu" else OURS), args.device_memory_gb)
+    ours = engine(CPU if topology.devices[0].kind == "cpu" else OURS)
+    topology = capped(topology, args.device_memory_gb, args.host_memory_gb, share=ours.memory_share)
     kept = kept_here(topology, spec, dtype) if here else ()
     longest = args.max_model_len
     made = plan(

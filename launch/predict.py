@@ -44,7 +44,8 @@ def measured_machine(options: EngineOptions, progress: Progress) -> Topology:
 
 
 def _capped(topology: Topology, options: EngineOptions) -> Topology:
-    return capped(topology, options.device_memory_gb, options.host_memory_gb)
+    share = options.gpu_memory_utilization
+    return capped(topology, options.device_memory_gb, options.host_memory_gb, share=share)
 
 
 def _found(options: EngineOptions, cpu_ranks: int | None = None) -> Topology:

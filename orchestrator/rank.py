@@ -17,7 +17,7 @@ from orchestrator.engine.checkpoint import Checkpoint, DummyCheckpoint, open_che
 from orchestrator.engine.host_cache import HostCache, buffer_bytes
 from orchestrator.engine.host_memory import rate_to
 from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
-from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, peak_of
+from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, free_for_weights, peak_of
 from orchestrator.engine.offload import resident_bytes
 from orchestrator.engine.residence import DiskRoom, Residence, disk_room, loaded
 from orchestrator.engine.runner import Pending, Runner, StepRunner
@@ -121,7 +121,7 @@ class Rank:
 
             self._compatible, self._residence = compatible(self.config, shard, self.device)
             return self.weight_bytes()
-        free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
+        free = free_for_weights(self.device, self.config.memory_utilization, self._cap)
         self.model, self._residence = loaded(
             self.config, shard, self._checkpoint(), self.device, free, self._note_loaded
         )
@@ -134,7 +134,7 @@ class Rank:
     @on_its_device
     def disk_room(self, timed: bool) -> DiskRoom:
         """Before `load`: what this rank will keep in the folder for offloaded layers, and what is there."""
-        free = free_for_kv(self.device, self.config.memory_utilization, self._cap)
+        free = free_for_weights(self.device, self.config.memory_utilization, self._cap)
         return disk_room(self.config, self.shard, self.device, free, timed=timed)
 
     def open_reads(self) -> str:

@@ -8,13 +8,16 @@ Units: bytes, seconds, FLOP/s. Sources: Pope et al. 2211.05102 for the roofline;
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from strategies.cost_links import ByIdentity, slowest_link
 from strategies.cost_memory import Memory, memories
 from strategies.cost_ops import compute_dtype, full_rates, mean_window
 from strategies.cost_steps import (
+    Seconds,
     Served,
     decode_step_s,
     prefill_s,
@@ -98,27 +101,92 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
 
     The rate is that of all replicas, this one being the slowest.
     """
-    length = workload.prompt_tokens + workload.output_tokens
+    prompt, later = workload.prompt_tokens, workload.output_tokens - 1
     share = math.ceil(workload.concurrency / place.dims.dp)
     kv_tokens = min(need.kv_tokens for need in needs)
-    live = max(1, min(share, kv_tokens // length, place.engine.max_sequences))
+    most = min(share, place.engine.max_sequences)
+    live = max(1, min(most, kv_tokens // (prompt + workload.output_tokens)))
+    # Prompts are read as long as there is room for prompts; who is in the way of those that grow is read again later.
+    read = max(live, min(most, kv_tokens // prompt)) if not workload.ragged else live
     busy = min(1.0, workload.concurrency / place.dims.dp)
-    context = workload.prompt_tokens + workload.output_tokens / 2
-    step = decode_step_s(place, replica, live, context, busy, needs)
-    step_s = sum(step.values())
-    last_s, first_s = prefill_s(place, replica, live, workload.prompt_tokens, busy, needs)
-    later = workload.output_tokens - 1
-    # While the others' prompts are read a request has its tokens too, one for each step that reads some.
-    joined = min(later, (prefill_steps(place, live, workload.prompt_tokens) - 1) / 2)
-    token_s = max(step_s, (last_s - first_s + (later - joined) * step_s) / later) if later else step_s
-    total_s, waves = last_s + later * step_s, share / live
+    context = prompt + workload.output_tokens / 2
+
+    def turn(sequences: int, prompts: int, later: int) -> _Turn:
+        step = decode_step_s(place, replica, sequences, context, busy, needs)
+        last_s, first_s = prefill_s(place, replica, prompts, prompt, busy, needs)
+        # While the others' prompts are read a request has its tokens too, one for each step that reads some.
+        joined = min(later, (prefill_steps(place, prompts, prompt) - 1) / 2)
+        return _Turn(sequences, step, first_s, last_s, joined, later)
+
+    first = turn(live, read, later)
     if workload.ragged:
         # What waits takes the places of those that end; then the batch empties, the longest answers last.
+        waves = share / live - 1
         drain_s = _drain_s(place, replica, live, context, workload.output_tokens, busy, needs)
-        total_s = (last_s + later * step_s) * (waves - 1) + last_s + drain_s
-        waves = 1.0
-    rate = workload.concurrency * workload.output_tokens / (waves * total_s + place.engine.first_s)
-    return Served(first_s + (waves - 1) / 2 * total_s, token_s, rate, step)
+        total_s = first.whole_s * waves + first.last_s + drain_s
+        first_s, token_s, step = first.first_s, first.token_s, first.step
+    else:
+        # Who was read with those of the turn before has some of its answer by its own: what all had room for.
+        ahead = min(later, max(0, kv_tokens // read - prompt))
+        whole, rest = divmod(share, live)
+        turns = [first]
+        if whole > 1:
+            turns += [turn(live, read, later - ahead if live <= read - live else later)] * (whole - 1)
+        if rest:
+            turns.append(turn(rest, rest, later - ahead if rest <= read - live else later))
+        total_s = sum(each.whole_s for each in turns)
+        first_s, token_s = _of_turns(turns, read)
+        parts = dict.fromkeys(part for turn in turns for part in turn.step)
+        step = {part: sum(t.sequences * t.step.get(part, 0.0) for t in turns) / share for part in parts}
+    rate = workload.concurrency * workload.output_tokens / (total_s + place.engine.first_s)
+    return Served(first_s, token_s, rate, step)
+
+
+@dataclass(frozen=True, slots=True)
+class _Turn:
+    """Requests of which all are in the cache at once, from their prompts to their ends."""
+
+    sequences: int
+    step: Seconds
+    first_s: float  # to a request's first token, in the mean
+    last_s: float  # to the last of them
+    joined: float  # tokens that a request has by then, in the mean
+    later: int  # tokens of an answer after the first
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.step.values())
+
+    @property
+    def whole_s(self) -> float:
+        return self.last_s + self.later * self.step_s
+
+    @property
+    def token_s(self) -> float:
+        if not self.later:
+            return self.step_s
+        since_s = self.last_s - self.first_s + (self.later - self.joined) * self.step_s
+        return max(self.step_s, since_s / self.later)
+
+
+def _of_turns(turns: Sequence[_Turn], read: int) -> tuple[float, float]:
+    """Mean seconds to the first token and a later one, where `read` prompts are read at each turn's beginning: of
+    those that are not of the turn too, which wait for the rest of their answers until it is theirs.
+    """
+    starts = [0.0, *itertools.accumulate(turn.whole_s for turn in turns)]
+    live, count = turns[0].sequences, sum(turn.sequences for turn in turns)
+    ahead, more = divmod(
+        read - live, live
+    )  # turns that prompts are read before their own, and how many one more
+    first_s = token_s = 0.0
+    for own, turn in enumerate(turns):
+        sooner = min(more, turn.sequences)
+        for requests, at in ((sooner, own - ahead - 1), (turn.sequences - sooner, own - ahead)):
+            begun = max(0, at)
+            waited_s = starts[own] - starts[begun]
+            first_s += requests / count * (starts[begun] + turns[begun].first_s)
+            token_s += requests / count * (turn.token_s + waited_s / max(1, turns[0].later))
+    return first_s, token_s
 
 
 RAGGED_MOST = 2.9

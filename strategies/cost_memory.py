@@ -12,20 +12,19 @@ from strategies.offload import Streaming, resident_layers
 from strategies.plan import ParallelDims, Placement, Shard
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec, Workload
 
-# What a process holds besides its shard. CUDA: context, workspaces and graphs (0.6 to 3.5 GB among engines),
-# and NCCL's buffers (0.35 GB). CPU: a Python process with torch loaded.
-CUDA_RUNTIME_BYTES = 1_000_000_000
+# What a process of ours holds on a GPU besides its shard; `runtime_bytes` and `joined_bytes` of engines.yaml are their
+# sums, and other engines' (0.6 to 3.5 GB among them).
 NCCL_BYTES = 350_000_000
-WORK_BYTES = 800_000_000  # of the former, what comes after the weights: graphs and workspaces
+WORK_BYTES = 800_000_000  # what comes after the weights: graphs and workspaces
 CONTEXT_BYTES = 600_000_000
 """Of a process's first touch of a GPU, which it cannot see for itself: an H100's and a 4090's are 0.4 to 0.6 GB."""
 CAP_SLACK = 0.02
 """Of a cap on a process's memory: graphs take more than is estimated from a few, and what torch keeps is in pieces: of
 25.3 GB, 0.1 GB was missing (Qwen2.5-32B on an H100, 2026-11-22)."""
-JOINED_BYTES = (
-    830_000_000  # NCCL's and small sums' as ranks have met (two H100s, 2026-11-22), in their free memory
-)
-CPU_RUNTIME_BYTES = 400_000_000
+GAP_BYTES = 1_100_000_000
+"""That torch leaves between what it keeps, where no cap makes its segments grow in place: Llama-3.1-8B's cache had 56.9
+GB of the 58.1 that are left by all else at tp1, 64.0 of 65.2 at tp2 (H100, 2026-11-22)."""
+CPU_RUNTIME_BYTES = 400_000_000  # of a Python process with torch loaded
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +124,7 @@ def memory(place: Placement, replica: int, rank: int, sequences: int) -> Memory:
     runtime = CPU_RUNTIME_BYTES
     if device.kind != "cpu":
         ranks = place.dims.replica_size * (place.dims.dp if place.dims.expert_ranks > place.dims.tp else 1)
-        runtime = CUDA_RUNTIME_BYTES + (NCCL_BYTES if ranks > 1 else 0)
+        runtime = place.engine.runtime_bytes + (place.engine.joined_bytes if ranks > 1 else 0)
     free = device.free_bytes // place.pool_ranks(device)
     weights = weight_bytes(place, rank)
     made = Memory(
@@ -143,10 +142,6 @@ def _streaming(place: Placement, rank: int, device: Device, whole: Memory) -> Me
     spec, shard, room = place.spec, place.shards[rank], place.room
     layers, tables = len(shard.layers), table_params(spec, shard) * BYTES_PER_ELEMENT[place.dtype]
     layer = (whole.weights - tables) / layers
-    if device.kind != "cpu":
-        taken = CONTEXT_BYTES + WORK_BYTES + (NCCL_BYTES + JOINED_BYTES if place.dims.replica_size > 1 else 0)
-        usable = device.free_bytes - int((1 - place.engine.memory_share) * device.memory_bytes)
-        whole = replace(whole, free=max(0, usable), runtime=taken)
     resident = min(layers, room.resident) if room.resident is not None else layers
     if place.zero3:
         resident = 0

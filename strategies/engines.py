@@ -76,6 +76,8 @@ class Engine:
     chunk_tokens: int  # of prompts, in a step
     max_sequences: int
     memory_share: float  # of a device's memory that it takes
+    runtime_bytes: int  # that a process holds on a GPU besides its shard: context, workspaces, graphs
+    joined_bytes: int  # the same where ranks have met
     eight_bit_kv: bool  # keeps the cache in 8 bits where weights are quantized
     pipelines: bool  # stages work at the same time, on groups of sequences
     eager_layer_s: (

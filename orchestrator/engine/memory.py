@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from cluster.errors import BadLayout
-from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES
+from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, GAP_BYTES
 from strategies.formats import KV_FLOAT8, Format
 
 CPU_SHARE = 0.1
@@ -60,6 +60,12 @@ def free_for_kv(device: torch.device, utilization: float, cap: Cap | None = None
     if cap is not None:
         return cap.free(free) + reusable - cap.slack
     return int(free + reusable - (1 - utilization) * total)
+
+
+def free_for_weights(device: torch.device, utilization: float, cap: Cap | None = None) -> int:
+    """The same, without what torch will leave between them."""
+    gaps = GAP_BYTES if device.type == "cuda" and cap is None else 0
+    return max(0, free_for_kv(device, utilization, cap) - gaps)
 
 
 @contextmanager

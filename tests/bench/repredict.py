@@ -16,6 +16,7 @@ import msgspec
 
 from cluster.profile import MachineProfile, apply, read
 from launch.compare_journal import NAME, Head, open_journal
+from launch.memory import capped
 from launch.report import Comparison, comparison_to_json, rows, verdicts
 from launch.report_folder import write
 from strategies.engines import OURS, engine, with_limits
@@ -44,7 +45,10 @@ def again(folder: Path, profile: MachineProfile, overlap_tokens: int | None) -> 
     if overlap_tokens is not None:
         by = replace(by, overlap_tokens=overlap_tokens)
     dtype = facts["dtype"]
-    topology = apply(profile, profile.topology, dtype)
+    cap, share = facts["--device-memory-gb"], float(facts["--gpu-memory-utilization"])
+    topology = capped(
+        apply(profile, profile.topology, dtype), None if cap == "None" else float(cap), share=share
+    )
     plans = {
         load.concurrency: plan(
             spec, topology, load, dtype, max_model_len=sum(lengths), engine=by, cut_for=loads[-1]

@@ -321,6 +321,31 @@ def test_requests_that_do_not_fit_wait_in_their_ttft():
     assert waits.output_tokens_per_s < 2 * fits.output_tokens_per_s
 
 
+def test_who_has_no_room_for_its_answer_takes_a_turn_of_its_own():
+    machine, prompt, output = box("rtx-4090", 1), 512, 128
+
+    def of(concurrency: int) -> Estimate:
+        return predict(
+            LLAMA_8B, "tp1", machine, prompt_tokens=prompt, output_tokens=output, concurrency=concurrency
+        )
+
+    def seconds(concurrency: int) -> float:
+        return concurrency * output / of(concurrency).output_tokens_per_s
+
+    room = of(90).kv_tokens
+    fits, answers, prompts = 90, room // (prompt + output), room // prompt
+    assert fits < answers + 1 < prompts < 2 * fits
+    # Few too many: all are read, and those that have to give way do so near their ends.
+    own_s = (output - 1) * of(1).tpot_s
+    assert seconds(fits) < seconds(answers + 1) < seconds(fits) + own_s / 4
+    # As many as prompts fit: who gives way has nearly its whole answer to come, but its first token is there.
+    assert own_s < seconds(prompts) - seconds(fits) - (prompts - fits) * of(1).ttft_s < 2 * own_s
+    assert of(prompts).ttft_s < of(fits).ttft_s * prompts / fits * 1.05
+    # Twice as many: half wait for the end of the others.
+    assert seconds(2 * fits) > 2 * seconds(fits)
+    assert of(2 * fits).ttft_s > of(fits).ttft_s + 0.4 * seconds(fits)
+
+
 def test_a_dollar_figure_needs_every_price():
     priced = predict(LLAMA_8B, "tp2", box("h100", 2))
     assert priced.usd_per_million_tokens == pytest.approx(2 * 4.76 / 3600 / priced.output_tokens_per_s * 1e6)

@@ -27,7 +27,7 @@ from orchestrator.engine.disk import DiskLayers, LayerFile
 from orchestrator.engine.memory import capped_free
 from orchestrator.engine.offload import Stream, resident_bytes, spots, stream
 from orchestrator.engine.residence import DiskRoom, Residence
-from strategies.cost_memory import CONTEXT_BYTES
+from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, GAP_BYTES
 from strategies.offload import BUFFERS, Streaming, check_host, resident_layers
 from strategies.overlap import Overlap
 from strategies.plan import Layout
@@ -364,6 +364,16 @@ def test_a_cap_counts_what_went_since_the_process_came() -> None:
     gb = 10**9
     assert capped_free(25 * gb, 80 * gb, 78 * gb) == 23 * gb - CONTEXT_BYTES
     assert capped_free(25 * gb, 10 * gb, 8 * gb) == 8 * gb  # others have the rest
+
+
+def test_a_plan_goes_by_the_share_of_a_card_that_an_engine_takes() -> None:
+    (card,) = box("h100", 1).devices
+    (shared,) = capped(box("h100", 1), None, share=0.9).devices
+    assert card.free_bytes - shared.free_bytes == pytest.approx(0.1 * card.memory_bytes + GAP_BYTES, abs=2)
+    assert shared.memory_bytes == card.memory_bytes
+    (small,) = capped(box("h100", 1), 20.0, share=0.9).devices
+    assert (small.memory_bytes, small.free_bytes) == (20 * 10**9, int((1 - CAP_SLACK) * 20e9))
+    assert capped(box("cpu", 1, pool="host"), None, share=0.9) == box("cpu", 1, pool="host")
 
 
 def test_a_plan_says_how_many_layers_stay_and_a_cap_leaves_fewer() -> None:

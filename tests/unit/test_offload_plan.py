@@ -18,8 +18,9 @@ from launch.predict import predict
 from orchestrator.engine.residence import resident_of
 from orchestrator.engine_config import EngineConfig
 from strategies.cost import estimate
-from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, JOINED_BYTES, memories
+from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, NCCL_BYTES, memories
 from strategies.cost_offload import host_rate
+from strategies.engines import OURS, engine
 from strategies.offload import BUFFERS, Room, Streaming
 from strategies.place import place
 from strategies.plan import Layout, Plan
@@ -97,7 +98,8 @@ def test_a_plan_keeps_as_many_layers_as_the_engine_will(name: str, cap_gb: float
     config = told(replace(options, offload_kv_tokens=32 * 256))
     assert config.offload_kv_tokens == 8192
     several = layout.dims.replica_size > 1
-    free = int(cap_gb * 1e9 * (1 - CAP_SLACK)) - CONTEXT_BYTES - several * JOINED_BYTES
+    joined = engine(OURS).joined_bytes - NCCL_BYTES  # which the rank reckons with itself
+    free = int(cap_gb * 1e9 * (1 - CAP_SLACK)) - CONTEXT_BYTES - several * joined
     (note,) = [found for found in candidate.marked if "resident" in found]
     counts = [resident_of(config, shard, torch.device("cuda"), free) for shard in candidate.shards]
     kept = min(counts)

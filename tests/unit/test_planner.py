@@ -48,9 +48,9 @@ def test_ways_out_hold_when_taken():
     way = next(s for s in made.explanation if s.startswith("More cards"))
     name = re.search(r"would hold it as (\w+)", way)[1]
     assert chosen(
-        plan(LLAMA_70B, box("rtx-4090", 7), Workload(), "bfloat16", layouts=[ParallelDims.parse(name)])
+        plan(LLAMA_70B, box("rtx-4090", 8), Workload(), "bfloat16", layouts=[ParallelDims.parse(name)])
     )
-    assert plan(LLAMA_70B, box("rtx-4090", 6), Workload(), "bfloat16").chosen is None
+    assert plan(LLAMA_70B, box("rtx-4090", 7), Workload(), "bfloat16").chosen is None
     assert any("int4" in s and "40.6 GB" in s and "--layout tp2+int4" in s for s in made.explanation)
     ways = [s.split(":")[0] for s in made.explanation[1:]]
     assert ways == ["Fewer bits", "Fewer bits", "Offload", "More cards"]  # cheapest first

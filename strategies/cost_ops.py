@@ -171,9 +171,10 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         read = (weights * p.weight_bytes + moved) / r.reading(k.float8_reads)
         return joined(read, flops / r.computing(p.compute, k.compute[p.width] / slower))
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
-    by_wgmma = p.width is Width.FOUR and r.is_hopper
+    by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
-        codes = (k.few_codes if rows <= FEW_ROWS else k.codes)[p.width]
+        few = LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS
+        codes = (k.few_codes if rows <= few else k.codes)[p.width]
         read = sum(
             joined(
                 (weights * p.weight_bytes + moved) / r.reading(k.weights[p.width]),
@@ -181,7 +182,8 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
             )
         )
         share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
-        return joined(read, flops / r.computing(dtype, share / slower))
+        read, more = joined(read, flops / r.computing(dtype, share / slower))
+        return read, more + (k.hopper_gap_s if by_wgmma else 0.0)
     widened = weights * k.widened_bytes / r.bandwidth
     read, more = joined(
         (2 * weights + moved) / r.reading(k.weights[Width.FULL]),

@@ -50,8 +50,10 @@ class Kernels:
     few_codes: Mapping[int, float] = field(default_factory=dict)  # the same at the rows of few_rows
     dot_rows: int = 0  # up to so many; beyond, all are widened first
     dot_compute: Mapping[int, float] = field(default_factory=dict)  # of FLOP/s in the dtype, up to there
-    hopper: Sequence[str] = ()  # devices where 4 bits go by wgmma, which the two lines below are of
-    hopper_rows: int = 0
+    hopper: Sequence[str] = ()  # devices where 4 bits go by wgmma, which the lines below are of
+    hopper_from: int = 0  # rows; fewer go as elsewhere
+    hopper_rows: int = 0  # up to so many
+    hopper_gap_s: float = 0.0  # that each product takes besides
     hopper_compute: float = 0.0
     widened_bytes: float = 0.0  # of each weight, that widening it first reads and writes
     float8_rows: int = 0  # from which on x is rounded to float8 as well

@@ -20,6 +20,7 @@ from launch.memory import capped
 from launch.report import Comparison, comparison_to_json, rows, verdicts
 from launch.report_folder import write
 from strategies.engines import OURS, engine, with_limits
+from strategies.plan import Layout
 from strategies.planner import plan
 from strategies.read_spec import builtin
 from strategies.spec import Workload
@@ -51,7 +52,14 @@ def again(folder: Path, profile: MachineProfile, overlap_tokens: int | None) -> 
     )
     plans = {
         load.concurrency: plan(
-            spec, topology, load, dtype, max_model_len=sum(lengths), engine=by, cut_for=loads[-1]
+            spec,
+            topology,
+            load,
+            dtype,
+            layouts=[Layout.parse(name) for name in journal.layouts],
+            max_model_len=sum(lengths),
+            engine=by,
+            cut_for=loads[-1],
         )
         for load in loads
     }

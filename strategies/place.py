@@ -119,14 +119,21 @@ def rejection(placement: Placement, workload: Workload, max_model_len: int | Non
         return None
     if need.weights > need.free:
         fullest = f"{gb(need.weights)} on the fullest, " if placement.dims.replica_size > 1 else ""
-        return f"{_weights(placement, needs)} over {_cards(placement)}: {fullest}{gb(need.free)} free"
+        return f"{_weights(placement, needs)} over {_cards(placement)}: {fullest}{_room(placement, need)}"
     rest = f"{gb(need.weights)} of weights and {gb(need.fixed - need.weights)} of activations and runtime"
     if need.fixed > need.free:
-        return f"{rest} a {_noun(placement)}: {gb(need.fixed)} of {gb(need.free)} free"
+        return f"{rest} a {_noun(placement)}: {gb(need.fixed)} of {_room(placement, need)}"
     return (
         f"{length:,} tokens of context need {gb(length * need.kv_per_token)} of KV cache beside {rest}: "
         f"{gb(need.free - need.fixed)} of {gb(need.free)} is left, {need.kv_tokens:,} tokens"
     )
+
+
+def _room(placement: Placement, need: Memory) -> str:
+    """`25.4 GB free`, or the part of them that the engine takes."""
+    devices = (placement.topology.devices[i] for i in placement.devices)
+    whole = max((d.uncapped_bytes for d in devices if d.uncapped_bytes is not None), default=need.free)
+    return f"{gb(need.free)} free" if need.free >= whole else f"{gb(need.free)} to take of {gb(whole)} free"
 
 
 def count(n: int, noun: str) -> str:

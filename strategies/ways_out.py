@@ -102,16 +102,23 @@ def _fewer_bits(
     spec: ModelSpec, splits: list[tuple[int, int]], dtype: str, device: Device, kept: Format, length: int
 ) -> str | None:
     """What quantized weights would take; what is chosen by itself keeps the model's precision."""
-    held = [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, device, kept)) is not None]
-    if device.pool or not held:
+
+    def held(by: Device) -> list[Placement]:
+        return [p for tp, pp in splits if (p := _replica(spec, tp, pp, dtype, by, kept)) is not None]
+
+    if device.pool or not held(device):
         return None
-    tokens, name, best = max(((_kv_tokens(p), p.dims.name, p) for p in held), key=lambda found: found[:2])
-    weights = sum(need.weights for need in _needs(best))
+    best, limit = max(held(device), key=_kv_tokens), ""
+    if _kv_tokens(best) < length and device.uncapped_bytes is not None:  # would all of the card do?
+        most = device.uncapped_bytes // 10**8 * 10**8
+        best = max(held(replace(device, free_bytes=int((1 - CAP_SLACK) * most))), key=_kv_tokens)
+        limit = f" --device-memory-gb {most / 1e9:g}"
+    tokens, weights = _kv_tokens(best), sum(need.weights for need in _needs(best))
     bits = 8 * kept.bytes_per_weight(dtype)
     room = "still too much"
     if tokens >= length:
         exact = "the file's own weights" if kept.weights == GGUF else "answers change a little"
-        room = f"room for {tokens:,} tokens beside them, as --layout {name}{kept.suffix}; {exact}"
+        room = f"room for {tokens:,} tokens beside them, as --layout {best.dims.name}{kept.suffix}{limit}; {exact}"
     return (
         f"Fewer bits: {kept.name} ({bits:.2g} bits a weight with its scales) would make the weights "
         f"{gb(weights)}, {room}."

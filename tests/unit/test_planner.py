@@ -268,7 +268,7 @@ def test_what_is_chosen_can_be_run_and_the_rest_is_marked():
     assert made.candidates[0] is made.chosen
     quantized = [c for c in made.candidates if c.format.name]
     assert quantized and all(c.not_runnable for c in quantized)
-    assert any(re.match(r"(Planned only|Not chosen).*tp8\+(fp8|int4)", s) for s in made.explanation)
+    assert any(re.match(r"(Planned only|Not chosen).*(tp8|tp4dp2)\+(fp8|int4)", s) for s in made.explanation)
     plain = {c.layout.name for c in made.candidates if c.layout.is_plain}
     assert plain == {dims.name for dims in enumerate_layouts(8)}
 

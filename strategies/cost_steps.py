@@ -10,10 +10,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from cluster.topology import Device, Link
+from cluster.topology import Device, Link, LinkKind
 from strategies.cost_links import ByIdentity, all_gather_s, all_reduce_s, send_recv_s, slowest_link
 from strategies.cost_memory import Memory
-from strategies.cost_offload import pulls, with_waits
+from strategies.cost_offload import Pulled, pulls, with_waits
 from strategies.cost_ops import Pass, rank_s
 from strategies.plan import Placement
 from strategies.spec import BYTES_PER_ELEMENT
@@ -207,7 +207,9 @@ def prefill_s(
     pulled = pulls(place, replica, needs, at_work)
     parts = [stage_s(place, replica, s, work, at_work) for s in range(pp)]
     stages = [busy_s(place, replica, s, part, work) for s, part in enumerate(parts)]
-    times = [host + (s if p is None else p.step_s(s)) for s, p in zip(stages, pulled, strict=True)]
+    times = [
+        host + _with_pulls_s(place, replica, s, pulled[s], part, stages[s]) for s, part in enumerate(parts)
+    ]
     fill = sum(times) + hops_s(place, replica, work)
     last = fill + (chunks - 1) * max(times)
     return last, (fill + last) / 2
@@ -224,9 +226,20 @@ def pass_s(place: Placement, replica: int, work: Pass, needs: Sequence[Memory] =
     for stage in range(place.dims.pp):
         parts = stage_s(place, replica, stage, work, busy)
         seconds = busy_s(place, replica, stage, parts, work) if work.prompt_tokens else sum(parts.values())
-        own = pulled[stage]
-        found.append((seconds if own is None else own.step_s(seconds)) + host + hop_s)
+        found.append(_with_pulls_s(place, replica, stage, pulled[stage], parts, seconds) + host + hop_s)
     return tuple(found)
+
+
+def _with_pulls_s(
+    place: Placement, replica: int, stage: int, pulled: Pulled | None, parts: Seconds, seconds: float
+) -> float:
+    """Of a stage's pass that takes so long by itself: sums through the host hold up layers that come thence."""
+    if pulled is None:
+        return seconds
+    link = slowest_link(ByIdentity(place.topology), place.stage(replica, stage))
+    if link is not None and link.kind is LinkKind.HOST:
+        pulled = pulled.behind(parts.get("all_reduce", 0.0))
+    return pulled.step_s(seconds)
 
 
 def prefill_steps(place: Placement, prompts: int, length: int) -> float:

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.topology import Topology
+from cluster.topology import LinkKind, Topology
 from launch.configured import kv_reserve
 from launch.memory import capped
 from launch.options import EngineOptions
@@ -19,7 +19,7 @@ from orchestrator.engine.residence import resident_of
 from orchestrator.engine_config import EngineConfig
 from strategies.cost import estimate
 from strategies.cost_memory import CAP_SLACK, CONTEXT_BYTES, NCCL_BYTES, memories
-from strategies.cost_offload import host_rate
+from strategies.cost_offload import Pulled, host_rate
 from strategies.engines import OURS, engine
 from strategies.offload import BUFFERS, Room, Streaming
 from strategies.place import place
@@ -83,6 +83,20 @@ def test_a_step_by_hand() -> None:
     assert Streaming(4, 0).step_s(1.0, 3.0) == 1 + 4 * 3
     assert Streaming(4, 0).step_s(1.0, 0.5) == 4.5
     assert Streaming(4, 2).step_s(1.0, 3.0) == 4  # two buffers hold them for good
+
+
+def test_sums_through_the_host_hold_up_the_layers_that_come_thence() -> None:
+    pulled = Pulled(Streaming(4, 0), copy_s=3.0, beside=True)
+    assert pulled.behind(0.0) == pulled
+    assert pulled.behind(2.0).step_s(4.0) == pytest.approx(pulled.step_s(4.0) + 2.0)
+    layout, load = Layout.parse("tp2+int8+offload"), Workload(128, 128, 32)
+    first = {}
+    for kind in (LinkKind.HOST, LinkKind.NVLINK):
+        machine = capped(box("h100", 2, kind), 25.3)
+        (found,) = plan(LLAMA_70B, machine, load, "bfloat16", layouts=[layout]).candidates
+        assert found.estimate is not None
+        first[kind] = found.estimate.ttft_s
+    assert first[LinkKind.HOST] > 1.2 * first[LinkKind.NVLINK]
 
 
 # --- which layers stay --------------------------------------------------------------------------------------

@@ -73,6 +73,37 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("n", "k"), [(4232, 4608), (8192, 14336), (4240, 384)])
+@torch.no_grad()
+def test_few_rows_of_many_channels(n: int, k: int) -> None:
+    """Slabs that fill the columns or do not, and channels that fill no tile; the same bits at every replay."""
+    torch.manual_seed(0)
+    layer = Quantized((n, k), Scheme("int4", 128), True, torch.device("cuda"), torch.bfloat16)
+    layer.fill(0, torch.randn(n, k, device="cuda").to(torch.bfloat16), None)
+    assert layer.bias is not None
+    layer.bias.data.normal_()
+    codes, pairs = unpack(layer.codes, 128).view(n, -1, 128), layer.scales.double()
+    wide = ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k)
+    pdl = torch.cuda.get_device_capability() >= (9, 0)
+    for rows in (1, 2, 5, 8):
+        x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
+        expected = x.double() @ wide.T + layer.bias.double()
+        gate, up = expected.chunk(2, dim=-1)
+        for multiply, wanted in (
+            (kernels.quantized, expected),
+            (kernels.quantized_gate_up, F.silu(gate) * up),
+        ):
+            first = multiply(x, layer.codes, layer.scales, layer.bias, 128, pdl=pdl)
+            assert ((first.double() - wanted).norm() / wanted.norm()).item() < 4e-3, rows
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                made = [multiply(x, layer.codes, layer.scales, layer.bias, 128, pdl=pdl) for _ in range(5)]
+            for _ in range(3):
+                graph.replay()
+                assert all(torch.equal(one, first) for one in made)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("shape", [(1544, 2560), (4096, 4096), (6144, 4096)], ids=str)
 @torch.no_grad()
 def test_parts_of_a_tile_are_added_alike_every_time(shape: tuple[int, int]) -> None:

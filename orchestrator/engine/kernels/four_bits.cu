@@ -1,73 +1,14 @@
-// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits (sm_80 and up): of a few rows (few_rows) as fast as the codes arrive, of tens
-// (tens_of_rows) as fast as tensor cores take them.
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits (sm_80 and up): of a few rows and few channels (few_rows) as fast as the codes
+// arrive, of tens of rows (tens_of_rows) as fast as tensor cores take them. Of many channels few rows go by four_bits_few.cu.
 //
-// The weights are the left operand: an instruction takes 16 channels, 16 columns and 8 rows of x, whichever columns, if both
-// sides have the same ones. So a thread's words stay where they are: the code at `plane` and the one four planes on are
-// 16 bits apart in a word, a pair as the instruction wants it. A code's bits go into the mantissa of 128 (1024 in float16):
-// BASE + code, exactly.
-//
-// Defined from outside: TENS (which kernel), GROUP (128, 64, 32), MT (16s of a warp's channels), NT (of tens: 8s of rows),
-// WARPS, BLOCKS (at once on a processor), IS_HALF (float16; else bfloat16), WIDE_SCALES (float32; else x's type).
+// Behind codes.cu and four_bits_parts.cu. Defined from outside besides: TENS (which kernel), MT (16s of a warp's channels),
+// NT (of tens: 8s of rows), WARPS, BLOCKS (at once on a processor).
 
-#define V (GROUP / 32)     // words of a group that a thread has
-#define GROUPS (128 / GROUP)  // of a chunk
 #define CHANNELS (16 * MT)  // of a warp
-__device__ __forceinline__ void multiply_add(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." KIND "." KIND ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-      "{%0, %1, %2, %3};"
-      : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-__device__ __forceinline__ u32 zipped(u32 first, u32 second, int odd) {
-  return __byte_perm(first, second, odd ? 0x7632 : 0x5410);
-}
-
-template <int COUNT>
-struct Words {
-  u32 at[COUNT];
-};
-__device__ __forceinline__ void load_codes(Words<V>& to, const u32* from) {  // once a step: not to stay in L1
-#if GROUP == 128
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(to.at[0]), "=r"(to.at[1]), "=r"(to.at[2]), "=r"(to.at[3]) : "l"(from));
-#elif GROUP == 64
-  asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(to.at[0]), "=r"(to.at[1]) : "l"(from));
-#else
-  asm volatile("ld.global.nc.L1::no_allocate.u32 %0, [%1];" : "=r"(to.at[0]) : "l"(from));
-#endif
-}
-
-// x of a group's eight planes, as it lies: a thread's V columns of each.
-struct Raw {
-#if GROUP == 128
-  uint2 at[8];
-#elif GROUP == 64
-  u32 at[8];
-#else
-  u16 at[8];
-#endif
-  __device__ __forceinline__ void load(const u16* from) {
-#pragma unroll
-    for (int plane = 0; plane < 8; plane++) at[plane] = *(decltype(&at[0]))(from + plane * (GROUP / 8));
-  }
-  __device__ __forceinline__ u32 pair(int plane, int word) const {  // of this plane and the one four on
-#if GROUP == 128
-    return word < 2 ? zipped(at[plane].x, at[plane + 4].x, word) : zipped(at[plane].y, at[plane + 4].y, word - 2);
-#elif GROUP == 64
-    return zipped(at[plane], at[plane + 4], word);
-#else
-    return (u32)at[plane] | (u32)at[plane + 4] << 16;
-#endif
-  }
-};
 
 #if !TENS
 // Up to eight rows. A warp has 16 MT channels and every WARPS-th chunk of 128 columns, and a chunk of codes is on its way
-// while one is multiplied; a block's warps add their parts in shared memory, in a fixed order. A group's part of a sum is
-// scale * (sum of (BASE + code) x) + (zero - (BASE + 8) scale) * (sum of x), in float32: no weight is rounded. The sum of x
-// is one more product, by ones, which has it where it is needed.
-//
-// GATED: SiLU(gate) * up, the gate's rows first in W.
+// while one is multiplied; a block's warps add their parts in shared memory, in a fixed order.
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     few_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x, const u16* __restrict__ bias,
@@ -76,23 +17,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
-#if GATED
-  const int outputs = N / 2, first = blockIdx.x * (CHANNELS / 2);
-#else
-  const int outputs = N, first = blockIdx.x * CHANNELS;
-#endif
+  const int first = blockIdx.x * CHANNELS;
   const u32* codes_of[MT][2];
   u64 scales_of[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++)
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-#if GATED
-      const int in_half = min(first + i % (MT / 2) * 16 + half * 8 + quad, outputs - 1);
-      const u64 channel = in_half + (i < MT / 2 ? 0 : outputs);
-#else
-      const u64 channel = min(first + i * 16 + half * 8 + quad, outputs - 1);
-#endif
+      const u64 channel = min(first + i * 16 + half * 8 + quad, N - 1);
       codes_of[i][half] = words + channel * (K / 8) + place * V;
       scales_of[i][half] = channel * (K / GROUP);
     }
@@ -166,18 +98,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
     for (int c = 0; c < 4; c++) parts[warp][place * 2 + c % 2][i * 16 + c / 2 * 8 + quad] = total[i][c];
   __syncthreads();
-  const int of_block = GATED ? CHANNELS / 2 : CHANNELS;
-  for (int at = threadIdx.x; at < M * of_block; at += WARPS * 32) {
-    const int row = at / of_block, channel = at % of_block, n = first + channel;
-    if (n >= outputs) continue;
+  for (int at = threadIdx.x; at < M * CHANNELS; at += WARPS * 32) {
+    const int row = at / CHANNELS, channel = at % CHANNELS, n = first + channel;
+    if (n >= N) continue;
     float value = bias ? wide(bias[n]) : 0.0f;
     for (int i = 0; i < WARPS; i++) value += parts[i][row][channel];
-#if GATED
-    float up = bias ? wide(bias[outputs + n]) : 0.0f;
-    for (int i = 0; i < WARPS; i++) up += parts[i][row][CHANNELS / 2 + channel];
-    value = value / (1.0f + __expf(-value)) * up;
-#endif
-    out[(u64)row * outputs + n] = narrow(value);
+    out[(u64)row * N + n] = narrow(value);
   }
 }
 

@@ -1,0 +1,175 @@
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits, x of up to eight rows, W of many channels (sm_80 and up); GATED: SiLU(gate) * up,
+// the gate's rows first in W, and a tile is eight channels of each.
+//
+// A warp keeps its C chunks of x in registers, in pairs and with the sums of their groups, and takes one tile of 16 channels
+// after another: what it reads are codes and scales, two tiles ahead, C neighbouring chunks of a row at once. A block has an
+// equal stretch of tiles, and its warps a slab of K between them. Where K has several slabs, TILES tiles are taken slab after
+// slab, each warp adding to its own sums in shared memory; they are added up, in a fixed order, once the last slab is done.
+//
+// Behind codes.cu and four_bits.cu's parts. Defined from outside besides: C, WARPS, BLOCKS, TILES, EVEN (the slabs fill K),
+// VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned).
+
+#define SLAB (WARPS * C)  // chunks
+#define DEPTH 2
+#define PART_ROW 20  // floats; so that a warp writes to all banks
+#define OF_TILE (GATED ? 8 : 16)
+
+struct Position {
+  int batch, tile, slab;
+  __device__ __forceinline__ void advance(int end, int slabs) {
+    if (++tile < min(batch + TILES, end)) return;
+    if (++slab == slabs) slab = 0, batch += TILES;
+    tile = batch;
+  }
+};
+
+struct Scales {  // of a warp's chunks
+  Scale at[C][GROUPS];
+  __device__ __forceinline__ void load(const void* scales, u64 index) {
+#if VECTOR
+    const uint4 four = __ldg((const uint4*)((const u32*)scales + index));
+    at[0][0].pair = four.x, at[1][0].pair = four.y, at[2][0].pair = four.z, at[3][0].pair = four.w;
+#else
+#pragma unroll
+    for (int i = 0; i < C * GROUPS; i++) at[i / GROUPS][i % GROUPS].load(scales, index + i);
+#endif
+  }
+};
+
+extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
+    few_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x, const u16* __restrict__ bias,
+             u16* out, int M, int N, int K) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+  extern __shared__ float parts[];  // [TILES][WARPS][rows][channels]
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
+  const int outputs = GATED ? N / 2 : N, tiles = (outputs + OF_TILE - 1) / OF_TILE;
+  const int begin = (u64)tiles * blockIdx.x / gridDim.x, end = (u64)tiles * (blockIdx.x + 1) / gridDim.x;
+  const int chunks = K / 128, slabs = (chunks + SLAB - 1) / SLAB;
+  auto channel_of = [&](int tile, int half) -> u64 {
+    return GATED ? min(tile * 8 + quad, outputs - 1) + half * outputs : min(tile * 16 + half * 8 + quad, outputs - 1);
+  };
+  auto first_of = [&](int slab) {  // chunk of this warp; of the last slab some may be others'
+    return EVEN ? slab * SLAB + warp * C : min(slab * SLAB + warp * C, chunks - C);
+  };
+
+  Words<V> codes[DEPTH][C][2][GROUPS];
+  Scales pairs[DEPTH][2];
+  auto fetch = [&](int d, const Position& at) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+      const u64 channel = channel_of(at.tile, half);
+      const u32* from = words + channel * (K / 8) + first_of(at.slab) * 16 + place * V;
+#pragma unroll
+      for (int c = 0; c < C; c++)
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++)
+          load_codes(codes[d][c][half][group], from + c * 16 + group * (GROUP / 8));
+      pairs[d][half].load(scales, channel * (K / GROUP) + first_of(at.slab) * GROUPS);
+    }
+  };
+  Position now = {begin, begin, 0}, ahead = now;
+#pragma unroll
+  for (int d = 0; d < DEPTH; d++)
+    if (ahead.tile < end) {
+      fetch(d, ahead);
+      ahead.advance(end, slabs);
+    }
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+
+  u32 right[C][4][4];  // of x: [word][plane, and four planes on]
+  float sums[C][GROUPS][2];
+  const u16* const own_x = x + (u64)min(quad, M - 1) * K + place * V;
+  auto keep_x = [&](int slab) {
+#pragma unroll
+    for (int c = 0; c < C; c++)
+#pragma unroll
+      for (int group = 0; group < GROUPS; group++) {
+        const int chunk = first_of(slab) + c;
+        const bool is_own = EVEN || chunk >= slab * SLAB + warp * C;
+        Raw raw;
+        raw.load(own_x + chunk * 128 + group * GROUP);
+        float sum[4] = {};
+#pragma unroll
+        for (int word = 0; word < V; word++) {
+          u32(&to)[4] = right[c][group * V + word];
+#pragma unroll
+          for (int plane = 0; plane < 4; plane++) to[plane] = is_own ? raw.pair(plane, word) : 0;
+          multiply_add(sum, ONES, ONES, ONES, ONES, to[0], to[1]);
+          multiply_add(sum, ONES, ONES, ONES, ONES, to[2], to[3]);
+        }
+        sums[c][group][0] = sum[0], sums[c][group][1] = sum[1];
+      }
+  };
+  auto multiply = [&](float (&total)[4], int d, int c, int group) {
+    const Words<V>&low = codes[d][c][0][group], &high = codes[d][c][1][group];
+    float part[4] = {};
+#pragma unroll
+    for (int word = 0; word < V; word++)
+#pragma unroll
+      for (int pair = 0; pair < 2; pair++) {
+        const u32(&b)[4] = right[c][group * V + word];
+        multiply_add(part, codes_at(low.at[word], 2 * pair), codes_at(high.at[word], 2 * pair),
+                     codes_at(low.at[word], 2 * pair + 1), codes_at(high.at[word], 2 * pair + 1), b[2 * pair], b[2 * pair + 1]);
+      }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const Scale& of = pairs[d][i / 2].at[c][group];
+      const float scale = of.scale();
+      total[i] += scale * part[i] + (of.zero() - (BASE + 8.0f) * scale) * sums[c][group][i % 2];
+    }
+  };
+  float* const own_parts = parts + (warp * M + place * 2) * PART_ROW + quad;
+  const bool has_row = place * 2 < M, has_next = place * 2 + 1 < M;
+  auto write_down = [&](float (&total)[4]) {
+    float* const to = own_parts + (now.tile - now.batch) * (WARPS * M * PART_ROW);
+    if (now.slab) {
+      if (has_row) total[0] += to[0], total[2] += to[8];
+      if (has_next) total[1] += to[PART_ROW], total[3] += to[PART_ROW + 8];
+    }
+    if (has_row) to[0] = total[0], to[8] = total[2];
+    if (has_next) to[PART_ROW] = total[1], to[PART_ROW + 8] = total[3];
+  };
+  auto add_up = [&](int batch) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < M * TILES * OF_TILE; i += WARPS * 32) {
+      const int row = i / (TILES * OF_TILE), channel = i % (TILES * OF_TILE), n = batch * OF_TILE + channel;
+      if (n >= min(end * OF_TILE, outputs)) continue;
+      const float* const of = parts + (channel / OF_TILE * WARPS * M + row) * PART_ROW + channel % OF_TILE;
+      float value = bias ? wide(bias[n]) : 0.0f;
+      for (int w = 0; w < WARPS; w++) value += of[w * M * PART_ROW];
+#if GATED
+      float up = bias ? wide(bias[outputs + n]) : 0.0f;
+      for (int w = 0; w < WARPS; w++) up += of[w * M * PART_ROW + 8];
+      value = value / (1.0f + __expf(-value)) * up;
+#endif
+      out[(u64)row * outputs + n] = narrow(value);
+    }
+  };
+
+  while (now.tile < end) {
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) {
+      if (now.tile >= end) break;
+      if (now.tile == now.batch && (slabs > 1 || now.batch == begin)) keep_x(now.slab);
+      float total[4] = {};
+#pragma unroll
+      for (int c = 0; c < C; c++)
+#pragma unroll
+        for (int group = 0; group < GROUPS; group++) multiply(total, d, c, group);
+      if (ahead.tile < end) fetch(d, ahead);
+      ahead.advance(end, slabs);
+      write_down(total);
+      const int batch = now.batch;
+      now.advance(end, slabs);
+      if (now.batch != batch) {
+        __syncthreads();
+        add_up(batch);
+        if (now.tile < end) __syncthreads();
+      }
+    }
+  }
+}

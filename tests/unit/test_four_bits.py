@@ -10,13 +10,13 @@ import torch
 from cluster.collectives import cuda
 from orchestrator.engine.kernels import four_bits
 from orchestrator.engine.kernels.four_bits import (
-    FEW_CHANNELS,
-    MOST_OF_FEW,
+    MANY_CHANNELS,
     TENS,
     Few,
-    Many,
+    Gated,
     Tens,
     choose_few,
+    choose_gated,
     choose_tens,
 )
 
@@ -24,24 +24,20 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALLEST_SHARED_BYTES = 99 * 1024  # that a block may have, of sm_86 and sm_89
 
 
-def many(k: int, group: int, scales: torch.dtype, *, gated: bool) -> Few | Many:
-    return choose_few(28672, k, group, wide_scales=scales == FP32, gated=gated)
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="NVRTC is there for Linux and Windows alone")
 @pytest.mark.parametrize(
     ("architecture", "tile", "group", "dtype", "scales"),
     [
         ("sm_80", TENS[16], 64, FP16, FP16),
-        ("sm_86", FEW_CHANNELS, 32, FP16, FP32),
+        ("sm_86", MANY_CHANNELS, 32, FP16, FP32),
         ("sm_89", TENS[16], 32, BF16, FP32),
-        ("sm_80", many(8192, 64, FP16, gated=False), 64, FP16, FP16),
-        ("sm_86", many(384, 32, FP32, gated=True), 32, BF16, FP32),
-        ("sm_90", many(4096, 128, BF16, gated=True), 128, BF16, BF16),
+        ("sm_80", choose_gated(640, 64, wide_scales=False), 64, FP16, FP16),
+        ("sm_89", choose_gated(384, 32, wide_scales=True), 32, BF16, FP32),
+        ("sm_90", choose_gated(4096, 128, wide_scales=False), 128, BF16, BF16),
     ],
 )
 def test_it_compiles(
-    architecture: str, tile: Few | Many | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
+    architecture: str, tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
 ) -> None:
     text = four_bits.source(tile, group, dtype, scales)
     assert cuda.compile_source(text, architecture, {}).startswith(b"\x7fELF")
@@ -62,27 +58,27 @@ def test_parts_of_the_columns_have_two_chunks_and_keep_an_h100_busy(tile: Tens, 
     assert splits == 1 or tile.blocks_of(n) * splits <= four_bits.PROCESSORS * tile.blocks
 
 
-def test_weights_of_few_channels_have_more_warps_on_them() -> None:
-    for n, gated in ((1024, False), (MOST_OF_FEW, False), (MOST_OF_FEW + 1, False), (1024, True)):
-        tile = choose_few(n, 4096, 128, wide_scales=False, gated=gated)
-        assert (tile == FEW_CHANNELS) == (n <= MOST_OF_FEW and not gated)
+def test_few_channels_have_more_warps_on_them() -> None:
+    assert choose_few(4096).warps > choose_few(6144).warps
     assert not four_bits.takes(torch.zeros(1, 256), torch.zeros(8, 2, 2), 128)  # not on a CPU
 
 
 @pytest.mark.parametrize("k", [128, 384, 512, 640, 1024, 3584, 4096, 7168, 8192, 14336])
-@pytest.mark.parametrize("gated", [False, True])
-def test_warps_of_a_block_share_all_columns_of_many_channels(k: int, gated: bool) -> None:
-    tile = many(k, 128, BF16, gated=gated)
-    assert isinstance(tile, Many)
+@pytest.mark.parametrize("group", [32, 128])
+def test_warps_of_a_block_share_all_columns(k: int, group: int) -> None:
+    tile = choose_gated(k, group, wide_scales=False)
     chunks, slab = k // four_bits.CHUNK, tile.warps * tile.chunks
     slabs = -(-chunks // slab)
     assert tile.chunks <= chunks
-    assert slabs * slab - chunks < slab
     assert tile.is_even == (slabs * slab == chunks)
-    # 16 bytes are four pairs of bfloat16, and begin at such
-    assert not tile.has_vectors or (tile.chunks, chunks % 4) == (4, 0)
-    assert not isinstance(wide := many(k, 128, FP32, gated=gated), Many) or not wide.has_vectors
+    assert (
+        slabs * slab - chunks < slabs * tile.chunks
+    )  # no more than one warp is idle in all, or a part of each
+    assert tile.has_vectors == (
+        group == 128 and (tile.chunks, chunks % 4) == (4, 0)
+    )  # 16 bytes of four pairs
+    assert not choose_gated(k, group, wide_scales=True).has_vectors
     assert tile.shared_bytes <= 48 * 1024
-    for n in (16, 1544, 28672):
-        assert 1 <= tile.blocks_of(n) <= four_bits.PROCESSORS * tile.blocks
     assert tile.warps * tile.blocks <= 8
+    for n in (16, 1544, 57344):
+        assert 1 <= tile.blocks_of(n) <= min(-(-n // 16), four_bits.PROCESSORS * tile.blocks)

@@ -1,5 +1,5 @@
-// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits (sm_80 and up): of a few rows and few channels (few_rows) as fast as the codes
-// arrive, of tens of rows (tens_of_rows) as fast as tensor cores take them. Of many channels few rows go by four_bits_few.cu.
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits (sm_80 and up): of a few rows (few_rows) as fast as the codes arrive, of tens
+// (tens_of_rows) as fast as tensor cores take them. Few rows of SiLU(gate) * up go by four_bits_gated.cu.
 //
 // Behind codes.cu and four_bits_parts.cu. Defined from outside besides: TENS (which kernel), MT (16s of a warp's channels),
 // NT (of tens: 8s of rows), WARPS, BLOCKS (at once on a processor).

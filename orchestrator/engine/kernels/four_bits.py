@@ -1,4 +1,4 @@
-"""Up to 128 rows times weights in 4 bits by tensor cores (four_bits.cu, four_bits_few.cu), on any GPU from sm_80 on.
+"""Up to 128 rows times weights in 4 bits by tensor cores (four_bits.cu, four_bits_gated.cu), on any GPU from sm_80 on.
 
 Dimensions: M rows of x, N output channels, K columns.
 """
@@ -21,7 +21,7 @@ from orchestrator.engine.kernels.quantized_dot import added
 FEW_ROWS, MOST_ROWS = 8, 128
 CHUNK = 128  # columns that a warp takes at a time
 FILES = ("codes.cu", "four_bits_parts.cu", "four_bits.cu")
-_PART_ROW_BYTES = 80  # of four_bits_few.cu
+_PART_ROW_BYTES = 80  # of four_bits_gated.cu
 PROCESSORS = 132
 """An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs."""
 
@@ -45,22 +45,21 @@ class Few:
 
 
 @dataclass(frozen=True, slots=True)
-class Many:
-    """Of few rows and many channels: chunks that a warp keeps x of; warps of a block, beside each other in K."""
+class Gated:
+    """Of SiLU(gate) × up: chunks that a warp keeps x of; warps of a block, beside each other in K."""
 
     chunks: int
     warps: int
     blocks: int
     is_even: bool  # its slabs fill K
     has_vectors: bool  # four pairs of scales are 16 bytes that lie aligned
-    is_gated: bool
-    files: ClassVar = ("codes.cu", "four_bits_parts.cu", "four_bits_few.cu")
+    files: ClassVar = ("codes.cu", "four_bits_parts.cu", "four_bits_gated.cu")
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
             **{"C": self.chunks, "WARPS": self.warps, "BLOCKS": self.blocks, "TILES": self.tiles},
-            **{"EVEN": int(self.is_even), "VECTOR": int(self.has_vectors), "GATED": int(self.is_gated)},
+            **{"EVEN": int(self.is_even), "VECTOR": int(self.has_vectors)},
         }
 
     @property
@@ -73,8 +72,7 @@ class Many:
         return self.tiles * self.warps * FEW_ROWS * _PART_ROW_BYTES
 
     def blocks_of(self, n: int) -> int:
-        tiles = -(-n // 2 // 8) if self.is_gated else -(-n // 16)
-        return min(tiles, PROCESSORS * self.blocks)
+        return min(-(-n // 16), PROCESSORS * self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,35 +104,32 @@ class Tens:
         return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
-FEW_CHANNELS = Few(2, 16, 1)
-MOST_OF_FEW = (
-    PROCESSORS * 16 * FEW_CHANNELS.channels
-)  # of channels: beyond, there is more than a block a processor
-_MANY_CHUNKS, _MANY_WARPS = 4, 8
-"""The fastest over a layer of a tp2 rank of Llama-3.3-70B of 15 ways (H100 SXM, 2026-11-23), in µs: of 1 and 8 rows 92
-and 100, before 109 and 120; the bytes alone 75. Of Llama-3.1-8B gate-up 23.1 (26.6) and qkv 6.7 (7.6); o and down, of
-few channels, lose by it (5.7 and 15.3; as they go 5.0 and 14.2). A warp that brings codes by bulk copies is as fast."""
+FEW_CHANNELS, MANY_CHANNELS = Few(2, 16, 1), Few(1, 8, 3)
+_KEPT_CHUNKS, _KEPT_WARPS = 4, 8
+"""Of gate-up the fastest of 15 ways (H100 SXM, 2026-11-23), in µs: Llama-3.1-8B's 23.4, Llama-3.3-70B's at tp2 46.0 (by
+four_bits.cu 26.6 and 50.5)."""
 TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
 """The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 1, 8, 16, 32, 64, 128 rows
 55, 61, 77, 93, 138, 223; Triton's kernels 69, 114, 122, 126, 161, 239; bf16 by cuBLAS 148, 169, 170, 171, 174, 182.
 Tried and dropped: codes by cp.async through shared memory (57 for one row, 254 for 128), x read a chunk ahead."""
 
 
-def choose_few(n: int, k: int, group: int, *, wide_scales: bool, gated: bool) -> Few | Many:
-    """Of many channels a warp keeps x and takes one tile after another; of few, blocks have what they can get."""
-    if not gated and n <= MOST_OF_FEW:
-        return FEW_CHANNELS
+def choose_few(n: int) -> Few:
+    """Where there is no block for each processor, more warps share the columns."""
+    return FEW_CHANNELS if n <= PROCESSORS * 16 * FEW_CHANNELS.channels else MANY_CHANNELS
+
+
+def choose_gated(k: int, group: int, *, wide_scales: bool) -> Gated:
     chunks = k // CHUNK
-    own = _MANY_CHUNKS if chunks >= _MANY_CHUNKS else 1
-    slabs = -(-chunks // (_MANY_WARPS * own))
+    own = _KEPT_CHUNKS if chunks >= _KEPT_CHUNKS else 1
+    slabs = -(-chunks // (_KEPT_WARPS * own))
     warps = -(-chunks // (slabs * own))  # so that few of the last slab's are idle
-    return Many(
+    return Gated(
         own,
         warps,
-        _MANY_WARPS // warps,
+        _KEPT_WARPS // warps,
         is_even=chunks % (warps * own) == 0,
         has_vectors=own == 4 and group == CHUNK and not wide_scales and chunks % 4 == 0,
-        is_gated=gated,
     )
 
 
@@ -164,7 +159,7 @@ def few_rows(
     """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]: in float32, rounded once. Contiguous tensors."""
     m, k = x_MK.shape
     n = len(codes)
-    tile = choose_few(n, k, group, wide_scales=scales.dtype == torch.float32, gated=gated)
+    tile = choose_gated(k, group, wide_scales=scales.dtype == torch.float32) if gated else choose_few(n)
     outputs = n // 2 if gated else n
     out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, x_MK.device)
@@ -211,7 +206,7 @@ def _pointers(*tensors: Tensor | None) -> list[c_void_p]:
 
 @cache
 def _kernel(
-    tile: Few | Many | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, device: torch.device
+    tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, device: torch.device
 ) -> cuda.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     text = source(tile, group, dtype, scales)
@@ -219,7 +214,7 @@ def _kernel(
     return cuda.Kernel(module, "tens_of_rows" if isinstance(tile, Tens) else "few_rows", tile.shared_bytes)
 
 
-def source(tile: Few | Many | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:
+def source(tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:
     """The kernel's files, behind a tile's sizes."""
     sizes = {
         **tile.sizes,

@@ -80,5 +80,5 @@ def test_warps_of_a_block_share_all_columns(k: int, group: int) -> None:
     assert not choose_gated(k, group, wide_scales=True).has_vectors
     assert tile.shared_bytes <= 48 * 1024
     assert tile.warps * tile.blocks <= 8
-    for n in (16, 1544, 57344):
-        assert 1 <= tile.blocks_of(n) <= min(-(-n // 16), four_bits.PROCESSORS * tile.blocks)
+    for processors in (82, 132):
+        assert [tile.blocks_of(n, processors) for n in (16, 57344)] == [1, processors * tile.blocks]

@@ -23,7 +23,8 @@ CHUNK = 128  # columns that a warp takes at a time
 FILES = ("codes.cu", "four_bits_parts.cu", "four_bits.cu")
 _PART_ROW_BYTES = 80  # of four_bits_gated.cu
 PROCESSORS = 132
-"""An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs."""
+"""An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs. (Gated's are
+however many blocks there are.)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,8 +72,9 @@ class Gated:
     def shared_bytes(self) -> int:
         return self.tiles * self.warps * FEW_ROWS * _PART_ROW_BYTES
 
-    def blocks_of(self, n: int) -> int:
-        return min(-(-n // 16), PROCESSORS * self.blocks)
+    def blocks_of(self, n: int, processors: int) -> int:
+        """As many as run at once: one that had to wait for another would take as long again."""
+        return min(-(-n // 16), processors * self.blocks)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,9 @@ def few_rows(
     outputs = n // 2 if gated else n
     out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, x_MK.device)
+    blocks = tile.blocks_of(n, _processors(x_MK.device)) if isinstance(tile, Gated) else tile.blocks_of(n)
     kernel.launch(
-        tile.blocks_of(n), 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out),
+        blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out),
         c_int(m), c_int(n), c_int(k), overlap=pdl,
     )  # fmt: skip
     return out
@@ -193,6 +196,12 @@ def tens_of_rows(
         c_int(m), c_int(n), c_int(k), c_int(splits), overlap=pdl,
     )  # fmt: skip
     return added(parts, bias_N, out) if splits > 1 else out
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    count: int = torch.cuda.get_device_properties(device).multi_processor_count
+    return count
 
 
 def _stream() -> int:

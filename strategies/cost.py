@@ -175,9 +175,8 @@ def _of_turns(turns: Sequence[_Turn], read: int) -> tuple[float, float]:
     """
     starts = [0.0, *itertools.accumulate(turn.whole_s for turn in turns)]
     live, count = turns[0].sequences, sum(turn.sequences for turn in turns)
-    ahead, more = divmod(
-        read - live, live
-    )  # turns that prompts are read before their own, and how many one more
+    # Turns that prompts are read before their own, and how many prompts one more.
+    ahead, more = divmod(read - live, live)
     first_s = token_s = 0.0
     for own, turn in enumerate(turns):
         sooner = min(more, turn.sequences)

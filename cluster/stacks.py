@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -90,9 +91,14 @@ def _state(pid: int) -> str | None:
     return None
 
 
+def py_spy() -> str | None:
+    """Beside the Python that runs too: an environment need not be activated."""
+    return shutil.which("py-spy") or shutil.which("py-spy", path=os.path.dirname(sys.executable))
+
+
 def _by_spy(pid: int) -> str | None:
     """None where it is not installed, or may not look."""
-    program = shutil.which("py-spy")
+    program = py_spy()
     if program is None:
         return None
     argv = [program, "dump", "--nonblocking", "--pid", str(pid)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import time
 from pathlib import Path
@@ -20,8 +19,8 @@ PATIENCE_S = 30.0
 @pytest.mark.parametrize("spy", [False, True])
 def test_every_member_is_told_of(spy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if not spy:
-        monkeypatch.setattr(shutil, "which", lambda _: None)
-    elif shutil.which("py-spy") is None:
+        monkeypatch.setattr(stacks, "py_spy", lambda: None)
+    elif stacks.py_spy() is None:
         pytest.skip("py-spy is not installed")
     with ProcessGang(Stuck, 2) as gang:
         waiting = gang.call_all("wait")

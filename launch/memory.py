@@ -54,7 +54,7 @@ def capped(
 ) -> Topology:
     """With GPUs of no more free memory than an engine takes of each, and hosts of as much as was said.
 
-    `share`: of all of a GPU's memory; where `device_gb` caps it, all of that but the slack.
+    `share`: of all of a GPU's memory, less torch's gaps; where `device_gb` caps it, all of that but the slack.
     """
     if host_gb is not None:
         nodes = dict.fromkeys(device.node for device in topology.devices)

@@ -128,12 +128,16 @@ def together(place: Placement, replica: int, needs: Sequence[Memory], workload: 
     else:
         # Who was read with those of the turn before has some of its answer by its own: what all had room for.
         ahead = min(later, max(0, kv_tokens // read - prompt))
+
+        def next_turn(sequences: int, prompts: int) -> _Turn:
+            return turn(sequences, prompts, later - ahead if sequences <= read - live else later)
+
         whole, rest = divmod(share, live)
         turns = [first]
         if whole > 1:
-            turns += [turn(live, read, later - ahead if live <= read - live else later)] * (whole - 1)
+            turns += [next_turn(live, read)] * (whole - 1)
         if rest:
-            turns.append(turn(rest, rest, later - ahead if rest <= read - live else later))
+            turns.append(next_turn(rest, rest))
         total_s = sum(each.whole_s for each in turns)
         first_s, token_s = _of_turns(turns, read)
         parts = dict.fromkeys(part for turn in turns for part in turn.step)

@@ -41,6 +41,18 @@ def test_products(how: Scheme, shape: tuple[int, int]) -> None:
         assert error < (5e-2 if how.format == "fp8" and rows >= float8_products.LEAST_ROWS else 5e-3), rows
 
 
+def _layer(
+    n: int, k: int, group: int, dtype: torch.dtype, scales: torch.dtype | None = None
+) -> tuple[Quantized, torch.Tensor, torch.Tensor]:
+    """At random, with what its codes say in float64, and its bias."""
+    layer = Quantized((n, k), Scheme("int4", group), True, torch.device("cuda"), dtype, scales)
+    layer.fill(0, torch.randn(n, k, device="cuda").to(dtype), None)
+    assert layer.bias is not None
+    layer.bias.data.normal_()
+    codes, pairs = unpack(layer.codes, group).view(n, -1, group), layer.scales.double()
+    return layer, ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k), layer.bias
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("scales", [None, torch.float32], ids=str)
@@ -50,21 +62,16 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
     """Channels that fill no tile, each kernel; of a few rows no weight is rounded."""
     n, k = 1544, 640
     torch.manual_seed(0)
-    layer = Quantized((n, k), Scheme("int4", group), True, torch.device("cuda"), dtype, scales)
-    layer.fill(0, torch.randn(n, k, device="cuda").to(dtype), None)
-    assert layer.bias is not None
-    layer.bias.data.normal_()
-    codes, pairs = unpack(layer.codes, group).view(n, -1, group), layer.scales.double()
-    wide = ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k)
+    layer, wide, bias = _layer(n, k, group, dtype, scales)
     for rows in (1, 2, 8, 9, 16, 17, 33, 65, 97, 128, 129, 161, 200, 256):
         x = torch.randn(rows, k, device="cuda").to(dtype)
         assert rows > four_bits.MOST_ROWS or four_bits.takes(x, layer.scales, group)
-        expected = x.double() @ wide.T + layer.bias.double()
+        expected = x.double() @ wide.T + bias.double()
         gate, up = expected.chunk(2, dim=-1)
         for actual, wanted in (
-            (kernels.quantized(x, layer.codes, layer.scales, layer.bias, group), expected),
+            (kernels.quantized(x, layer.codes, layer.scales, bias, group), expected),
             (
-                kernels.quantized_gate_up(x, layer.codes, layer.scales, layer.bias, group),
+                kernels.quantized_gate_up(x, layer.codes, layer.scales, bias, group),
                 F.silu(gate) * up,
             ),
         ):
@@ -78,20 +85,15 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
 def test_few_rows_of_gate_and_up(n: int, k: int) -> None:
     """Slabs that fill the columns or do not, and channels that fill no tile; the same bits at every replay."""
     torch.manual_seed(0)
-    layer = Quantized((n, k), Scheme("int4", 128), True, torch.device("cuda"), torch.bfloat16)
-    layer.fill(0, torch.randn(n, k, device="cuda").to(torch.bfloat16), None)
-    assert layer.bias is not None
-    layer.bias.data.normal_()
-    codes, pairs = unpack(layer.codes, 128).view(n, -1, 128), layer.scales.double()
-    wide = ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k)
+    layer, wide, bias = _layer(n, k, 128, torch.bfloat16)
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     for rows in (1, 2, 5, 8):
         x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
-        gate, up = (x.double() @ wide.T + layer.bias.double()).chunk(2, dim=-1)
+        gate, up = (x.double() @ wide.T + bias.double()).chunk(2, dim=-1)
         wanted = F.silu(gate) * up
 
         def product(x: torch.Tensor = x) -> torch.Tensor:
-            return kernels.quantized_gate_up(x, layer.codes, layer.scales, layer.bias, 128, pdl=pdl)
+            return kernels.quantized_gate_up(x, layer.codes, layer.scales, bias, 128, pdl=pdl)
 
         first = product()
         assert ((first.double() - wanted).norm() / wanted.norm()).item() < 4e-3, rows

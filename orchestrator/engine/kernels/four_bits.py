@@ -21,7 +21,6 @@ from orchestrator.engine.kernels.quantized_dot import added
 FEW_ROWS, MOST_ROWS = 8, 128
 CHUNK = 128  # columns that a warp takes at a time
 FILES = ("codes.cu", "four_bits_parts.cu", "four_bits.cu")
-_PART_ROW_BYTES = 80  # of four_bits_gated.cu
 PROCESSORS = 132
 """An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs. (Gated's are
 however many blocks there are.)"""
@@ -60,7 +59,7 @@ class Gated:
     def sizes(self) -> dict[str, int]:
         return {
             **{"C": self.chunks, "WARPS": self.warps, "BLOCKS": self.blocks, "TILES": self.tiles},
-            **{"EVEN": int(self.is_even), "VECTOR": int(self.has_vectors)},
+            **{"EVEN": int(self.is_even), "VECTOR": int(self.has_vectors), "PART_ROW": _PART_ROW},
         }
 
     @property
@@ -70,7 +69,7 @@ class Gated:
 
     @property
     def shared_bytes(self) -> int:
-        return self.tiles * self.warps * FEW_ROWS * _PART_ROW_BYTES
+        return self.tiles * self.warps * FEW_ROWS * _PART_ROW * 4
 
     def blocks_of(self, n: int, processors: int) -> int:
         """As many as run at once: one that had to wait for another would take as long again."""
@@ -107,6 +106,7 @@ class Tens:
 
 
 FEW_CHANNELS, MANY_CHANNELS = Few(2, 16, 1), Few(1, 8, 3)
+_PART_ROW = 20  # floats of a row's sums in shared memory, so that a warp writes to all banks
 _KEPT_CHUNKS, _KEPT_WARPS = 4, 8
 """Of gate-up the fastest of 15 ways (H100 SXM, 2026-11-23), in µs: Llama-3.1-8B's 23.4, Llama-3.3-70B's at tp2 46.0 (by
 four_bits.cu 26.6 and 50.5)."""
@@ -121,7 +121,9 @@ def choose_few(n: int) -> Few:
     return FEW_CHANNELS if n <= PROCESSORS * 16 * FEW_CHANNELS.channels else MANY_CHANNELS
 
 
+@cache
 def choose_gated(k: int, group: int, *, wide_scales: bool) -> Gated:
+    """As many chunks a warp as there are of a line or more, and as many warps as divide the columns best."""
     chunks = k // CHUNK
     own = _KEPT_CHUNKS if chunks >= _KEPT_CHUNKS else 1
     slabs = -(-chunks // (_KEPT_WARPS * own))

@@ -8,11 +8,10 @@
 // once the last slab is done.
 //
 // Behind codes.cu and four_bits_parts.cu. Defined from outside besides: C, WARPS, BLOCKS, TILES, EVEN (the slabs fill K),
-// VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned).
+// VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
 
 #define SLAB (WARPS * C)  // chunks
 #define DEPTH 2
-#define PART_ROW 20  // floats; so that a warp writes to all banks
 #define OF_TILE 8  // outputs
 
 struct Position {

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from orchestrator.engine.kernels import float8_products, four_bits
+from orchestrator.engine.kernels import float8_products, four_bits, four_bits_hopper, hopper
 from orchestrator.engine.kernels import quantized as kernels
+from orchestrator.engine.kernels.compiled import binaries
+from orchestrator.engine.kernels.four_bits import choose_few
 from orchestrator.engine.quantized import Quantized, unpack
 from strategies.scheme import Scheme
 
@@ -53,14 +57,35 @@ def _layer(
     return layer, ((codes.double() - 8) * pairs[..., :1] + pairs[..., 1:]).view(n, k), layer.bias
 
 
+N, K = 1544, 640
+DTYPES, SCALES, GROUPS = (torch.bfloat16, torch.float16), (None, torch.float32), (128, 64, 32)
+
+
+@pytest.fixture(scope="module")
+def compiled() -> None:
+    """All of test_four_bits_by_rows, side by side: one after another they take minutes."""
+    texts, of_hopper = [], []
+    for dtype, scales, group in product(DTYPES, SCALES, GROUPS):
+        kind = group, dtype, scales or dtype
+        few = [choose_few(K, group, gated=gated, wide_scales=scales is not None) for gated in (False, True)]
+        texts += [four_bits.source(tile, *kind) for tile in (*few, *four_bits.TENS.values())]
+        for rows, gated in product(four_bits_hopper.ROWS, (False, True)):
+            of_hopper.append(four_bits_hopper.source(four_bits_hopper.choose(rows, gated=gated), *kind))
+    capability = torch.cuda.get_device_capability()
+    binaries(texts, "sm_{}{}".format(*capability))
+    if capability == (9, 0):
+        binaries(of_hopper, hopper.ARCHITECTURE)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("scales", [None, torch.float32], ids=str)
-@pytest.mark.parametrize("group", [128, 64, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("scales", SCALES, ids=str)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.usefixtures("compiled")
 @torch.no_grad()
 def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.dtype) -> None:
     """Channels that fill no tile, each kernel; of a few rows no weight is rounded."""
-    n, k = 1544, 640
+    n, k = N, K
     torch.manual_seed(0)
     layer, wide, bias = _layer(n, k, group, dtype, scales)
     for rows in (1, 2, 8, 9, 16, 17, 33, 65, 97, 128, 129, 161, 200, 256):
@@ -81,25 +106,29 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("n", "k"), [(4240, 4608), (28672, 8192), (4240, 384)])
+@pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
-def test_few_rows_of_gate_and_up(n: int, k: int) -> None:
+def test_few_rows(gated: bool, n: int, k: int) -> None:
     """Slabs that fill the columns or do not, and channels that fill no tile; the same bits at every replay."""
     torch.manual_seed(0)
     layer, wide, bias = _layer(n, k, 128, torch.bfloat16)
     pdl = torch.cuda.get_device_capability() >= (9, 0)
+    by = kernels.quantized_gate_up if gated else kernels.quantized
     for rows in (1, 2, 5, 8):
         x = torch.randn(rows, k, device="cuda").to(torch.bfloat16)
-        gate, up = (x.double() @ wide.T + bias.double()).chunk(2, dim=-1)
-        wanted = F.silu(gate) * up
+        wanted = x.double() @ wide.T + bias.double()
+        if gated:
+            gate, up = wanted.chunk(2, dim=-1)
+            wanted = F.silu(gate) * up
 
-        def product(x: torch.Tensor = x) -> torch.Tensor:
-            return kernels.quantized_gate_up(x, layer.codes, layer.scales, bias, 128, pdl=pdl)
+        def multiplied(x: torch.Tensor = x) -> torch.Tensor:
+            return by(x, layer.codes, layer.scales, bias, 128, pdl=pdl)
 
-        first = product()
+        first = multiplied()
         assert ((first.double() - wanted).norm() / wanted.norm()).item() < 4e-3, rows
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            made = [product() for _ in range(5)]
+            made = [multiplied() for _ in range(5)]
         for _ in range(3):
             graph.replay()
             assert all(torch.equal(one, first) for one in made)

@@ -9,16 +9,7 @@ import torch
 
 from cluster.collectives import cuda
 from orchestrator.engine.kernels import four_bits
-from orchestrator.engine.kernels.four_bits import (
-    MANY_CHANNELS,
-    TENS,
-    Few,
-    Gated,
-    Tens,
-    choose_few,
-    choose_gated,
-    choose_tens,
-)
+from orchestrator.engine.kernels.four_bits import TENS, Few, Tens, choose_few, choose_tens
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SMALLEST_SHARED_BYTES = 99 * 1024  # that a block may have, of sm_86 and sm_89
@@ -29,15 +20,14 @@ SMALLEST_SHARED_BYTES = 99 * 1024  # that a block may have, of sm_86 and sm_89
     ("architecture", "tile", "group", "dtype", "scales"),
     [
         ("sm_80", TENS[16], 64, FP16, FP16),
-        ("sm_86", MANY_CHANNELS, 32, FP16, FP32),
         ("sm_89", TENS[16], 32, BF16, FP32),
-        ("sm_80", choose_gated(640, 64, wide_scales=False), 64, FP16, FP16),
-        ("sm_89", choose_gated(384, 32, wide_scales=True), 32, BF16, FP32),
-        ("sm_90", choose_gated(4096, 128, wide_scales=False), 128, BF16, BF16),
+        ("sm_80", choose_few(640, 64, gated=True, wide_scales=False), 64, FP16, FP16),
+        ("sm_86", choose_few(384, 32, gated=False, wide_scales=True), 32, FP16, FP32),
+        ("sm_90", choose_few(4096, 128, gated=False, wide_scales=False), 128, BF16, BF16),
     ],
 )
 def test_it_compiles(
-    architecture: str, tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
+    architecture: str, tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype
 ) -> None:
     text = four_bits.source(tile, group, dtype, scales)
     assert cuda.compile_source(text, architecture, {}).startswith(b"\x7fELF")
@@ -58,15 +48,14 @@ def test_parts_of_the_columns_have_two_chunks_and_keep_an_h100_busy(tile: Tens, 
     assert splits == 1 or tile.blocks_of(n) * splits <= four_bits.PROCESSORS * tile.blocks
 
 
-def test_few_channels_have_more_warps_on_them() -> None:
-    assert choose_few(4096).warps > choose_few(6144).warps
-    assert not four_bits.takes(torch.zeros(1, 256), torch.zeros(8, 2, 2), 128)  # not on a CPU
+def test_a_cpu_has_kernels_of_its_own() -> None:
+    assert not four_bits.takes(torch.zeros(1, 256), torch.zeros(8, 2, 2), 128)
 
 
 @pytest.mark.parametrize("k", [128, 384, 512, 640, 1024, 3584, 4096, 7168, 8192, 14336])
 @pytest.mark.parametrize("group", [32, 128])
 def test_warps_of_a_block_share_all_columns(k: int, group: int) -> None:
-    tile = choose_gated(k, group, wide_scales=False)
+    tile = choose_few(k, group, gated=True, wide_scales=False)
     chunks, slab = k // four_bits.CHUNK, tile.warps * tile.chunks
     slabs = -(-chunks // slab)
     assert tile.chunks <= chunks
@@ -77,7 +66,7 @@ def test_warps_of_a_block_share_all_columns(k: int, group: int) -> None:
     assert tile.has_vectors == (
         group == 128 and (tile.chunks, chunks % 4) == (4, 0)
     )  # 16 bytes of four pairs
-    assert not choose_gated(k, group, wide_scales=True).has_vectors
+    assert not choose_few(k, group, gated=True, wide_scales=True).has_vectors
     assert tile.shared_bytes <= 48 * 1024
     assert tile.warps * tile.blocks <= 8
     for processors in (82, 132):

@@ -1,4 +1,4 @@
-"""Up to 128 rows times weights in 4 bits by tensor cores (four_bits.cu, four_bits_gated.cu), on any GPU from sm_80 on.
+"""Up to 128 rows times weights in 4 bits by tensor cores (four_bits_few.cu, four_bits_tens.cu), on GPUs from sm_80 on.
 
 Dimensions: M rows of x, N output channels, K columns.
 """
@@ -20,46 +20,30 @@ from orchestrator.engine.kernels.quantized_dot import added
 
 FEW_ROWS, MOST_ROWS = 8, 128
 CHUNK = 128  # columns that a warp takes at a time
-FILES = ("codes.cu", "four_bits_parts.cu", "four_bits.cu")
+COMMON = ("codes.cu", "four_bits_parts.cu")
 PROCESSORS = 132
-"""An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs. (Gated's are
-however many blocks there are.)"""
+"""An H100's, which blocks are to keep busy. Not the GPU's own number: sums are alike on all GPUs. (Those of few rows
+are however many blocks there are.)"""
 
 
 @dataclass(frozen=True, slots=True)
 class Few:
-    """Of a warp: 16s of channels; warps that share a block's columns; blocks at once on a processor."""
-
-    channels: int
-    warps: int
-    blocks: int
-    files: ClassVar = FILES
-    shared_bytes: ClassVar = 0
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        return {"TENS": 0, "MT": self.channels, "WARPS": self.warps, "BLOCKS": self.blocks}
-
-    def blocks_of(self, n: int) -> int:
-        return -(-n // (16 * self.channels))
-
-
-@dataclass(frozen=True, slots=True)
-class Gated:
-    """Of SiLU(gate) × up: chunks that a warp keeps x of; warps of a block, beside each other in K."""
+    """Chunks that a warp keeps x of; warps of a block, beside each other in K; blocks at once on a processor."""
 
     chunks: int
     warps: int
     blocks: int
+    gated: bool  # SiLU(gate) × up
     is_even: bool  # its slabs fill K
     has_vectors: bool  # four pairs of scales are 16 bytes that lie aligned
-    files: ClassVar = ("codes.cu", "four_bits_parts.cu", "four_bits_gated.cu")
+    file: ClassVar = "four_bits_few.cu"
 
     @property
     def sizes(self) -> dict[str, int]:
         return {
             **{"C": self.chunks, "WARPS": self.warps, "BLOCKS": self.blocks, "TILES": self.tiles},
-            **{"EVEN": int(self.is_even), "VECTOR": int(self.has_vectors), "PART_ROW": _PART_ROW},
+            **{"GATED": int(self.gated), "EVEN": int(self.is_even), "VECTOR": int(self.has_vectors)},
+            "PART_ROW": _PART_ROW,
         }
 
     @property
@@ -84,14 +68,11 @@ class Tens:
     rows: int
     warps: int
     blocks: int
-    files: ClassVar = FILES
+    file: ClassVar = "four_bits_tens.cu"
 
     @property
     def sizes(self) -> dict[str, int]:
-        return {
-            **{"TENS": 1, "MT": self.channels, "NT": self.rows},
-            **{"WARPS": self.warps, "BLOCKS": self.blocks},
-        }
+        return {"MT": self.channels, "NT": self.rows, "WARPS": self.warps, "BLOCKS": self.blocks}
 
     @property
     def shared_bytes(self) -> int:
@@ -105,33 +86,27 @@ class Tens:
         return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
-FEW_CHANNELS, MANY_CHANNELS = Few(2, 16, 1), Few(1, 8, 3)
 _PART_ROW = 20  # floats of a row's sums in shared memory, so that a warp writes to all banks
 _KEPT_CHUNKS, _KEPT_WARPS = 4, 8
-"""Of gate-up the fastest of 15 ways (H100 SXM, 2026-11-23), in µs: Llama-3.1-8B's 23.4, Llama-3.3-70B's at tp2 46.0 (by
-four_bits.cu 26.6 and 50.5)."""
+"""The fastest of 15 ways for gate-up (H100 SXM, 2026-11-23)."""
 TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
 """The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 1, 8, 16, 32, 64, 128 rows
 55, 61, 77, 93, 138, 223; Triton's kernels 69, 114, 122, 126, 161, 239; bf16 by cuBLAS 148, 169, 170, 171, 174, 182.
 Tried and dropped: codes by cp.async through shared memory (57 for one row, 254 for 128), x read a chunk ahead."""
 
 
-def choose_few(n: int) -> Few:
-    """Where there is no block for each processor, more warps share the columns."""
-    return FEW_CHANNELS if n <= PROCESSORS * 16 * FEW_CHANNELS.channels else MANY_CHANNELS
-
-
 @cache
-def choose_gated(k: int, group: int, *, wide_scales: bool) -> Gated:
+def choose_few(k: int, group: int, *, gated: bool, wide_scales: bool) -> Few:
     """As many chunks a warp as there are of a line or more, and as many warps as divide the columns best."""
     chunks = k // CHUNK
     own = _KEPT_CHUNKS if chunks >= _KEPT_CHUNKS else 1
     slabs = -(-chunks // (_KEPT_WARPS * own))
     warps = -(-chunks // (slabs * own))  # so that few of the last slab's are idle
-    return Gated(
+    return Few(
         own,
         warps,
         _KEPT_WARPS // warps,
+        gated=gated,
         is_even=chunks % (warps * own) == 0,
         has_vectors=own == 4 and group == CHUNK and not wide_scales and chunks % 4 == 0,
     )
@@ -163,14 +138,12 @@ def few_rows(
     """x @ weight.T + bias → [M, N], or SiLU(gate) × up → [M, N / 2]: in float32, rounded once. Contiguous tensors."""
     m, k = x_MK.shape
     n = len(codes)
-    tile = choose_gated(k, group, wide_scales=scales.dtype == torch.float32) if gated else choose_few(n)
-    outputs = n // 2 if gated else n
-    out = torch.empty((m, outputs), dtype=x_MK.dtype, device=x_MK.device)
+    tile = choose_few(k, group, gated=gated, wide_scales=scales.dtype == torch.float32)
+    out = torch.empty((m, n // 2 if gated else n), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, x_MK.device)
-    blocks = tile.blocks_of(n, _processors(x_MK.device)) if isinstance(tile, Gated) else tile.blocks_of(n)
     kernel.launch(
-        blocks, 32 * tile.warps, _stream(), *_pointers(codes, scales, x_MK, bias_N, out),
-        c_int(m), c_int(n), c_int(k), overlap=pdl,
+        tile.blocks_of(n, _processors(x_MK.device)), 32 * tile.warps, _stream(),
+        *_pointers(codes, scales, x_MK, bias_N, out), c_int(m), c_int(n), c_int(k), overlap=pdl,
     )  # fmt: skip
     return out
 
@@ -217,7 +190,7 @@ def _pointers(*tensors: Tensor | None) -> list[c_void_p]:
 
 @cache
 def _kernel(
-    tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, device: torch.device
+    tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype, device: torch.device
 ) -> cuda.Kernel:
     major, minor = torch.cuda.get_device_capability(device)
     text = source(tile, group, dtype, scales)
@@ -225,7 +198,7 @@ def _kernel(
     return cuda.Kernel(module, "tens_of_rows" if isinstance(tile, Tens) else "few_rows", tile.shared_bytes)
 
 
-def source(tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:
+def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:
     """The kernel's files, behind a tile's sizes."""
     sizes = {
         **tile.sizes,
@@ -234,7 +207,7 @@ def source(tile: Few | Gated | Tens, group: int, dtype: torch.dtype, scales: tor
         "WIDE_SCALES": int(scales == torch.float32),
     }
     return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + "".join(
-        map(_text, tile.files)
+        map(_text, (*COMMON, tile.file))
     )
 
 

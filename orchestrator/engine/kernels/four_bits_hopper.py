@@ -24,7 +24,7 @@ WARPS = 4 * GROUPS
 THREADS = 128 * (GROUPS + 1)
 REGISTERS = {"CONSUMER_REGISTERS": 240, "PRODUCER_REGISTERS": 24}
 MOST_TILES = 4096  # of a weight; each has a counter for each of its warps
-FEWEST_ROWS = 17  # that are faster than by four_bits.cu
+FEWEST_ROWS = 17  # that are faster than by four_bits_tens.cu
 ROWS = tuple(range(-(-FEWEST_ROWS // 32) * 32, hopper.MOST_ROWS + 1, 32))
 """Of tiles: rows of x that there are not take time too."""
 

@@ -1,4 +1,4 @@
-// What the kernels of four_bits.cu and four_bits_gated.cu have in common.
+// What the kernels of four_bits_few.cu and four_bits_tens.cu have in common.
 //
 // The weights are the left operand: an instruction takes 16 channels, 16 columns and 8 rows of x, whichever columns, if both
 // sides have the same ones. So a thread's words stay where they are: the code at `plane` and the one four planes on are

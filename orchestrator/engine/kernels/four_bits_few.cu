@@ -1,18 +1,18 @@
-// y[M, N / 2] = SiLU(gate) * up of x[M, K] W[N, K]^T, W in 4 bits, the gate's rows first, x of up to eight rows (sm_80 and
-// up).
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits, x of up to eight rows (sm_80 and up), as fast as the codes arrive. GATED: y[M, N
+// / 2] = SiLU(gate) * up, the gate's rows first.
 //
-// A warp keeps its C chunks of x in registers, in pairs and with the sums of their groups, and takes one tile, of eight
-// channels of each, after another: what it reads are codes and scales, two tiles ahead, C neighbouring chunks of a row at
-// once. A block has an equal stretch of tiles, and its warps a slab of K between them. Where K has several slabs, TILES
+// A warp keeps its C chunks of x in registers, in pairs and with the sums of their groups, and takes one tile of 16 channels
+// (gated: eight of each) after another: what it reads are codes and scales, two tiles ahead, C neighbouring chunks of a row
+// at once. A block has an equal stretch of tiles, and its warps a slab of K between them. Where K has several slabs, TILES
 // tiles are taken slab after slab, each warp adding to its own sums in shared memory; they are added up, in a fixed order,
 // once the last slab is done.
 //
-// Behind codes.cu and four_bits_parts.cu. Defined from outside besides: C, WARPS, BLOCKS, TILES, EVEN (the slabs fill K),
-// VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
+// Behind codes.cu and four_bits_parts.cu. Defined from outside besides: GATED, C, WARPS, BLOCKS, TILES, EVEN (the slabs fill
+// K), VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
 
 #define SLAB (WARPS * C)  // chunks
 #define DEPTH 2
-#define OF_TILE 8  // outputs
+#define OF_TILE (GATED ? 8 : 16)  // outputs
 
 struct Position {
   int batch, tile, slab;
@@ -44,11 +44,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #endif
   extern __shared__ float parts[];  // [TILES][WARPS][rows][channels]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
-  const int outputs = N / 2, tiles = (outputs + OF_TILE - 1) / OF_TILE;
+  const int outputs = GATED ? N / 2 : N, tiles = (outputs + OF_TILE - 1) / OF_TILE;
   const int begin = (u64)tiles * blockIdx.x / gridDim.x, end = (u64)tiles * (blockIdx.x + 1) / gridDim.x;
   const int chunks = K / 128, slabs = (chunks + SLAB - 1) / SLAB;
   auto channel_of = [&](int tile, int half) -> u64 {
-    return min(tile * OF_TILE + quad, outputs - 1) + half * outputs;
+    if (GATED) return min(tile * OF_TILE + quad, outputs - 1) + half * outputs;
+    return min(tile * OF_TILE + half * 8 + quad, outputs - 1);
   };
   auto first_of = [&](int slab) {  // chunk of this warp; of the last slab some may be others'
     return EVEN ? slab * SLAB + warp * C : min(slab * SLAB + warp * C, chunks - C);
@@ -141,9 +142,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       const float* const of = parts + (channel / OF_TILE * WARPS * M + row) * PART_ROW + channel % OF_TILE;
       float value = bias ? wide(bias[n]) : 0.0f;
       for (int w = 0; w < WARPS; w++) value += of[w * M * PART_ROW];
-      float up = bias ? wide(bias[outputs + n]) : 0.0f;
-      for (int w = 0; w < WARPS; w++) up += of[w * M * PART_ROW + 8];
-      value = value / (1.0f + __expf(-value)) * up;
+      if (GATED) {
+        float up = bias ? wide(bias[outputs + n]) : 0.0f;
+        for (int w = 0; w < WARPS; w++) up += of[w * M * PART_ROW + 8];
+        value = value / (1.0f + __expf(-value)) * up;
+      }
       out[(u64)row * outputs + n] = narrow(value);
     }
   };

@@ -1,116 +1,13 @@
-// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits (sm_80 and up): of a few rows (few_rows) as fast as the codes arrive, of tens
-// (tens_of_rows) as fast as tensor cores take them. Few rows of SiLU(gate) * up go by four_bits_gated.cu.
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits, of tens of rows (sm_80 and up): as fast as tensor cores take them.
 //
-// Behind codes.cu and four_bits_parts.cu. Defined from outside besides: TENS (which kernel), MT (16s of a warp's channels),
-// NT (of tens: 8s of rows), WARPS, BLOCKS (at once on a processor).
-
-#define CHANNELS (16 * MT)  // of a warp
-
-#if !TENS
-// Up to eight rows. A warp has 16 MT channels and every WARPS-th chunk of 128 columns, and a chunk of codes is on its way
-// while one is multiplied; a block's warps add their parts in shared memory, in a fixed order.
-
-extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
-    few_rows(const u32* __restrict__ words, const void* __restrict__ scales, const u16* x, const u16* __restrict__ bias,
-             u16* out, int M, int N, int K) {
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.launch_dependents;");
-#endif
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
-  const int first = blockIdx.x * CHANNELS;
-  const u32* codes_of[MT][2];
-  u64 scales_of[MT][2];
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int half = 0; half < 2; half++) {
-      const u64 channel = min(first + i * 16 + half * 8 + quad, N - 1);
-      codes_of[i][half] = words + channel * (K / 8) + place * V;
-      scales_of[i][half] = channel * (K / GROUP);
-    }
-  const int chunks = K / 128;
-
-  Words<V> codes[MT][2][GROUPS];
-  Scale pairs[MT][2][GROUPS];
-  auto fetch = [&](int chunk) {
-#pragma unroll
-    for (int i = 0; i < MT; i++)
-#pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-          load_codes(codes[i][half][group], codes_of[i][half] + chunk * 16 + group * (GROUP / 8));
-          pairs[i][half][group].load(scales, scales_of[i][half] + chunk * GROUPS + group);
-        }
-  };
-  if (warp < chunks) fetch(warp);
-#if __CUDA_ARCH__ >= 900
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-
-  const u16* own_x = x + (u64)min(quad, M - 1) * K + place * V;
-  float total[MT][4] = {};
-  for (int chunk = warp; chunk < chunks; chunk += WARPS)
-#pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      u32 left[MT][V][2][4];  // [word][half of the planes]: rows quad and quad + 8 of one plane, then of the next
-      float scale[MT][2], zero[MT][2];
-#pragma unroll
-      for (int i = 0; i < MT; i++) {
-#pragma unroll
-        for (int word = 0; word < V; word++)
-#pragma unroll
-          for (int pair = 0; pair < 2; pair++)
-#pragma unroll
-            for (int which = 0; which < 4; which++)
-              left[i][word][pair][which] = codes_at(codes[i][which % 2][group].at[word], 2 * pair + which / 2);
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          scale[i][half] = pairs[i][half][group].scale();
-          zero[i][half] = pairs[i][half][group].zero() - (BASE + 8.0f) * scale[i][half];
-        }
-      }
-      if (group == GROUPS - 1 && chunk + WARPS < chunks) fetch(chunk + WARPS);
-      Raw raw;
-      raw.load(own_x + chunk * 128 + group * GROUP);
-      float part[MT][4] = {}, sum[4] = {};
-#pragma unroll
-      for (int word = 0; word < V; word++)
-#pragma unroll
-        for (int pair = 0; pair < 2; pair++) {
-          const u32 b0 = raw.pair(2 * pair, word), b1 = raw.pair(2 * pair + 1, word);
-          multiply_add(sum, ONES, ONES, ONES, ONES, b0, b1);
-#pragma unroll
-          for (int i = 0; i < MT; i++) {
-            const u32(&a)[4] = left[i][word][pair];
-            multiply_add(part[i], a[0], a[1], a[2], a[3], b0, b1);
-          }
-        }
-#pragma unroll
-      for (int i = 0; i < MT; i++)
-#pragma unroll
-        for (int c = 0; c < 4; c++) total[i][c] += scale[i][c / 2] * part[i][c] + zero[i][c / 2] * sum[c];
-    }
-
-  __shared__ float parts[WARPS][8][CHANNELS + 4];
-#pragma unroll
-  for (int i = 0; i < MT; i++)
-#pragma unroll
-    for (int c = 0; c < 4; c++) parts[warp][place * 2 + c % 2][i * 16 + c / 2 * 8 + quad] = total[i][c];
-  __syncthreads();
-  for (int at = threadIdx.x; at < M * CHANNELS; at += WARPS * 32) {
-    const int row = at / CHANNELS, channel = at % CHANNELS, n = first + channel;
-    if (n >= N) continue;
-    float value = bias ? wide(bias[n]) : 0.0f;
-    for (int i = 0; i < WARPS; i++) value += parts[i][row][channel];
-    out[(u64)row * N + n] = narrow(value);
-  }
-}
-
-#else
 // A block has 16 MT WARPS channels, all rows, and one of the parts of K, which `splits` says: it writes float32 sums to
 // parts[split], or y itself where there is one. A chunk of x is brought to shared memory by all, in pairs, a chunk ahead.
 // Weights are rounded to x's type, as y is, before they are multiplied.
+//
+// Behind codes.cu and four_bits_parts.cu. Defined from outside besides: MT (16s of a warp's channels), NT (8s of rows), WARPS,
+// BLOCKS (at once on a processor).
+
+#define CHANNELS (16 * MT)  // of a warp
 #define TASKS (NT * 8 * 4)  // a row's columns of one place in a quad
 #define TASKS_EACH ((TASKS + WARPS * 32 - 1) / (WARPS * 32))
 #define WORDS_A_TASK (4 / TASKS_EACH)  // that are multiplied while a task's x is on its way
@@ -246,4 +143,3 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       }
     }
 }
-#endif

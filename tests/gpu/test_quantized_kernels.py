@@ -84,7 +84,11 @@ def compiled() -> None:
 @pytest.mark.usefixtures("compiled")
 @torch.no_grad()
 def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.dtype) -> None:
-    """Channels that fill no tile, each kernel; of a few rows no weight is rounded."""
+    """Channels that fill no tile, each kernel; of a few rows no weight is rounded.
+
+    Rounding to bfloat16 is an error of 1.7e-3. Where no kernel of ours takes them, weights, gate and up are rounded, and
+    SiLU(gate) × up is off by 4.4e-3.
+    """
     n, k = N, K
     torch.manual_seed(0)
     layer, wide, bias = _layer(n, k, group, dtype, scales)
@@ -101,7 +105,8 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
             ),
         ):
             error = ((actual.double() - wanted).norm() / wanted.norm()).item()
-            assert error < (4e-3 if dtype == torch.bfloat16 else 8e-4), rows
+            ours = rows <= four_bits.MOST_ROWS or four_bits_hopper.takes(x, n, layer.scales, group)
+            assert error < (4e-3 if ours else 6e-3) / (1 if dtype == torch.bfloat16 else 5), rows
 
 
 @pytest.mark.gpu

@@ -41,19 +41,15 @@ class Few:
     @property
     def sizes(self) -> dict[str, int]:
         return {
-            **{"C": self.chunks, "WARPS": self.warps, "BLOCKS": self.blocks, "TILES": self.tiles},
+            **{"C": self.chunks, "WARPS": self.warps, "BLOCKS": self.blocks, "TILES": _TILES},
             **{"GATED": int(self.gated), "EVEN": int(self.is_even), "VECTOR": int(self.has_vectors)},
             "PART_ROW": _PART_ROW,
         }
 
     @property
-    def tiles(self) -> int:
-        """Whose sums are in shared memory."""
-        return max(2, min(8, 64 // self.warps))
-
-    @property
     def shared_bytes(self) -> int:
-        return self.tiles * self.warps * FEW_ROWS * _PART_ROW * 4
+        sums, columns = _TILES * _PART_ROW * 4, (self.chunks * CHUNK + 16) * 2
+        return self.warps * FEW_ROWS * (sums + columns)
 
     def blocks_of(self, n: int, processors: int) -> int:
         """As many as run at once: one that had to wait for another would take as long again."""
@@ -86,9 +82,9 @@ class Tens:
         return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
-_PART_ROW = 20  # floats of a row's sums in shared memory, so that a warp writes to all banks
-_KEPT_CHUNKS, _KEPT_WARPS = 4, 8
-"""The fastest of 15 ways for gate-up (H100 SXM, 2026-11-23)."""
+_TILES, _PART_ROW = 4, 20  # whose sums are in shared memory; floats of a row's, so that a warp writes to all banks
+_CHUNKS, _WARPS = 4, 8  # that a warp keeps x of, or half of it where scales take its registers; that fit a processor
+_WORTH = 1.2  # more busy warps pay for twice the blocks, which bring x twice as often
 TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
 """The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 1, 8, 16, 32, 64, 128 rows
 55, 61, 77, 93, 138, 223; Triton's kernels 69, 114, 122, 126, 161, 239; bf16 by cuBLAS 148, 169, 170, 171, 174, 182.
@@ -97,15 +93,22 @@ Tried and dropped: codes by cp.async through shared memory (57 for one row, 254 
 
 @cache
 def choose_few(k: int, group: int, *, gated: bool, wide_scales: bool) -> Few:
-    """As many chunks a warp as there are of a line or more, and as many warps as divide the columns best."""
+    """As many warps as divide the columns best, in one block of a processor or in several.
+
+    The fastest of those tried (H100 SXM, 2026-11-23). µs of one row, and of the bytes alone at 3.05 TB/s: Llama-3.1-8B
+    6.7, 5.6, 24.0, 14.6 (4.4, 2.9, 20.5, 10.2); Llama-3.3-70B at tp2 11.8, 8.4, 48.0, 25.6 (7.3, 5.8, 40.9, 20.5).
+    """
     chunks = k // CHUNK
-    own = _KEPT_CHUNKS if chunks >= _KEPT_CHUNKS else 1
-    slabs = -(-chunks // (_KEPT_WARPS * own))
+    own = _CHUNKS if group > 32 else _CHUNKS // 2
+    own = own if chunks >= own else 1
+    slabs, smaller = -(-chunks // (_WARPS * own)), -(-chunks // (_WARPS // 2 * own))
     warps = -(-chunks // (slabs * own))  # so that few of the last slab's are idle
+    if warps > _WARPS // 2 and 2 * slabs > _WORTH * smaller:
+        warps = _WARPS // 2
     return Few(
         own,
         warps,
-        _KEPT_WARPS // warps,
+        _WARPS // warps,
         gated=gated,
         is_even=chunks % (warps * own) == 0,
         has_vectors=own == 4 and group == CHUNK and not wide_scales and chunks % 4 == 0,

@@ -5,14 +5,21 @@
 // (gated: eight of each) after another: what it reads are codes and scales, two tiles ahead, C neighbouring chunks of a row
 // at once. A block has an equal stretch of tiles, and its warps a slab of K between them. Where K has several slabs, TILES
 // tiles are taken slab after slab, each warp adding to its own sums in shared memory; they are added up, in a fixed order,
-// once the last slab is done.
+// once the last slab is done. x comes by way of shared memory, where the next slab's lies while one is multiplied: all of a
+// slab is on its way at once, with no registers to wait in.
 //
 // Behind codes.cu and four_bits_parts.cu. Defined from outside besides: GATED, C, WARPS, BLOCKS, TILES, EVEN (the slabs fill
 // K), VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
 
 #define SLAB (WARPS * C)  // chunks
+#define X_ROW (C * 128 + 16)  // of what is staged: eight rows' columns lie in other banks
 #define DEPTH 2
 #define OF_TILE (GATED ? 8 : 16)  // outputs
+
+__device__ __forceinline__ void copy_async(void* to, const void* from) {  // 16 bytes to shared memory
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"((u32)__cvta_generic_to_shared(to)), "l"(from) : "memory");
+}
+__device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 struct Position {
   int batch, tile, slab;
@@ -42,7 +49,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;");
 #endif
-  extern __shared__ float parts[];  // [TILES][WARPS][rows][channels]
+  extern __shared__ uint4 shared[];
+  float* const parts = (float*)shared;                            // [TILES][WARPS][rows][channels]
+  u16* const staged = (u16*)(parts + TILES * WARPS * M * PART_ROW);  // [WARPS][rows][columns]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
   const int outputs = GATED ? N / 2 : N, tiles = (outputs + OF_TILE - 1) / OF_TILE;
   const int begin = (u64)tiles * blockIdx.x / gridDim.x, end = (u64)tiles * (blockIdx.x + 1) / gridDim.x;
@@ -83,16 +92,24 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 
   u32 right[C][4][4];  // of x: [word][plane, and four planes on]
   float sums[C][GROUPS][2];
-  const u16* const own_x = x + (u64)min(quad, M - 1) * K + place * V;
+  u16* const own_x = staged + warp * M * X_ROW;
+  auto send_for_x = [&](int slab) {
+    const u16* const from = x + first_of(slab) * 128;
+    for (int i = lane; i < M * C * 16; i += 32) {
+      const int row = i / (C * 16), column = i % (C * 16) * 8;
+      copy_async(own_x + row * X_ROW + column, from + (u64)row * K + column);
+    }
+  };
   auto keep_x = [&](int slab) {
+    await_copies();
+    __syncwarp();
 #pragma unroll
     for (int c = 0; c < C; c++)
 #pragma unroll
       for (int group = 0; group < GROUPS; group++) {
-        const int chunk = first_of(slab) + c;
-        const bool is_own = EVEN || chunk >= slab * SLAB + warp * C;
+        const bool is_own = EVEN || first_of(slab) + c >= slab * SLAB + warp * C;
         Raw raw;
-        raw.load(own_x + chunk * 128 + group * GROUP);
+        raw.load(own_x + min(quad, M - 1) * X_ROW + place * V + c * 128 + group * GROUP);
         float sum[4] = {};
 #pragma unroll
         for (int word = 0; word < V; word++) {
@@ -104,6 +121,11 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
         }
         sums[c][group][0] = sum[0], sums[c][group][1] = sum[1];
       }
+    __syncwarp();
+    if (slab + 1 < slabs)
+      send_for_x(slab + 1);
+    else if (slabs > 1 && now.batch + TILES < end)
+      send_for_x(0);
   };
   auto multiply = [&](float (&total)[4], int d, int c, int group) {
     const Words<V>&low = codes[d][c][0][group], &high = codes[d][c][1][group];
@@ -151,6 +173,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
   };
 
+  if (begin < end) send_for_x(0);
   while (now.tile < end) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {

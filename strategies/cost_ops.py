@@ -173,8 +173,9 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
     by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
-        few = LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS
-        codes = (k.few_codes if rows <= few else k.codes)[p.width]
+        is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS)
+        codes = (k.few_codes if is_few else k.codes)[p.width]
+        gap = k.hopper_gap_s if by_wgmma else k.few_gap_s.get(p.width, 0.0) if is_few else 0.0
         read = sum(
             joined(
                 (weights * p.weight_bytes + moved) / r.reading(k.weights[p.width]),
@@ -183,7 +184,7 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         )
         share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
         read, more = joined(read, flops / r.computing(dtype, share / slower))
-        return read, more + (k.hopper_gap_s if by_wgmma else 0.0)
+        return read, more + gap
     widened = weights * k.widened_bytes / r.bandwidth
     read, more = joined(
         (2 * weights + moved) / r.reading(k.weights[Width.FULL]),

@@ -31,6 +31,9 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 _WAIT_VALUE_GEQ, _WRITE_VALUE_DEFAULT = 0, 0  # CU_STREAM_WAIT_VALUE_GEQ; with a barrier for what came before
 _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _MOST_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PREFERRED_CARVEOUT = 9  # CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+_SHARED_OF_PROCESSOR = 81  # CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR
+_RESERVED_SHARED = 1024  # of each block, by CUDA
 _MAP_TYPES = {torch.float16: 6, torch.bfloat16: 9}  # CU_TENSOR_MAP_DATA_TYPE_FLOAT16, _BFLOAT16
 _SWIZZLE_128B, _PROMOTE_256B = 3, 3  # CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B
 _IPC_LAZY_PEER_ACCESS = 1  # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS, the only flag there is
@@ -71,6 +74,7 @@ _DRIVER_CALLS = {
     "cuMemsetD8_v2": (c_uint64, c_ubyte, c_size_t),
     "cuCtxSynchronize": (),
     "cuCtxGetDevice": (POINTER(c_int),),
+    "cuDeviceGetAttribute": (POINTER(c_int), c_int, c_int),
     "cuDeviceGetPCIBusId": (c_char_p, c_int, c_int),
     "cuIpcGetMemHandle": (POINTER(_IpcHandle), c_uint64),
     "cuIpcOpenMemHandle_v2": (POINTER(c_uint64), _IpcHandle, c_uint),
@@ -116,6 +120,14 @@ def pci_address() -> str:
     _call("cuCtxGetDevice", byref(device))
     _call("cuDeviceGetPCIBusId", text, len(text), device)
     return text.value.decode().lower()
+
+
+def _shared_of_processor() -> int:
+    """Bytes that blocks of the current device's processors may have at once."""
+    device, n_bytes = c_int(), c_int()
+    _call("cuCtxGetDevice", byref(device))
+    _call("cuDeviceGetAttribute", byref(n_bytes), _SHARED_OF_PROCESSOR, device)
+    return n_bytes.value
 
 
 # -- memory: addresses are the device's, as integers --
@@ -185,12 +197,22 @@ def write_number(stream: int, address: int, number: int) -> None:
 class Kernel:
     """A function of a loaded module. The module stays loaded as long as the process lives."""
 
-    def __init__(self, module: c_void_p, name: str, shared_bytes: int = 0) -> None:
-        """`shared_bytes`: of dynamic shared memory that each block gets."""
+    def __init__(
+        self, module: c_void_p, name: str, shared_bytes: int = 0, at_once: int | None = None
+    ) -> None:
+        """`shared_bytes`: of dynamic shared memory that each block gets.
+
+        `at_once`: so many blocks of a processor have their shared memory, and all else of it is to be L1, where loads
+        on their way have room. Without it a processor stays as a kernel before left it.
+        """
         self._function, self._shared_bytes = c_void_p(), shared_bytes
         _call("cuModuleGetFunction", byref(self._function), module, name.encode())
         if shared_bytes:
             _call("cuFuncSetAttribute", self._function, _MOST_DYNAMIC_SHARED, shared_bytes)
+        if at_once is not None:
+            wanted = at_once * (shared_bytes + _RESERVED_SHARED)
+            percent = min(100, -(-100 * wanted // _shared_of_processor()))
+            _call("cuFuncSetAttribute", self._function, _PREFERRED_CARVEOUT, percent)
 
     def launch(
         self, blocks: int, threads: int, stream: int, *arguments: ctypes._CDataType, overlap: bool

@@ -86,8 +86,8 @@ def compiled() -> None:
 def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.dtype) -> None:
     """Channels that fill no tile, each kernel; of a few rows no weight is rounded.
 
-    Rounding to bfloat16 is an error of 1.7e-3. Where no kernel of ours takes them, weights, gate and up are rounded, and
-    SiLU(gate) × up is off by 4.4e-3.
+    Rounding to bfloat16 is an error of 1.7e-3. What no kernel of ours takes has weights, gate and up rounded, and
+    its SiLU(gate) × up is off by 4.4e-3.
     """
     n, k = N, K
     torch.manual_seed(0)

@@ -168,11 +168,11 @@ def test_data_sheets_alone_predict_our_batches_on_two_h100s(layout):
 
 # Formats of ours on one H100, 2026-11-22, python -m tests.bench.formats_bench (docs/accuracy.md): ms from token to
 # token of one sequence at a context of 576, of 128 at 96; prompt tokens a second in steps of 8,192. int4's are
-# of the day after (c4ac436), one sequence's before four_bits_gated.cu, which takes 0.1 ms of them.
+# of the day after, with four_bits_few.cu.
 FORMATS_MEASURED = {
     "tp1": (5.12, 7.55, 44239),
     "tp1+int8": (3.29, 8.23, 42433),
-    "tp1+int4": (2.40, 6.59, 42975),
+    "tp1+int4": (2.33, 6.60, 42719),
     "tp1+fp8": (3.18, 5.79, 68290),
 }
 

@@ -92,7 +92,7 @@ def test_every_rank_keeps_the_weights_that_gguf_itself_gives(
                 assert torch.equal(weights_of(kept), weights_of(plain.layers[0].get_submodule(name)))
     x = torch.randn(3, spec.hidden)
     given, expected = small.layers[0].mlp(x), plain.layers[0].mlp(x)
-    assert (given - expected).norm() <= 2e-6 * expected.norm()  # sums in another order, of terms that cancel out
+    assert (given - expected).norm() <= 2e-6 * expected.norm()  # sums in another order; terms cancel out
 
 
 def blocks(kind: str, rows: int, columns: int) -> tuple[StoredCodes, Tensor]:

@@ -82,13 +82,15 @@ class Tens:
         return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
-_TILES, _PART_ROW = 4, 20  # whose sums are in shared memory; floats of a row's, so that a warp writes to all banks
-_CHUNKS, _WARPS = 4, 8  # that a warp keeps x of, or half of it where scales take its registers; that fit a processor
+_TILES = 4  # whose sums are in shared memory
+_PART_ROW = 20  # floats of a row's sums there, so that a warp writes to all banks
+_CHUNKS = 4  # that a warp keeps x of; half of it where scales take its registers
+_WARPS = 8  # that fit a processor
 _WORTH = 1.2  # more busy warps pay for twice the blocks, which bring x twice as often
 TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
-"""The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 1, 8, 16, 32, 64, 128 rows
-55, 61, 77, 93, 138, 223; Triton's kernels 69, 114, 122, 126, 161, 239; bf16 by cuBLAS 148, 169, 170, 171, 174, 182.
-Tried and dropped: codes by cp.async through shared memory (57 for one row, 254 for 128), x read a chunk ahead."""
+"""The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 16, 32, 64, 128 rows 77,
+93, 138, 223; Triton's kernels 122, 126, 161, 239; bf16 by cuBLAS 170, 171, 174, 182. Tried and dropped: codes by
+cp.async through shared memory (254 for 128), x read a chunk ahead."""
 
 
 @cache
@@ -198,7 +200,8 @@ def _kernel(
     major, minor = torch.cuda.get_device_capability(device)
     text = source(tile, group, dtype, scales)
     module = cuda.load(binaries([text], f"sm_{major}{minor}")[0])
-    return cuda.Kernel(module, "tens_of_rows" if isinstance(tile, Tens) else "few_rows", tile.shared_bytes)
+    name = "tens_of_rows" if isinstance(tile, Tens) else "few_rows"
+    return cuda.Kernel(module, name, tile.shared_bytes, at_once=tile.blocks)
 
 
 def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:

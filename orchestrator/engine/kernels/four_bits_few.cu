@@ -3,10 +3,10 @@
 //
 // A warp keeps its C chunks of x in registers, in pairs and with the sums of their groups, and takes one tile of 16 channels
 // (gated: eight of each) after another: what it reads are codes and scales, two tiles ahead, C neighbouring chunks of a row
-// at once. A block has an equal stretch of tiles, and its warps a slab of K between them. Where K has several slabs, TILES
-// tiles are taken slab after slab, each warp adding to its own sums in shared memory; they are added up, in a fixed order,
-// once the last slab is done. x comes by way of shared memory, where the next slab's lies while one is multiplied: all of a
-// slab is on its way at once, with no registers to wait in.
+// at once. Tiles go to blocks in turn; a block's warps have a slab of K between them. Where K has several slabs, TILES tiles
+// of a block are taken slab after slab, each warp adding to its own sums in shared memory; they are added up, in a fixed
+// order, once the last slab is done. x comes by way of shared memory, where the next slab's lies while one is multiplied: all
+// of a slab is on its way at once, with no registers to wait in.
 //
 // Behind codes.cu and four_bits_parts.cu. Defined from outside besides: GATED, C, WARPS, BLOCKS, TILES, EVEN (the slabs fill
 // K), VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
@@ -21,10 +21,10 @@ __device__ __forceinline__ void copy_async(void* to, const void* from) {  // 16 
 }
 __device__ __forceinline__ void await_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
-struct Position {
+struct Position {  // tiles as the block counts its own
   int batch, tile, slab;
-  __device__ __forceinline__ void advance(int end, int slabs) {
-    if (++tile < min(batch + TILES, end)) return;
+  __device__ __forceinline__ void advance(int own, int slabs) {
+    if (++tile < min(batch + TILES, own)) return;
     if (++slab == slabs) slab = 0, batch += TILES;
     tile = batch;
   }
@@ -54,11 +54,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   u16* const staged = (u16*)(parts + TILES * WARPS * M * PART_ROW);  // [WARPS][rows][columns]
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, quad = lane / 4, place = lane % 4;
   const int outputs = GATED ? N / 2 : N, tiles = (outputs + OF_TILE - 1) / OF_TILE;
-  const int begin = (u64)tiles * blockIdx.x / gridDim.x, end = (u64)tiles * (blockIdx.x + 1) / gridDim.x;
+  const int own = (tiles - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;  // one at least
   const int chunks = K / 128, slabs = (chunks + SLAB - 1) / SLAB;
+  auto first_output = [&](int tile) { return (int)(blockIdx.x + tile * gridDim.x) * OF_TILE; };
   auto channel_of = [&](int tile, int half) -> u64 {
-    if (GATED) return min(tile * OF_TILE + quad, outputs - 1) + half * outputs;
-    return min(tile * OF_TILE + half * 8 + quad, outputs - 1);
+    if (GATED) return min(first_output(tile) + quad, outputs - 1) + half * outputs;
+    return min(first_output(tile) + half * 8 + quad, outputs - 1);
   };
   auto first_of = [&](int slab) {  // chunk of this warp; of the last slab some may be others'
     return EVEN ? slab * SLAB + warp * C : min(slab * SLAB + warp * C, chunks - C);
@@ -79,12 +80,12 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       pairs[d][half].load(scales, channel * (K / GROUP) + first_of(at.slab) * GROUPS);
     }
   };
-  Position now = {begin, begin, 0}, ahead = now;
+  Position now = {0, 0, 0}, ahead = now;
 #pragma unroll
   for (int d = 0; d < DEPTH; d++)
-    if (ahead.tile < end) {
+    if (ahead.tile < own) {
       fetch(d, ahead);
-      ahead.advance(end, slabs);
+      ahead.advance(own, slabs);
     }
 #if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -124,7 +125,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     __syncwarp();
     if (slab + 1 < slabs)
       send_for_x(slab + 1);
-    else if (slabs > 1 && now.batch + TILES < end)
+    else if (slabs > 1 && now.batch + TILES < own)
       send_for_x(0);
   };
   auto multiply = [&](float (&total)[4], int d, int c, int group) {
@@ -159,9 +160,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   auto add_up = [&](int batch) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < M * TILES * OF_TILE; i += WARPS * 32) {
-      const int row = i / (TILES * OF_TILE), channel = i % (TILES * OF_TILE), n = batch * OF_TILE + channel;
-      if (n >= min(end * OF_TILE, outputs)) continue;
-      const float* const of = parts + (channel / OF_TILE * WARPS * M + row) * PART_ROW + channel % OF_TILE;
+      const int row = i / (TILES * OF_TILE), tile = i / OF_TILE % TILES, channel = i % OF_TILE;
+      const int n = first_output(batch + tile) + channel;
+      if (batch + tile >= own || n >= outputs) continue;
+      const float* const of = parts + (tile * WARPS * M + row) * PART_ROW + channel;
       float value = bias ? wide(bias[n]) : 0.0f;
       for (int w = 0; w < WARPS; w++) value += of[w * M * PART_ROW];
       if (GATED) {
@@ -173,26 +175,26 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     }
   };
 
-  if (begin < end) send_for_x(0);
-  while (now.tile < end) {
+  send_for_x(0);
+  while (now.tile < own) {
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) {
-      if (now.tile >= end) break;
-      if (now.tile == now.batch && (slabs > 1 || now.batch == begin)) keep_x(now.slab);
+      if (now.tile >= own) break;
+      if (now.tile == now.batch && (slabs > 1 || now.batch == 0)) keep_x(now.slab);
       float total[4] = {};
 #pragma unroll
       for (int c = 0; c < C; c++)
 #pragma unroll
         for (int group = 0; group < GROUPS; group++) multiply(total, d, c, group);
-      if (ahead.tile < end) fetch(d, ahead);
-      ahead.advance(end, slabs);
+      if (ahead.tile < own) fetch(d, ahead);
+      ahead.advance(own, slabs);
       write_down(total);
       const int batch = now.batch;
-      now.advance(end, slabs);
+      now.advance(own, slabs);
       if (now.batch != batch) {
         __syncthreads();
         add_up(batch);
-        if (now.tile < end) __syncthreads();
+        if (now.tile < own) __syncthreads();
       }
     }
   }

@@ -124,7 +124,7 @@ def _kernel(
     tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype, device: torch.device
 ) -> cuda.Kernel:
     module = cuda.load(binaries([source(tile, group, dtype, scales)], hopper.ARCHITECTURE)[0])
-    return cuda.Kernel(module, "tens_of_rows", tile.shared_bytes)
+    return cuda.Kernel(module, "tens_of_rows", tile.shared_bytes, at_once=1)
 
 
 def source(tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:

@@ -60,6 +60,7 @@ class Product:
     weight_bytes: float  # of one weight
     width: Width
     compute: str
+    gated: bool = False  # gate and up, which SiLU joins
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,16 +132,19 @@ def products(
         found += [(heads * a.kv_rank, a.nope_dim, layers, attention)]
         found += [(heads * a.v_dim, a.kv_rank, layers, attention)]
         found += [(hidden, heads * a.v_dim, layers, attention)]
+    gated: set[int] = set()
     if dense:
         mlp = len(shard.mlp)
+        gated.add(len(found))
         found += [(2 * mlp, hidden, dense, small), (hidden, mlp, dense, small)]
     if spec.experts is not None and layers > dense:
         e, mixtures = spec.experts, layers - dense
         found += [(e.count, hidden, mixtures, plain)]
         if e.shared:
             shared = e.shared * e.intermediate / dims.tp
+            gated.add(len(found))
             found += [(2 * shared, hidden, mixtures, small), (hidden, shared, mixtures, small)]
-    return tuple(Product(n, k, times, *how) for n, k, times, how in found)
+    return tuple(Product(n, k, times, *how, gated=i in gated) for i, (n, k, times, how) in enumerate(found))
 
 
 def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: float) -> tuple[float, float]:
@@ -186,9 +190,11 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         read, more = joined(read, flops / r.computing(dtype, share / slower))
         return read, more + gap
     widened = weights * k.widened_bytes / r.bandwidth
+    if p.gated:  # SiLU reads the product and writes half as much: no kernel does it on the way
+        widened += 2 * rows * 1.5 * p.n / r.bandwidth
     read, more = joined(
         (2 * weights + moved) / r.reading(k.weights[Width.FULL]),
-        flops / r.computing(dtype, k.compute[Width.FULL] / slower),
+        flops / r.computing(dtype, k.widened_compute / slower),
     )
     return widened + read, more
 

@@ -116,6 +116,7 @@ def join_ranks(worker: Worker, rank: int, args: argparse.Namespace, port: int) -
         min(blocks, args.requests * (args.prompt_tokens + 256) // 16),
         max_num_seqs=max(args.requests, 8),
         max_num_batched_tokens=args.max_num_batched_tokens,
+        max_model_len=args.max_model_len,
         groups=dims.pp,
         prefix_caching=False,
         run_ahead=on_gpu,
@@ -163,26 +164,32 @@ def profile(driver: Driver, steps: int, name: str, traces: Path | None) -> None:
 
 
 def show(kernels: Sequence[tuple[str, float, float]], steps: int) -> None:
-    """Of (name, start in ms, ms): the sums by name and what no kernel covers, all by step."""
+    """Of (name, start in ms, ms): by name the sums, and how much later they ended than all before, for they overlap;
+    and what no kernel covers. All by step."""
     total_ms: dict[str, float] = defaultdict(float)
+    later_ms: dict[str, float] = defaultdict(float)
     count: dict[str, int] = defaultdict(int)
-    busy_ms, gaps_ms, end_ms = 0.0, [], kernels[0][1] if kernels else 0.0
+    gaps_ms, end_ms = [], kernels[0][1] if kernels else 0.0
     for name, start_ms, ms in sorted(kernels, key=lambda kernel: kernel[1]):
         total_ms[name] += ms
         count[name] += 1
         if start_ms > end_ms:
             gaps_ms.append(start_ms - end_ms)
-        busy_ms += max(0.0, start_ms + ms - max(end_ms, start_ms))
+        later_ms[name] += max(0.0, start_ms + ms - max(end_ms, start_ms))
         end_ms = max(end_ms, start_ms + ms)
     long = [gap for gap in gaps_ms if gap > 0.02]
-    print(f"  busy {busy_ms / steps:.3f} ms, kernels added up {sum(total_ms.values()) / steps:.3f}, ", end="")
+    print(
+        f"  busy {sum(later_ms.values()) / steps:.3f} ms, kernels added up {sum(total_ms.values()) / steps:.3f}, ",
+        end="",
+    )
     print(
         f"gaps {sum(gaps_ms) / steps:.3f}, of these over 20 us {sum(long) / steps:.3f} in {len(long) / steps:.1f}"
     )
-    for name in sorted(total_ms, key=lambda name: -total_ms[name])[:SHOWN]:
+    for name in sorted(total_ms, key=lambda name: -later_ms[name])[:SHOWN]:
         each_us = total_ms[name] / count[name] * 1e3
         print(
-            f"  {total_ms[name] / steps:9.3f} ms {count[name] / steps:6.1f} x {each_us:8.2f} us  {name[:110]}"
+            f"  {later_ms[name] / steps:9.3f} ms of {total_ms[name] / steps:9.3f} {count[name] / steps:6.1f} x "
+            f"{each_us:8.2f} us  {name[:100]}"
         )
 
 
@@ -199,6 +206,9 @@ def main() -> None:
     parser.add_argument("--requests", type=int, default=128)
     parser.add_argument("--prompt-tokens", type=int, default=1024)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
+    parser.add_argument(
+        "--max-model-len", type=int, default=4096, help="what attention's kernels are made for"
+    )
     parser.add_argument("--device-memory-gb", type=float, help="of each card, such as 25.3")
     parser.add_argument("--traces", type=Path, help="a folder for Chrome's traces")
     parser.add_argument("--prefill-only", action="store_true", help="spares the start its graphs")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+from ctypes import c_void_p
+from typing import Any
 
 import pytest
 import torch
@@ -46,6 +48,33 @@ def test_parts_of_the_columns_have_two_chunks_and_keep_an_h100_busy(tile: Tens, 
     splits = tile.splits(n, k)
     assert splits == 1 or k // four_bits.CHUNK >= 2 * splits
     assert splits == 1 or tile.blocks_of(n) * splits <= four_bits.PROCESSORS * tile.blocks
+
+
+@pytest.mark.parametrize(
+    ("shared_bytes", "at_once", "told"),
+    [
+        (88064, 1, {8: 88064, 9: 39}),
+        (44032, 2, {8: 44032, 9: 39}),
+        (88064, None, {8: 88064}),
+        (227 * 1024, 2, {8: 227 * 1024, 9: 100}),
+    ],
+)
+def test_a_kernel_leaves_l1_what_its_blocks_do_not_share(
+    shared_bytes: int, at_once: int | None, told: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU with 228 KiB a processor, which is attribute 81 of a device."""
+    found: dict[int, int] = {}
+
+    def call(name: str, *arguments: Any) -> None:
+        if name == "cuDeviceGetAttribute":
+            assert arguments[1] == 81
+            arguments[0]._obj.value = 228 * 1024
+        if name == "cuFuncSetAttribute":
+            found[arguments[1]] = arguments[2]
+
+    monkeypatch.setattr(cuda, "_call", call)
+    cuda.Kernel(c_void_p(), "few_rows", shared_bytes, at_once)
+    assert found == told
 
 
 def test_a_cpu_has_kernels_of_its_own() -> None:

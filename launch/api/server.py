@@ -66,13 +66,13 @@ async def serve_http(
     server = _Server(config)
     stopping = asyncio.Event()
     with _signals(stopping) if takes_signals else contextlib.nullcontext():
+        if batches is not None:
+            batches.resume()  # before a request can come: else a batch of this very moment would be begun twice
         serving = asyncio.create_task(server.serve([listener]))
         while not server.started and not serving.done():
             await asyncio.sleep(0.01)
         shown = f"[{host}]" if ":" in host else host
         progress.say(f"serving {service.name} on http://{shown}:{port}")
-        if batches is not None:
-            batches.resume()
         asked = asyncio.create_task(stopping.wait())
         await asyncio.wait({asked, serving}, return_when=asyncio.FIRST_COMPLETED)
         asked.cancel()

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import openai
+import pytest
 
+from launch.api import server
 from launch.api.batches import Batches
 from launch.api.files import FileStore
+from launch.progress import Progress
 from tests.fakes import FakeReplica, TalkingReplica
 from tests.served_api import Served, in_loop, says, served
 
@@ -192,3 +196,31 @@ async def test_batches_that_cannot_be(tmp_path: Path) -> None:
         empty = await wait(client, (await api.post("/v1/batches", **asked)).json()["id"])
         assert (empty.status, "holds no requests" in empty.errors.data[0].message) == ("failed", True)
         assert (await api.http.post("/v1/files", content=b"x")).status_code == 400
+
+
+def test_batches_are_gone_on_with_before_a_request_can_come(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A batch that came between was taken for one of the server before: two jobs answered it into one file."""
+    order = []
+
+    class Known(Batches):
+        def resume(self) -> None:
+            order.append("resumed")
+
+    async def serve(self: server._Server, sockets: object) -> None:
+        order.append("serving")
+        self.started = True
+
+    async def main() -> None:
+        async with served() as api:
+            known = Known(tmp_path / "batches", FileStore(tmp_path), api.service, CONDITIONS)
+            with socket.create_server(("127.0.0.1", 0)) as listener:
+                await server.serve_http(
+                    api.service, listener, keys=[], progress=Progress(quiet=True), drain_s=1, batches=known,
+                    takes_signals=False,
+                )  # fmt: skip
+
+    monkeypatch.setattr(server._Server, "serve", serve)
+    asyncio.run(main())
+    assert order == ["resumed", "serving"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +13,7 @@ from torch import Tensor
 
 from orchestrator.engine import ops
 from orchestrator.engine.kernels import attention, inputs
+from orchestrator.engine.kernels.processors import processors
 from orchestrator.engine.kernels.rope import rope_and_cache
 from orchestrator.engine.kv_cache import KVCache
 from orchestrator.engine.model import RMSNorm
@@ -32,14 +32,6 @@ def pinned(array: NDArray[np.generic], device: torch.device) -> Tensor:
 
 def to_device(array: NDArray[np.generic], device: torch.device) -> Tensor:
     return pinned(array, device).to(device, non_blocking=True)
-
-
-@cache
-def processors(device: torch.device) -> int:
-    if device.type != "cuda":  # Triton's interpreter
-        return 1
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 class DeviceSlots:

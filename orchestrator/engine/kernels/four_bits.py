@@ -16,6 +16,7 @@ from torch import Tensor
 
 from cluster.collectives import cuda
 from orchestrator.engine.kernels.compiled import binaries
+from orchestrator.engine.kernels.processors import processors
 from orchestrator.engine.kernels.quantized_dot import added
 
 FEW_ROWS, MOST_ROWS = 8, 128
@@ -147,7 +148,7 @@ def few_rows(
     out = torch.empty((m, n // 2 if gated else n), dtype=x_MK.dtype, device=x_MK.device)
     kernel = _kernel(tile, group, x_MK.dtype, scales.dtype, x_MK.device)
     kernel.launch(
-        tile.blocks_of(n, _processors(x_MK.device)), 32 * tile.warps, _stream(),
+        tile.blocks_of(n, processors(x_MK.device)), 32 * tile.warps, _stream(),
         *_pointers(codes, scales, x_MK, bias_N, out), c_int(m), c_int(n), c_int(k), overlap=pdl,
     )  # fmt: skip
     return out
@@ -176,12 +177,6 @@ def tens_of_rows(
         c_int(m), c_int(n), c_int(k), c_int(splits), overlap=pdl,
     )  # fmt: skip
     return added(parts, bias_N, out) if splits > 1 else out
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count
-    return count
 
 
 def _stream() -> int:

@@ -15,6 +15,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from orchestrator.engine.kernels.processors import processors
+
 ROWS, COLUMNS, DEPTH, GROUP = 128, 128, 64, 16
 STAGES, WARPS = 4, 8
 
@@ -54,7 +56,10 @@ def gated_many(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     (m, k), n = x_MK.shape, weight_NK.shape[0] // 2
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
-    _gated_tiles[(min(tiles, _processors(x_MK.device)),)](
+    programs = max(
+        2, processors(x_MK.device)
+    )  # two in Triton's interpreter, so that each takes several tiles there
+    _gated_tiles[(min(tiles, programs),)](
         TensorDescriptor(x_MK, [m, k], [k, 1], [ROWS, DEPTH]),
         TensorDescriptor(weight_NK, [2 * n, k], [k, 1], [COLUMNS, DEPTH]),
         TensorDescriptor(out, [m, n], [n, 1], [ROWS, COLUMNS]),
@@ -69,8 +74,3 @@ def gated_many(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
         num_warps=WARPS,
     )
     return out
-
-
-def _processors(device: torch.device) -> int:
-    """Where there are none, as in Triton's interpreter, two: programs then take several tiles as well."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2

@@ -120,31 +120,34 @@ def products(
     plain = (size, Width.FULL, dtype)
     attention = plain if kept.experts_only and spec.experts is not None else small
     heads = len(shard.heads)
-    found: list[tuple[float, float, int, tuple[float, Width, str]]] = []
+    found: list[Product] = []
+
+    def add(n: float, k: float, times: int, how: tuple[float, Width, str], *, gated: bool = False) -> None:
+        found.append(Product(n, k, times, *how, gated=gated))
+
+    def add_mlp(width: float, times: int) -> None:
+        add(2 * width, hidden, times, small, gated=True)
+        add(hidden, width, times, small)
+
     if spec.latent is None:
-        out = (heads + 2 * len(shard.kv_heads)) * spec.head_dim
-        found += [(out, hidden, layers, attention), (hidden, heads * spec.head_dim, layers, attention)]
+        add((heads + 2 * len(shard.kv_heads)) * spec.head_dim, hidden, layers, attention)
+        add(hidden, heads * spec.head_dim, layers, attention)
     else:
         a, query = spec.latent, heads * (spec.latent.nope_dim + spec.latent.rope_dim)
-        found += [(a.q_rank + a.cached, hidden, layers, attention)]
-        found += [(query, a.q_rank or hidden, layers, attention)]
+        add(a.q_rank + a.cached, hidden, layers, attention)
+        add(query, a.q_rank or hidden, layers, attention)
         # What the heads' keys and values are made of is multiplied into queries and outputs instead.
-        found += [(heads * a.kv_rank, a.nope_dim, layers, attention)]
-        found += [(heads * a.v_dim, a.kv_rank, layers, attention)]
-        found += [(hidden, heads * a.v_dim, layers, attention)]
-    gated: set[int] = set()
+        add(heads * a.kv_rank, a.nope_dim, layers, attention)
+        add(heads * a.v_dim, a.kv_rank, layers, attention)
+        add(hidden, heads * a.v_dim, layers, attention)
     if dense:
-        mlp = len(shard.mlp)
-        gated.add(len(found))
-        found += [(2 * mlp, hidden, dense, small), (hidden, mlp, dense, small)]
+        add_mlp(len(shard.mlp), dense)
     if spec.experts is not None and layers > dense:
         e, mixtures = spec.experts, layers - dense
-        found += [(e.count, hidden, mixtures, plain)]
+        add(e.count, hidden, mixtures, plain)
         if e.shared:
-            shared = e.shared * e.intermediate / dims.tp
-            gated.add(len(found))
-            found += [(2 * shared, hidden, mixtures, small), (hidden, shared, mixtures, small)]
-    return tuple(Product(n, k, times, *how, gated=i in gated) for i, (n, k, times, how) in enumerate(found))
+            add_mlp(e.shared * e.intermediate / dims.tp, mixtures)
+    return tuple(found)
 
 
 def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: float) -> tuple[float, float]:

@@ -181,7 +181,7 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
     by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
         is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS)
-        codes = (k.few_codes if is_few else k.codes)[p.width]
+        codes = k.hopper_codes if by_wgmma else (k.few_codes if is_few else k.codes)[p.width]
         gap = k.hopper_gap_s if by_wgmma else k.few_gap_s.get(p.width, 0.0) if is_few else 0.0
         read = sum(
             joined(

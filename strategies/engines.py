@@ -55,6 +55,7 @@ class Kernels:
     hopper_from: int = 0  # rows; fewer go as elsewhere
     hopper_rows: int = 0  # up to so many
     hopper_gap_s: float = 0.0  # that each product takes besides
+    hopper_codes: float = 0.0
     hopper_compute: float = 0.0
     widened_bytes: float = 0.0  # of each weight, that widening it first reads and writes
     widened_compute: float = 0.0  # of FLOP/s in the dtype, that products of these reach

@@ -192,9 +192,9 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
         read, more = joined(read, flops / r.computing(dtype, share / slower))
         return read, more + gap
-    widened = weights * k.widened_bytes / r.bandwidth
+    widened = weights * (p.weight_bytes + 2) / r.reading(k.widened_reads)
     if p.gated:  # SiLU reads the product and writes half as much: no kernel does it on the way
-        widened += 2 * rows * 1.5 * p.n / r.bandwidth
+        widened += 2 * rows * 1.5 * p.n / r.reading(k.weights[Width.FULL])
     read, more = joined(
         (2 * weights + moved) / r.reading(k.weights[Width.FULL]),
         flops / r.computing(dtype, k.widened_compute / slower),

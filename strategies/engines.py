@@ -57,7 +57,7 @@ class Kernels:
     hopper_gap_s: float = 0.0  # that each product takes besides
     hopper_codes: float = 0.0
     hopper_compute: float = 0.0
-    widened_bytes: float = 0.0  # of each weight, that widening it first reads and writes
+    widened_reads: float = 0.0  # of bandwidth, widening all first
     widened_compute: float = 0.0  # of FLOP/s in the dtype, that products of these reach
     float8_rows: int = 0  # from which on x is rounded to float8 as well
     float8_reads: float = 0.0  # of bandwidth, reading weights from there on

@@ -23,9 +23,11 @@ SMALLEST_SHARED_BYTES = 99 * 1024  # that a block may have, of sm_86 and sm_89
     [
         ("sm_80", TENS[16], 64, FP16, FP16),
         ("sm_89", TENS[16], 32, BF16, FP32),
+        ("sm_89", TENS[32], 32, BF16, FP16),
         ("sm_80", choose_few(640, 64, gated=True, wide_scales=False), 64, FP16, FP16),
         ("sm_86", choose_few(384, 32, gated=False, wide_scales=True), 32, FP16, FP32),
         ("sm_90", choose_few(4096, 128, gated=False, wide_scales=False), 128, BF16, BF16),
+        ("sm_90", choose_few(4096, 32, gated=False, wide_scales=False), 32, BF16, FP16),
     ],
 )
 def test_it_compiles(

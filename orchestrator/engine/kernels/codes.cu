@@ -1,7 +1,9 @@
 // Weights in 4 bits on their way to tensor cores. The code at `plane` of a word and the one four planes on are 16 bits
 // apart: one AND and OR puts both into the mantissa of 128 (1024 in float16), which makes them BASE + code, exactly.
 //
-// Defined from outside: IS_HALF (x is float16; else bfloat16), WIDE_SCALES (float32; else x's type).
+// Defined from outside: IS_HALF (x is float16; else bfloat16), SCALES (0: x's type; 1: float32; 2: float16, x being bfloat16).
+
+#define WIDE_SCALES (SCALES != 0)  // weights are made in float32
 
 typedef unsigned int u32;
 typedef unsigned short u16;
@@ -19,14 +21,17 @@ typedef unsigned long long u64;
 #define KIND "bf16"
 #endif
 
-__device__ __forceinline__ float wide(u16 bits) {
+__device__ __forceinline__ float of_half(u16 bits) {
   float value;
-#if IS_HALF
   asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
-#else
-  value = __uint_as_float((u32)bits << 16);
-#endif
   return value;
+}
+__device__ __forceinline__ float wide(u16 bits) {
+#if IS_HALF
+  return of_half(bits);
+#else
+  return __uint_as_float((u32)bits << 16);
+#endif
 }
 __device__ __forceinline__ u16 narrow(float value) {
   u16 bits;
@@ -39,7 +44,7 @@ __device__ __forceinline__ u32 codes_at(u32 word, int plane) {  // and four plan
   return pair;
 }
 struct Scale {
-#if WIDE_SCALES
+#if SCALES == 1
   float2 pair;
   __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const float2*)scales + index); }
   __device__ __forceinline__ float scale() const { return pair.x; }
@@ -47,8 +52,13 @@ struct Scale {
 #else
   u32 pair;
   __device__ __forceinline__ void load(const void* scales, u64 index) { pair = __ldg((const u32*)scales + index); }
+#if SCALES == 2
+  __device__ __forceinline__ float scale() const { return of_half((u16)pair); }
+  __device__ __forceinline__ float zero() const { return of_half((u16)(pair >> 16)); }
+#else
   __device__ __forceinline__ float scale() const { return wide((u16)pair); }
   __device__ __forceinline__ float zero() const { return wide((u16)(pair >> 16)); }
+#endif
 #endif
 };
 

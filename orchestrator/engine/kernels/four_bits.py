@@ -83,6 +83,7 @@ class Tens:
         return max(1, min(PROCESSORS * self.blocks // self.blocks_of(n), k // CHUNK // 2))
 
 
+_SCALES = {torch.float32: 1, torch.float16: 2}  # that are not of x's type
 _TILES = 4  # whose sums are in shared memory
 _PART_ROW = 20  # floats of a row's sums there, so that a warp writes to all banks
 _CHUNKS = 4  # that a warp keeps x of; half of it where scales take its registers
@@ -127,8 +128,12 @@ def takes(x_MK: Tensor, scales: Tensor, group: int) -> bool:
         return False
     if len(x_MK) > MOST_ROWS or x_MK.shape[1] % CHUNK:
         return False
-    fits = x_MK.dtype in (torch.float16, torch.bfloat16) and scales.dtype in (x_MK.dtype, torch.float32)
-    return fits and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
+    return has_kind(x_MK.dtype, scales.dtype) and torch.cuda.get_device_capability(x_MK.device) >= (8, 0)
+
+
+def has_kind(dtype: torch.dtype, scales: torch.dtype) -> bool:
+    """Whether kernels are compiled for x and scales of these."""
+    return dtype in (torch.float16, torch.bfloat16) and (scales == dtype or scales in _SCALES)
 
 
 def few_rows(
@@ -199,13 +204,17 @@ def _kernel(
     return cuda.Kernel(module, name, tile.shared_bytes, at_once=tile.blocks)
 
 
+def kind_of(dtype: torch.dtype, scales: torch.dtype) -> dict[str, int]:
+    """What codes.cu wants to know."""
+    return {"IS_HALF": int(dtype == torch.float16), "SCALES": 0 if scales == dtype else _SCALES[scales]}
+
+
 def source(tile: Few | Tens, group: int, dtype: torch.dtype, scales: torch.dtype) -> str:
     """The kernel's files, behind a tile's sizes."""
     sizes = {
         **tile.sizes,
         "GROUP": group,
-        "IS_HALF": int(dtype == torch.float16),
-        "WIDE_SCALES": int(scales == torch.float32),
+        **kind_of(dtype, scales),
     }
     return "".join(f"#define {name} {size}\n" for name, size in sizes.items()) + "".join(
         map(_text, (*COMMON, tile.file))

@@ -79,7 +79,7 @@ def fits(x_MK: Tensor, n: int, scales: Tensor, group: int) -> bool:
         return False
     if x_MK.shape[1] % CHUNK or n % 8 or n > MOST_TILES * CHANNELS:
         return False
-    known = x_MK.dtype in hopper.KINDS and scales.dtype in (x_MK.dtype, torch.float32)
+    known = four_bits.has_kind(x_MK.dtype, scales.dtype)
     return known and torch.cuda.get_device_capability(x_MK.device) == (9, 0)
 
 
@@ -143,8 +143,7 @@ def source(tile: Tile, group: int, dtype: torch.dtype, scales: torch.dtype) -> s
         "GATED": int(tile.gated),
         "RING": tile.ring,
         "GROUP": group,
-        "IS_HALF": int(dtype == torch.float16),
-        "WIDE_SCALES": int(scales == torch.float32),
+        **four_bits.kind_of(dtype, scales),
         **REGISTERS,
     }
     instruction = f"wgmma.mma_async.sync.aligned.m64n{tile.rows}k16.f32.{kind}.{kind}"

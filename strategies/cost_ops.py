@@ -15,6 +15,7 @@ from cluster.topology import Device, Provenance
 from strategies.engines import Engine, Kernels
 from strategies.formats import Format, Width
 from strategies.plan import ParallelDims, Placement, Shard
+from strategies.scheme import GGUF
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
 # Measured rates are what probes reach, data sheets are what could be: probes reach 0.925 of an H100's bandwidth and
@@ -61,6 +62,7 @@ class Product:
     width: Width
     compute: str
     gated: bool = False  # gate and up, which SiLU joins
+    in_blocks: bool = False  # as a GGUF file has them: groups of 32 or 16 columns
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +125,7 @@ def products(
     found: list[Product] = []
 
     def add(n: float, k: float, times: int, how: tuple[float, Width, str], *, gated: bool = False) -> None:
-        found.append(Product(n, k, times, *how, gated=gated))
+        found.append(Product(n, k, times, *how, gated=gated, in_blocks=how is small and kept.weights == GGUF))
 
     def add_mlp(width: float, times: int) -> None:
         add(2 * width, hidden, times, small, gated=True)
@@ -178,7 +180,7 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         read = (weights * p.weight_bytes + moved) / r.reading(k.float8_reads)
         return joined(read, flops / r.computing(p.compute, k.compute[p.width] / slower))
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
-    by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from
+    by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from and not p.in_blocks
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
         is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS)
         codes = k.hopper_codes if by_wgmma else (k.few_codes if is_few else k.codes)[p.width]
@@ -191,7 +193,8 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         )
         share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
         read, more = joined(read, flops / r.computing(dtype, share / slower))
-        return read, more + gap
+        times = (k.few_blocks if is_few else k.blocks)[p.width] if p.in_blocks else 1.0
+        return read * times, more * times + gap
     widened = weights * (p.weight_bytes + 2) / r.reading(k.widened_reads)
     if p.gated:  # SiLU reads the product and writes half as much: no kernel does it on the way
         widened += 2 * rows * 1.5 * p.n / r.reading(k.weights[Width.FULL])

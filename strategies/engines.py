@@ -49,6 +49,8 @@ class Kernels:
     )  # widened a second, per FLOP/s in float32; none: hidden
     few_codes: Mapping[int, float] = field(default_factory=dict)  # the same at the rows of few_rows
     few_gap_s: Mapping[int, float] = field(default_factory=dict)  # that each product takes there besides
+    blocks: Mapping[int, float] = field(default_factory=dict)  # times as long, of a GGUF file's short groups
+    few_blocks: Mapping[int, float] = field(default_factory=dict)
     dot_rows: int = 0  # up to so many; beyond, all are widened first
     dot_compute: Mapping[int, float] = field(default_factory=dict)  # of FLOP/s in the dtype, up to there
     hopper: Sequence[str] = ()  # devices where 4 bits go by wgmma, which the lines below are of

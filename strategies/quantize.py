@@ -116,7 +116,7 @@ def can_remake(spec: ModelSpec) -> bool:
 
 def kept_on(kind: str, spec: ModelSpec) -> ModelSpec:
     """What devices of a kind keep by themselves. CPUs do not multiply float8: it is widened there. A GGUF file's blocks
-    are widened once unless +gguf is named: a CPU is faster so, and no GPU was measured with them yet."""
+    are widened once unless +gguf is named: a CPU is faster so, and so are an H100's prompts and batches of tens."""
     stored, on_cpu = spec.published, kind == "cpu"
     if stored is None or not (stored.format == GGUF or (on_cpu and stored.format == "fp8")):
         return spec

@@ -115,7 +115,10 @@ def _why_apart(candidate: Candidate) -> str:
 
 
 def _rate(made: Estimate) -> str:
-    rate = made.output_tokens_per_s
+    return _tokens_per_s(made.output_tokens_per_s)
+
+
+def _tokens_per_s(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
@@ -242,7 +245,7 @@ def _overtakes(
 ) -> str:
     return (
         f"{where} {ahead.layout.name} gives more tokens/s than {behind.layout.name} "
-        f"({rate(ahead, concurrency):,.0f} against {rate(behind, concurrency):,.0f} at {concurrency})."
+        f"({_tokens_per_s(rate(ahead, concurrency))} against {_tokens_per_s(rate(behind, concurrency))} at {concurrency})."
     )
 
 

@@ -9,7 +9,7 @@ from itertools import pairwise
 from cluster.topology import Provenance
 from strategies.cost import estimate, score
 from strategies.intervals import FIRST_TOKEN
-from strategies.place import count
+from strategies.place import cache_tokens, count
 from strategies.plan import Candidate, Estimate, Placement
 from strategies.quantize import RUNS
 from strategies.spec import Objective, Workload
@@ -212,7 +212,12 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
     """The nearest concurrency at which a rival overtakes the chosen layout in tokens a second."""
 
     def rate(placement: Placement, concurrency: int) -> float:
-        return estimate(placement, replace(workload, concurrency=concurrency)).output_tokens_per_s
+        load = replace(workload, concurrency=concurrency)
+        wanted = max(placement.room.cached, cache_tokens(placement.dims, placement.engine, load))
+        placed = replace(
+            placement, room=replace(placement.room, cached=wanted)
+        )  # which offloading makes way for
+        return estimate(placed, load).output_tokens_per_s
 
     here = max(rivals, key=lambda p: rate(p, workload.concurrency))
 
@@ -243,9 +248,10 @@ def _concurrency_crossing(best: Placement, rivals: Sequence[Placement], workload
 def _overtakes(
     where: str, ahead: Placement, behind: Placement, concurrency: int, rate: Callable[[Placement, int], float]
 ) -> str:
+    more, less = (_tokens_per_s(rate(placement, concurrency)) for placement in (ahead, behind))
     return (
         f"{where} {ahead.layout.name} gives more tokens/s than {behind.layout.name} "
-        f"({_tokens_per_s(rate(ahead, concurrency))} against {_tokens_per_s(rate(behind, concurrency))} at {concurrency})."
+        f"({more} against {less} at {concurrency})."
     )
 
 

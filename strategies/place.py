@@ -63,10 +63,16 @@ def place(
         engine = engine_named(CPU if topology.devices[devices[0]].kind == "cpu" else OURS)
     room = room or Room()
     length = workload.prompt_tokens + workload.output_tokens
-    cached = room.cached or min(sequences, engine.max_sequences) * length
+    cached = room.cached or cache_tokens(dims, engine, workload)
     room = replace(room, longest=room.longest or length, cached=cached)
     how = kept, layout.offload, layout.zero3, room
     return Placement(spec, dims, dtype, parts, topology, devices, engine, *how)
+
+
+def cache_tokens(dims: ParallelDims, engine: Engine, workload: Workload) -> int:
+    """Of a replica's sequences that run at once."""
+    sequences = min(-(-workload.concurrency // dims.dp), engine.max_sequences)
+    return sequences * (workload.prompt_tokens + workload.output_tokens)
 
 
 @functools.lru_cache(maxsize=256)

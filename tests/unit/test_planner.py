@@ -181,6 +181,17 @@ def test_the_crossover_in_the_explanation_is_where_it_says():
     assert rate(ahead, int(at) // 2) < rate(behind, int(at) // 2)
 
 
+def test_more_requests_have_offloading_make_way_for_their_cache():
+    """Not so a layout was said to be overtaken at three requests, whose cache was of one."""
+    machine = box("rtx-4090", 2)
+    said = plan(LLAMA_70B, machine, Workload(), "bfloat16", wide=True).explanation
+    assert any("None of its rivals (pp2+offload) gives more tokens/s than tp2+offload" in s for s in said)
+    three, named = Workload(concurrency=3), [Layout.parse("tp2+offload"), Layout.parse("pp2+offload")]
+    found = plan(LLAMA_70B, machine, three, "bfloat16", layouts=named).candidates
+    rates = {c.layout.name: c.estimate.output_tokens_per_s for c in found}
+    assert rates["tp2+offload"] > 2 * rates["pp2+offload"]
+
+
 def test_the_link_rate_in_the_explanation_decides_the_first_token():
     made = plan(LLAMA_8B, box("rtx-4090", 2), Workload(), "bfloat16")
     sentence = next(s for s in made.explanation if "all-reduces run above" in s)

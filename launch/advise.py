@@ -22,7 +22,7 @@ from strategies.money import Cost, Prices, break_even_days, owned, rented
 from strategies.place import place, rejection
 from strategies.plan import Estimate, Layout, Placement
 from strategies.planner import enumerate_layouts
-from strategies.runnable import why_not
+from strategies.runnable import lacking, why_not
 from strategies.spec import ModelSpec, Workload
 
 _CARDS = (1, 2, 4, 8)
@@ -238,7 +238,7 @@ def _priced(
             ttft_ms=round(served.ttft_s * 1e3, 2),
             tpot_ms=round(served.tpot_s * 1e3, 3),
             break_even=_break_even(cost, machines, tokens_per_s, prices),
-            planned_only=why_not(put.spec, layout, put.topology.devices),
+            planned_only=why_not(put.spec, layout) or lacking(layout.format, put.topology.devices),
         )
 
 

@@ -75,7 +75,7 @@ def run(args: argparse.Namespace) -> int:
         options, max_model_len=options.max_model_len or workload.prompt_tokens + workload.output_tokens
     )
     check_blocks(options)
-    from cluster.errors import NoFeasiblePlan
+    from cluster.errors import NoFeasiblePlan, ShardwiseError
     from launch.compare_layouts import refused
     from launch.compare_quality import why_unknown
     from launch.compare_run import plans_of  # torch: after what can be refused without
@@ -98,7 +98,8 @@ def run(args: argparse.Namespace) -> int:
     if args.no_measure:
         _show(comparison, as_json=args.json)
     else:
-        _measure(args, comparison, options, loads, progress)
+        if not _measure(args, comparison, options, loads, progress):
+            return ShardwiseError.exit_code
     return 0 if plans[workload.concurrency].chosen is not None else NoFeasiblePlan.exit_code
 
 
@@ -108,8 +109,8 @@ def _measure(
     options: EngineOptions,
     loads: Sequence[Workload],
     progress: Progress,
-) -> None:
-    """Whatever ends it, what is done by then is shown and written."""
+) -> bool:
+    """Whatever ends it, what is done by then is shown and written. → whether any of it ran, or nothing fits."""
     from launch import compare_against, compare_quality
     from launch.compare_journal import key_of, open_journal
     from launch.compare_run import Sweep, facts_of
@@ -147,6 +148,8 @@ def _measure(
             shelf_of(options, topology).add(list(kept_of(done)))
     if not journal.trials:
         _show(comparison, as_json=args.json)
+    tried = [trial for trials in journal.layouts.values() for trial in trials.values()]
+    return not tried or any(trial.measured is not None for trial in tried)
 
 
 def _measure_beside(

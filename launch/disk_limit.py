@@ -89,7 +89,7 @@ def open_reads(placed: Sequence[Placed], name: str, progress: Progress) -> None:
 def limit(name: str, n_bytes: int, bytes_per_s: float, disk: str = "the disk") -> str:
     return (
         f"{name}: {n_bytes / 1e9:.2f} GB come from {disk} at every step, which reads {bytes_per_s / 1e9:.2f} GB/s: "
-        f"one request gets {bytes_per_s / n_bytes:.2f} tokens/s at most"
+        f"one request gets about {bytes_per_s / n_bytes:.2f} tokens/s"
     )
 
 

@@ -24,6 +24,7 @@ from strategies.kept import Kept
 from strategies.pipeline import shard_replica
 from strategies.plan import Candidate, Layout, ParallelDims, Plan
 from strategies.planner import plan
+from strategies.runnable import lacking
 from strategies.spec import Objective, Workload
 
 
@@ -116,7 +117,7 @@ def planned(
     made = predict(options, topology, workload, layouts, kept=kept)
     if made.chosen is None:
         why = " ".join(made.explanation)
-        raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], why))
+        raise NoFeasiblePlan(why) if dims is None else BadLayout(_refused(made.candidates[0], topology, why))
     fits = made.chosen
     if dims is None:
         progress.say(f"layout {made.chosen.layout.name}, the planner's choice; `shardwise plan` says why")
@@ -140,9 +141,11 @@ def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
     )
 
 
-def _refused(asked: Candidate, why: str) -> str:
+def _refused(asked: Candidate, topology: Topology, why: str) -> str:
     if asked.not_runnable is not None:
         return f"{asked.layout.name} does not run here: {asked.not_runnable}"
+    if lacking(asked.format, topology.devices) is not None:
+        return f"{asked.layout.name} does not run here: {asked.reason}. {why}"
     return f"{asked.layout.name} does not fit: {asked.reason}. {why}"
 
 

@@ -76,10 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def options_of(model: str, device: str, dtype: str, layout: str) -> EngineOptions:
-    from cluster.errors import BadLayout
+    from cluster.errors import BadLayout, BadModel
+    from launch.models import resolve
     from launch.options import add_engine_arguments, add_layout_arguments, engine_options
     from launch.options import layout as dims_of
 
+    if resolve(model).path is None:
+        raise BadModel(
+            f"{model} is a built-in spec, a config without weights; give a directory or a .gguf file"
+        )
     parser = argparse.ArgumentParser()
     add_engine_arguments(parser)
     add_layout_arguments(parser)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -104,6 +105,7 @@ def _group(args: argparse.Namespace, spec: ModelSpec) -> int | None:
 
 def run(args: argparse.Namespace) -> int:
     from cluster.errors import BadModel, BadRequest
+    from cluster.files import no_room
     from launch.models import resolve
     from strategies.quantize import can_remake
     from strategies.runnable import check_known
@@ -137,10 +139,12 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = open_checkpoint(source, spec)
     checkpoint.verify()
     progress = Progress()
-    unfinished = args.out.with_name(f".{args.out.name}.partial")
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = Path(
+            tempfile.mkdtemp(prefix=f".{args.out.name}.", suffix=".partial", dir=args.out.parent)
+        )
+        unfinished.chmod(0o755)
     except OSError as error:
         raise BadRequest(f"{args.out} cannot be made ({error.strerror}); give another directory") from None
     try:
@@ -149,6 +153,10 @@ def run(args: argparse.Namespace) -> int:
         (unfinished / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         _copy_text(source, spec, text, unfinished)
         unfinished.rename(args.out)
+    except OSError as error:
+        if no_room(error) is not None:
+            raise
+        raise BadRequest(f"{args.out} cannot be written ({error.strerror}); give another directory") from None
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     way = "to nearest" if windows is None else f"calibrated on {sum(map(len, windows)):,} tokens"

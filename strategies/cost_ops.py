@@ -15,7 +15,7 @@ from cluster.topology import Device, Provenance
 from strategies.engines import Engine, Kernels
 from strategies.formats import Format, Width
 from strategies.plan import ParallelDims, Placement, Shard
-from strategies.scheme import GGUF
+from strategies.scheme import GGUF, SPARSE24
 from strategies.spec import BYTES_PER_ELEMENT, ModelSpec
 
 # Measured rates are what probes reach, data sheets are what could be: probes reach 0.925 of an H100's bandwidth and
@@ -62,7 +62,7 @@ class Product:
     width: Width
     compute: str
     gated: bool = False  # gate and up, which SiLU joins
-    in_blocks: bool = False  # as a GGUF file has them: groups of 32 or 16 columns
+    kept: str = ""  # the format's name, of weights in fewer bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +125,7 @@ def products(
     found: list[Product] = []
 
     def add(n: float, k: float, times: int, how: tuple[float, Width, str], *, gated: bool = False) -> None:
-        found.append(Product(n, k, times, *how, gated=gated, in_blocks=how is small and kept.weights == GGUF))
+        found.append(Product(n, k, times, *how, gated=gated, kept=kept.weights if how is small else ""))
 
     def add_mlp(width: float, times: int) -> None:
         add(2 * width, hidden, times, small, gated=True)
@@ -159,6 +159,11 @@ def product_s(p: Product, rows: float, r: Rates, engine: Engine, prompt_share: f
     if p.width is not Width.FULL and k.dot_rows:
         return _small_s(p, rows, r, k, slower)
     n_bytes = p.n * p.k * p.weight_bytes + 2 * rows * (p.n + p.k)
+    if p.kept == SPARSE24 and k.pruned_reads:
+        flops = 2 * max(rows, LEAST_ROWS) * p.n * p.k
+        return joined(
+            n_bytes / r.reading(k.pruned_reads), flops / r.computing(p.compute, k.pruned_compute / slower)
+        )
     few = k.few_rows.get(p.width, 1.0) if rows <= FEW_ROWS else 1.0
     read = n_bytes / r.reading(k.weights[p.width] * few * engine.reads)
     share = k.compute[p.width]
@@ -178,9 +183,10 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
     flops = 2 * max(rows, LEAST_ROWS) * weights
     if p.compute not in BYTES_PER_ELEMENT and rows >= k.float8_rows:
         read = (weights * p.weight_bytes + moved) / r.reading(k.float8_reads)
-        return joined(read, flops / r.computing(p.compute, k.compute[p.width] / slower))
+        share = k.int8_compute if p.compute == "int8" else k.compute[p.width]
+        return joined(read, flops / r.computing(p.compute, share / slower))
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
-    by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from and not p.in_blocks
+    by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from and p.kept != GGUF
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
         is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS)
         codes = k.hopper_codes if by_wgmma else (k.few_codes if is_few else k.codes)[p.width]
@@ -193,7 +199,7 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
         )
         share = k.hopper_compute if by_wgmma else k.dot_compute[p.width]
         read, more = joined(read, flops / r.computing(dtype, share / slower))
-        times = (k.few_blocks if is_few else k.blocks)[p.width] if p.in_blocks else 1.0
+        times = (k.few_blocks if is_few else k.blocks)[p.width] if p.kept == GGUF else 1.0
         return read * times, more * times + gap
     widened = weights * (p.weight_bytes + 2) / r.reading(k.widened_reads)
     if p.gated:  # SiLU reads the product and writes half as much: no kernel does it on the way

@@ -61,6 +61,11 @@ class Kernels:
     hopper_compute: float = 0.0
     widened_reads: float = 0.0  # of bandwidth, widening all first
     widened_compute: float = 0.0  # of FLOP/s in the dtype, that products of these reach
+    int8_compute: float = 0.0  # of FLOP/s in int8, where x is rounded to it as well
+    pruned_reads: float = (
+        0.0  # of bandwidth, reading two of four weights; 0: these are multiplied as if all were there
+    )
+    pruned_compute: float = 0.0  # of FLOP/s, as if all were there
     float8_rows: int = 0  # from which on x is rounded to float8 as well
     float8_reads: float = 0.0  # of bandwidth, reading weights from there on
 

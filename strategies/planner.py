@@ -19,7 +19,7 @@ from strategies.offload import Room
 from strategies.place import place, rejection
 from strategies.plan import Candidate, Estimate, Layout, ParallelDims, Placement, Plan
 from strategies.quantize import can_remake, kept_on, native, or_native
-from strategies.runnable import is_known, why_not
+from strategies.runnable import is_known, lacking, why_not
 from strategies.spec import ModelSpec, Workload
 from strategies.ways_out import short_host, unknown_host, ways_out
 
@@ -198,12 +198,12 @@ def _beyond_memory(
 
 
 def _as_named(spec: ModelSpec, topology: Topology, candidate: Candidate) -> Candidate:
-    return replace(candidate, not_runnable=why_not(spec, candidate.layout, topology.devices))
+    return replace(candidate, not_runnable=why_not(spec, candidate.layout))
 
 
 def _worth(kept: Format, topology: Topology) -> bool:
     """Formats whose products a device cannot do in fewer bits gain nothing over int4, but memory by half."""
-    if topology.devices[0].kind == "cpu":
+    if topology.devices[0].kind == "cpu" or lacking(kept, topology.devices) is not None:
         return False
     return kept.compute is None or all(kept.compute in device.flops_per_s for device in topology.devices)
 
@@ -230,8 +230,10 @@ def _judge(
         format=layout.format,
         offload=layout.offload,
         zero3=layout.zero3,
-        not_runnable=why_not(spec, layout, topology.devices, named=named),
+        not_runnable=why_not(spec, layout, named=named),
     )
+    if not layout.zero3 and is_known(spec) and (lacks := lacking(layout.format, topology.devices)):
+        return replace(bare, reason=lacks), None
     try:
         placement = place(spec, layout, dtype, topology, engine, cut_for, room)
     except BadLayout as error:

@@ -131,9 +131,12 @@ def _compressed_tensors(config: Mapping[str, Any], name: str) -> Published:
         or not all(isinstance(s, Mapping) for s in schemes)
         or any(s != schemes[0] for s in schemes)
     ):
-        raise BadModel(
-            f"{name}: its config_groups store weights in {len(schemes)} ways; one is read; {_WAY_OUT}"
+        ways = (
+            f"store weights in {len(schemes)} ways"
+            if len(schemes) > 1
+            else "do not say how weights are stored"
         )
+        raise BadModel(f"{name}: its config_groups {ways}; one way is read; {_WAY_OUT}")
     weights: Mapping[str, Any] = schemes[0]
     form, kind, strategy = (
         str(v) for v in (config.get("format"), weights.get("type"), weights.get("strategy"))

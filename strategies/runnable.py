@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from cluster.errors import BadLayout, BadModel
 from cluster.topology import Device
-from strategies.formats import KV_FLOAT8
+from strategies.formats import KV_FLOAT8, Format
 from strategies.plan import Layout
 from strategies.quantize import RUNS
 from strategies.scheme import SPARSE24
@@ -28,16 +28,14 @@ def compatibility(spec: ModelSpec) -> str:
     )
 
 
-def why_not(
-    spec: ModelSpec, layout: Layout, devices: Sequence[Device] = (), *, named: bool = True
-) -> str | None:
+def why_not(spec: ModelSpec, layout: Layout, *, named: bool = True) -> str | None:
     """Why the engine does not run a layout of a model; None if it does.
 
     What changes a model's answers, or brings weights at every step, runs only where somebody `named` it.
     """
     if layout.zero3 or not is_known(spec):
         return _incompatible(spec, layout, named)
-    reason = _beyond_this_version(layout) or _together(layout) or _format(layout, devices, named)
+    reason = _beyond_this_version(layout) or _together(layout) or _format(layout, named)
     if reason is None and layout.offload and not named:
         return "+offload brings weights from host memory at every step: it runs where --layout names it"
     return reason
@@ -84,10 +82,17 @@ def _together(layout: Layout) -> str | None:
     return None
 
 
-def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | None:
-    kept = layout.format
-    if not kept.name:
-        return None
+def _format(layout: Layout, named: bool) -> str | None:
+    changes = layout.format.name and not named
+    return (
+        f"+{layout.format.name} changes a model's answers: it runs where --layout names it"
+        if changes
+        else None
+    )
+
+
+def lacking(kept: Format, devices: Sequence[Device]) -> str | None:
+    """What devices cannot do that a format wants."""
     for device in devices:
         if "float8" in device.flops_per_s:
             continue
@@ -101,7 +106,7 @@ def _format(layout: Layout, devices: Sequence[Device], named: bool) -> str | Non
                 f"+{KV_FLOAT8} is read in float8, which the {device.name} does not convert "
                 f"(GPUs do from compute capability 8.9 on); leave +{KV_FLOAT8} away"
             )
-    return None if named else f"+{kept.name} changes a model's answers: it runs where --layout names it"
+    return None
 
 
 def check_layout(layout: Layout) -> Layout:

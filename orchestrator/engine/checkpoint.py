@@ -37,8 +37,7 @@ def open_checkpoint(
     """The weights of a directory or a GGUF file; its `verify` checks every header. Raises BadModel."""
     if source.path is None:
         raise BadModel(
-            f"{source.name} is built in, as sizes without weights; give a directory or a .gguf file, "
-            "or use --weights dummy"
+            f"{source.name} is built in, as sizes without weights; give a directory or a .gguf file"
         )
     if source.kind == SourceKind.GGUF:
         return GgufCheckpoint(source.path, spec)

@@ -115,6 +115,14 @@ class PublishedCheckpoint:
             found = self._files.shape(scales)
             if math.prod(found) != 1 and found != (n,):
                 check_shape(self.spec, scales, found, (n, 1))
+        points = f"{stem}weight_zero_point"
+        packed = (-(-n * self._how.bits // 32), -(-k // self._how.group) if self._how.group else 1)
+        is_symmetric = self._how.stored == Stored.PACKED and self._how.symmetric
+        if is_symmetric and self._files.find(points) and self._files.shape(points) == packed:
+            raise BadModel(
+                f"{self.spec.name} has {points}, which symmetric weights, as its config has them, have not; "
+                "take both from one release"
+            )
         if self._how.stored == Stored.GPTQ and self._files.find(order):
             check_shape(self.spec, order, self._files.shape(order), (k,))
 

@@ -33,7 +33,7 @@ def test_a_cache_in_float8_says_what_it_wants_and_halves_the_cache() -> None:
     layout = Layout.parse("tp1+kvfp8")
     workload = Workload(64, 16)
     (old,) = plan(LLAMA_8B, box("a100-80gb-pcie", 1), workload, "bfloat16", layouts=[layout]).candidates
-    assert old.not_runnable is not None and "+kvfp8 is read in float8, which the" in old.not_runnable
+    assert old.reason is not None and "+kvfp8 is read in float8, which the" in old.reason
     (new,) = plan(LLAMA_8B, box("rtx-4090", 1), workload, "bfloat16", layouts=[layout]).candidates
     (plain,) = plan(LLAMA_8B, box("rtx-4090", 1), workload, "bfloat16", layouts=[ParallelDims()]).candidates
     assert new.not_runnable is None and new.estimate is not None and plain.estimate is not None

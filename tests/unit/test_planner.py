@@ -291,7 +291,12 @@ def test_weights_in_fewer_bits_are_chosen_where_they_are_named():
         LLAMA_8B, box("a100-80gb-pcie", 1), Workload(), "bfloat16", layouts=[Layout.parse("tp1+fp8")]
     )
     assert refused.chosen is None
-    assert "does not compute (GPUs do from compute capability 8.9 on)" in refused.candidates[0].not_runnable
+    assert "does not compute (GPUs do from compute capability 8.9 on)" in refused.candidates[0].reason
+
+
+def test_what_a_card_cannot_convert_is_neither_offered_nor_listed_as_fitting():
+    names = {c.layout.name for c in wide(LLAMA_70B, box("rtx-3090", 2)).candidates if c.feasible}
+    assert "tp2+int4" in names and not any("fp8" in name for name in names)
 
 
 def test_70b_on_two_4090s_is_planned_in_4_bits_and_streamed_in_more():

@@ -250,7 +250,7 @@ def test_packing_is_undone() -> None:
             compressed("marlin-24", "int", 4, "group", group_size=128),
             "marlin-24, 4-bit int by group is not read",
         ),
-        ({"quant_method": "compressed-tensors"}, "in 0 ways; one is read"),
+        ({"quant_method": "compressed-tensors"}, "do not say how weights are stored; one way is read"),
         ([], "must be an object"),
     ],
 )
@@ -268,6 +268,17 @@ def test_a_mislabelled_checkpoint_is_found_before_it_is_loaded(tmp_path: Path) -
     wrong = replace(spec, published=replace(spec.published, group=128))
     with pytest.raises(
         BadModel, match=r"weight_scale is \[192, 3\] in the checkpoint, but \[192, 2\] by its config"
+    ):
+        open_checkpoint(resolve(str(tmp_path)), wrong).verify()
+
+
+def test_zero_points_beside_a_config_without_any_are_refused(tmp_path: Path) -> None:
+    """They would be left out: garbage, without a word."""
+    spec, _ = published(tmp_path, "packed")
+    assert spec.published is not None
+    wrong = replace(spec, published=replace(spec.published, symmetric=True))
+    with pytest.raises(
+        BadModel, match=r"weight_zero_point, which symmetric weights.* take both from one release"
     ):
         open_checkpoint(resolve(str(tmp_path)), wrong).verify()
 

@@ -31,7 +31,7 @@ COMMANDS = {
     "batch": "answer a file of requests, by a server or in this process",
     "quality": "what fewer bits cost: perplexity, divergence and agreement on a text",
     "bench": "put a load on any OpenAI endpoint, and tell its latencies and throughput",
-    "quantize": "write a model's weights in four bits, calibrated on text or plain",
+    "quantize": "write a model's weights in four bits or in float8, calibrated on text or plain",
     "profile": "prove the links of this machine and time all that plans are made of",
     "doctor": "what is here, what is wrong with it, and the fix",
 }

@@ -34,6 +34,7 @@ from strategies.host_kv import check_block, check_room, told, useful_blocks
 from strategies.offload import DEEPSPEED
 from strategies.pipeline import shard_replica
 from strategies.plan import ParallelDims, Shard
+from strategies.published import Stored
 from strategies.runnable import compatibility
 from strategies.spec import Workload
 
@@ -185,9 +186,10 @@ def _made_ready(
         progress.say(f"{name}: {compatibility(options.spec)}")
     stored = options.spec.published
     if stored is not None and not FORMATS[options.format].weights:
-        progress.say(
-            f"{name}: weights are stored in {stored.stored}, and widened to {options.dtype} for good"
-        )
+        form = "fp8" if stored.stored is Stored.CHANNELS else stored.stored
+        progress.say(f"{name}: weights are stored in {form}, and widened to {options.dtype} for good")
+    elif stored is not None and options.device == "cpu" and not stored.symmetric:
+        progress.say(f"{name}: 4 bits with zero points are slow on a CPU: they are widened at every step")
     if options.host_kv_gb is not None:
         _check_host_room(placed, options.host_kv_gb)
     if options.offload_dir is not None and options.offload:

@@ -310,7 +310,8 @@ def attention_s(place: Placement, shard: Shard, work: Pass, r: Rates) -> float:
     seen = mean_window(spec, shard.layers, work.context) * work.decodes * layers
     if spec.latent is None:
         per_token = 2 * len(shard.kv_heads) * spec.head_dim * kv_size
-        decode = seen * per_token / r.reading(k.kv)
+        share = k.kv_float8 if place.format.has_float8_kv and k.kv_float8 else k.kv
+        decode = seen * per_token / r.reading(share)
         per_pair = 4 * heads * spec.head_dim
     else:
         a = spec.latent

@@ -61,6 +61,7 @@ class Kernels:
     hopper_compute: float = 0.0
     widened_reads: float = 0.0  # of bandwidth, widening all first
     widened_compute: float = 0.0  # of FLOP/s in the dtype, that products of these reach
+    kv_float8: float = 0.0  # as `kv`, of a cache in float8, which is widened on the way; 0: as any
     int8_compute: float = 0.0  # of FLOP/s in int8, where x is rounded to it as well
     pruned_reads: float = (
         0.0  # of bandwidth, reading two of four weights; 0: these are multiplied as if all were there

@@ -71,9 +71,10 @@ def test_fewer_bits_take_less_memory_and_no_longer_to_decode():
     plain, eight, four = (predict(LLAMA_8B, name, machine) for name in ("tp1", "tp1+fp8", "tp1+int4"))
     assert plain.tpot_s > eight.tpot_s > four.tpot_s
     assert plain.memory_bytes_per_device > eight.memory_bytes_per_device > four.memory_bytes_per_device
-    assert predict(LLAMA_8B, "tp1+kvfp8", machine, concurrency=64).breakdown["kv"] == pytest.approx(
-        predict(LLAMA_8B, "tp1", machine, concurrency=64).breakdown["kv"] / 2
+    small, whole = (
+        predict(LLAMA_8B, name, machine, concurrency=64).breakdown["kv"] for name in ("tp1+kvfp8", "tp1")
     )
+    assert whole / 2 < small < whole  # half of the bytes, which are widened on the way
 
 
 def test_a_load_that_never_ends_obeys_littles_law():

@@ -97,9 +97,8 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(plans, {}, workload, topology, options.dtype, quality_unknown=known, named=named)
     if args.no_measure:
         _show(comparison, as_json=args.json)
-    else:
-        if not _measure(args, comparison, options, loads, progress):
-            return ShardwiseError.exit_code
+    elif not _measure(args, comparison, options, loads, progress):
+        return ShardwiseError.exit_code
     return 0 if plans[workload.concurrency].chosen is not None else NoFeasiblePlan.exit_code
 
 

@@ -144,9 +144,8 @@ def _unseen(options: EngineOptions, dims: ParallelDims) -> Candidate:
 def _refused(asked: Candidate, topology: Topology, why: str) -> str:
     if asked.not_runnable is not None:
         return f"{asked.layout.name} does not run here: {asked.not_runnable}"
-    if lacking(asked.format, topology.devices) is not None:
-        return f"{asked.layout.name} does not run here: {asked.reason}. {why}"
-    return f"{asked.layout.name} does not fit: {asked.reason}. {why}"
+    does = "fit" if lacking(asked.format, topology.devices) is None else "run here"
+    return f"{asked.layout.name} does not {does}: {asked.reason}. {why}"
 
 
 def workload_of(options: EngineOptions, prompts: Sequence[Prompt]) -> Workload:

@@ -86,7 +86,7 @@ def explain_planned_only(
     best, _ = planned[0]
     made = _made(best)
     gives = (
-        f"{_rate(made)} tokens/s, the first after {ms(made.ttft_s)}, each next one after "
+        f"{_tokens_per_s(made.output_tokens_per_s)} tokens/s, the first after {ms(made.ttft_s)}, each next one after "
         f"{ms(made.tpot_s)}, {made.memory_bytes_per_device / 1e9:.1f} GB a card"
     )
     if chosen is None:
@@ -114,10 +114,6 @@ def _why_apart(candidate: Candidate) -> str:
     return "Planned only, this version does not run it"
 
 
-def _rate(made: Estimate) -> str:
-    return _tokens_per_s(made.output_tokens_per_s)
-
-
 def _tokens_per_s(rate: float) -> str:
     return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
@@ -131,7 +127,7 @@ def _what_it_gives(best: Candidate, workload: Workload) -> str:
     made = _made(best)
     at_once = "one request" if workload.concurrency == 1 else f"{workload.concurrency} requests at once"
     return (
-        f"{best.layout.name} serves {at_once} at {_rate(made)} tokens/s: the first token "
+        f"{best.layout.name} serves {at_once} at {_tokens_per_s(made.output_tokens_per_s)} tokens/s: the first token "
         f"after {ms(made.ttft_s)}, each next one after {ms(made.tpot_s)}. That is {made.share_of_limit:.0%} "
         f"of the limit that bandwidth and FLOP/s set for {count(best.dims.world_size, 'device')}."
     )

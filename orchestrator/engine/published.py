@@ -116,9 +116,12 @@ class PublishedCheckpoint:
             if math.prod(found) != 1 and found != (n,):
                 check_shape(self.spec, scales, found, (n, 1))
         points = f"{stem}weight_zero_point"
-        packed = (-(-n * self._how.bits // 32), -(-k // self._how.group) if self._how.group else 1)
         is_symmetric = self._how.stored == Stored.PACKED and self._how.symmetric
-        if is_symmetric and self._files.find(points) and self._files.shape(points) == packed:
+        if (
+            is_symmetric
+            and self._files.find(points)
+            and self._files.shape(points) == self._packed_points(n, k)
+        ):
             raise BadModel(
                 f"{self.spec.name} has {points}, which symmetric weights, as its config has them, have not; "
                 "take both from one release"
@@ -136,7 +139,7 @@ class PublishedCheckpoint:
                     "weight_packed": (n, -(-k // per)),
                     "weight_scale": (n, groups),
                 }
-                return found if how.symmetric else {**found, "weight_zero_point": (-(-n // per), groups)}
+                return found if how.symmetric else {**found, "weight_zero_point": self._packed_points(n, k)}
             case Stored.CHANNELS:
                 return {"weight": (n, k)}
             case Stored.BLOCKS:
@@ -148,6 +151,10 @@ class PublishedCheckpoint:
                 return {"qweight": (k, n // per), "qzeros": (groups, n // per), "scales": (groups, n)}
             case Stored.NF4 | Stored.GGUF:
                 raise AssertionError(f"{how.stored} has a reader of its own")
+
+    def _packed_points(self, n: int, k: int) -> tuple[int, int]:
+        """The shape of compressed-tensors' zero points."""
+        return -(-n * self._how.bits // 32), -(-k // self._how.group) if self._how.group else 1
 
     def _part(self, name: str, part: str, rows: range | None = None) -> Tensor:
         return self._files.read(f"{name.removesuffix('weight')}{part}", rows).clone()

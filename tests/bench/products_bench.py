@@ -26,6 +26,7 @@ from strategies.spec import ModelSpec
 
 LAYERS = 4  # of a replay: the same weights in turn, more of them than an L2 cache holds
 REPLAYS = 5
+FULL = "bf16"
 SCHEMES = {"int8": Scheme("int8"), "int4": Scheme("int4"), "fp8": Scheme("fp8"), **KEPT}
 
 
@@ -52,7 +53,7 @@ def made(
     shape: tuple[int, int], kept: str, gated: bool, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
     n, k = shape
-    if kept not in SCHEMES:
+    if kept == FULL:
         return (Full if gated else nn.Linear)(k, n, bias=False, device=device, dtype=dtype)
     how = SCHEMES[kept]
     if kept == "int4":
@@ -69,7 +70,8 @@ def made(
 
 
 def layer_us(layer: Sequence[nn.Module], rows: int, device: torch.device, dtype: torch.dtype) -> float:
-    xs = [torch.randn(rows, of, device=device).to(dtype) for of in _widths(layer)]
+    widths = [int(product.in_features) for product in layer]  # type: ignore[arg-type]
+    xs = [torch.randn(rows, width, device=device).to(dtype) for width in widths]
 
     def run() -> None:
         for _ in range(LAYERS):
@@ -86,10 +88,6 @@ def layer_us(layer: Sequence[nn.Module], rows: int, device: torch.device, dtype:
     return min(_seconds(graph.replay) for _ in range(REPLAYS)) / LAYERS * 1e6
 
 
-def _widths(layer: Sequence[nn.Module]) -> list[int]:
-    return [int(product.in_features) for product in layer]  # type: ignore[arg-type]
-
-
 def _seconds(run: Callable[[], None]) -> float:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -104,13 +102,15 @@ def _seconds(run: Callable[[], None]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="llama-3.1-8b")
-    parser.add_argument("--formats", default=",".join(("bf16", *SCHEMES)))
+    parser.add_argument("--formats", default=",".join((FULL, *SCHEMES)))
     parser.add_argument("--rows", default="1,2,8,16,32,64,128,512")
     parser.add_argument("--device", default="cuda", choices=("cpu", "cuda"))
     args = parser.parse_args()
     device, spec = torch.device(args.device), spec_of(resolve(args.model))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     rows = [int(one) for one in args.rows.split(",")]
+    if unknown := set(args.formats.split(",")) - {FULL, *SCHEMES}:
+        parser.error(f"--formats {', '.join(sorted(unknown))}: not one of {FULL}, {', '.join(SCHEMES)}")
     table = Table("µs a layer", "MB", *map(str, rows))
     for kept in args.formats.split(","):
         layer = layer_of(spec, kept, device, dtype)

@@ -119,15 +119,17 @@ def test_gpus_keep_four_bits_where_there_are_four(kind: str) -> None:
     assert of.row_bytes == 512 * KEPT[kind].bytes_per_weight
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 140])
-@pytest.mark.parametrize("kind", ["Q8_0", "Q5_K", "Q6_K"])
-def test_kernels_of_eight_bits_in_groups(kind: str, rows: int) -> None:
-    stored, wanted = blocks(kind, 37, 768)
-    of = Quantized((37, 768), KEPT[kind], True, CPU, torch.float32)
+@pytest.mark.parametrize("rows", [1, 2, 5, 30, 60, 128, 140])
+@pytest.mark.parametrize(
+    ("kind", "columns"), [("Q8_0", 768), ("Q8_0", 576), ("Q8_0", 1056), ("Q5_K", 768), ("Q6_K", 768)]
+)
+def test_kernels_of_eight_bits_in_groups(kind: str, columns: int, rows: int) -> None:
+    stored, wanted = blocks(kind, 37, columns)
+    of = Quantized((37, columns), KEPT[kind], True, CPU, torch.float32)
     of.put(0, stored)
     assert of.bias is not None
     of.bias.data.normal_()
-    x = torch.randn(rows, 768)
+    x = torch.randn(rows, columns)
     expected = x.double() @ wanted.double().T + of.bias.double()
     for actual in (groups_of_8(x, of.codes, of.scales, of.bias), of(x)):
         assert ((actual - expected).norm() / expected.norm()).item() < 2e-6

@@ -56,9 +56,7 @@ def gated_many(x_MK: Tensor, weight_NK: Tensor) -> Tensor:
     (m, k), n = x_MK.shape, weight_NK.shape[0] // 2
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     tiles = triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
-    programs = max(
-        2, processors(x_MK.device)
-    )  # two in Triton's interpreter, so that each takes several tiles there
+    programs = max(2, processors(x_MK.device))  # Triton's interpreter has one: two take several tiles each
     _gated_tiles[(min(tiles, programs),)](
         TensorDescriptor(x_MK, [m, k], [k, 1], [ROWS, DEPTH]),
         TensorDescriptor(weight_NK, [2 * n, k], [k, 1], [COLUMNS, DEPTH]),

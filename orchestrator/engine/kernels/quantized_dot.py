@@ -26,7 +26,7 @@ MOST_SPLITS = 8
 SMALL_SHARED_BYTES = 160_000  # a multiprocessor with less has 99 KB for a program, as a 4090's
 
 
-SHORT_GROUP = 128  # of 32 columns a layer of Llama-3.1-8B took 0.79 ms where whole lines of 128 take 0.22
+SHORT_GROUP = 128  # groups of 32 took 0.79 ms a layer of Llama-3.1-8B, of 128 0.22 (H100 SXM, 2026-11-23)
 WIDENED_WEIGHTS = 2**26
 """So many are widened at once for cuBLAS: 128 MiB in bfloat16. With a quarter of it 4096 channels of 14336 columns came
 in parts of 1170, which cuBLAS takes three times as long for (2048 rows on an H100, 2026-11-22)."""
@@ -87,6 +87,12 @@ def splits_of(n: int, k: int, tile: DotTile, rows: int, group: int) -> int:
     programs = triton.cdiv(n, tile.channels) * triton.cdiv(rows, tile.rows)
     wanted = PROGRAMS_OF_FEW_ROWS4.get(tile.rows, PROGRAMS) if group else PROGRAMS
     return max(1, min(wanted // int(programs), MOST_SPLITS, k // (4 * tile.columns)))
+
+
+def even_parts(length: int, unit: int, splits: int) -> tuple[int, int]:
+    """→ what each part has, in whole units, and how many parts there are then."""
+    each = triton.cdiv(triton.cdiv(length, unit), splits) * unit
+    return each, triton.cdiv(length, each)
 
 
 def _pairs(kind: str, magic: int, one: int, away: int) -> str:
@@ -280,8 +286,7 @@ def dot(
     splits = splits or splits_of(n, k, tile, m, group)
     size, all_ = (tile.columns // 8, k // 8) if group else (min(tile.columns, triton.next_power_of_2(k)), k)
     size = max(16, size)
-    per_split = triton.cdiv(triton.cdiv(all_, size), splits) * size
-    splits = triton.cdiv(all_, per_split)
+    per_split, splits = even_parts(all_, size, splits)
     parts = torch.empty((splits, m, n), dtype=torch.float32, device=x_MK.device)
     out = torch.empty((m, n), dtype=x_MK.dtype, device=x_MK.device)
     grid = (triton.cdiv(n, tile.channels), triton.cdiv(m, tile.rows), splits)

@@ -16,6 +16,7 @@ from orchestrator.engine.kernels.quantized_dot import (
     WIDENED_WEIGHTS,
     DotTile,
     added,
+    even_parts,
     in_pieces,
     splits_of,
 )
@@ -176,9 +177,7 @@ def dot(x_MK: Tensor, codes_NK: Tensor, scales: Tensor, bias_N: Tensor | None) -
     m, k = x_MK.shape
     n = len(codes_NK)
     tile = TILES[max(16, triton.next_power_of_2(m))]
-    splits = splits_of(n, k, tile, m, 0)
-    per_split = triton.cdiv(triton.cdiv(k, tile.columns), splits) * tile.columns
-    splits = triton.cdiv(k, per_split)
+    per_split, splits = even_parts(k, tile.columns, splits_of(n, k, tile, m, 0))
     parts = torch.empty((splits, m, n), dtype=torch.float32, device=x_MK.device)
     _dot[(triton.cdiv(n, tile.channels), splits)](
         x_MK, codes_NK, scales, parts, m, n, m * n, per_split, M_BLOCK=tile.rows, CHANNELS=tile.channels,

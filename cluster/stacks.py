@@ -1,8 +1,9 @@
 """Where the processes of a gang are stuck: the stacks of each, whatever state it is in, in one file.
 
-A process on this host tells by py-spy where that is installed, which reads the memory of a stopped one too; else by
-faulthandler, on a signal: it needs no lock of Python's, so that a loop in native code is seen. What is elsewhere is
-asked by a call, in a thread of its own.
+A process on this host tells by py-spy where that is installed, which reads the memory of a stopped one too. Else each
+is asked by a call, which a thread of its own answers. One on this host that does not is told to by a signal, on which
+faulthandler needs no lock of Python's, so that a loop in native code is seen. The call comes first because without that
+lock faulthandler ends the process (SIGSEGV) where another thread of it is just ending, as threads of calls do.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from cluster.life import machine
 
 _SIGNAL = signal.SIGUSR1
 _SPY_S = 5.0
+_ANSWER_S = 2.0  # of all calls together
 _TELL_S = 2.0  # to write some kilobytes; a process that needs longer is not going to
 _LOOK_S = 0.05
 _SAME_LOOKS = 6  # after which it has ended to write: there is no mark at the end
@@ -46,13 +48,9 @@ def own() -> str:
 
 def save(gang: Gang, directory: Path, name: str) -> Path:
     """A file with the stacks of every member, which must be `arm`ed. Takes seconds; stopped members are continued."""
-    here = machine()
-    asked = {m.index: gang.call(m.index, "stacks") for m in gang.members if m.machine != here}
-    seen = {m.index: _of_process(m) for m in gang.members if m.machine == here}
-    parts = []
-    for member in gang.members:
-        told = seen.get(member.index) or _answered(asked.get(member.index))
-        parts.append(f"=== {member} ===\n{told}\n")
+    asked = {m.index: gang.call(m.index, "stacks") for m in gang.members if not _is_stopped(m)}
+    deadline = time.monotonic() + _ANSWER_S
+    parts = [f"=== {m} ===\n{_told_by(m, asked.get(m.index), deadline)}\n" for m in gang.members]
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
     with path.open("x") as file:  # whoever shares the directory cannot have laid a link there
@@ -62,24 +60,29 @@ def save(gang: Gang, directory: Path, name: str) -> Path:
 
 def is_stopped(gang: Gang) -> bool:
     """Whether a signal stopped a member on this host: nothing that it ran did."""
-    here = [m.pid for m in gang.members if m.machine == machine()]
-    return any((_state(pid) or "").startswith("T") for pid in here)
+    return any(_is_stopped(member) for member in gang.members)
 
 
-def _answered(call: Call | None) -> str:
-    if call is None:
-        return "(nothing)"
-    try:
-        return str(call.result(_SPY_S))
-    except ShardwiseError as error:
-        return f"(no answer: {error})"
+def _is_stopped(member: Member) -> bool:
+    return member.machine == machine() and (_state(member.pid) or "").startswith("T")
 
 
-def _of_process(member: Member) -> str:
+def _told_by(member: Member, call: Call | None, deadline: float) -> str:
+    if member.machine != machine():
+        return _answer(call, deadline) or "(no answer)"
     state = _state(member.pid)
     if state is None:
         return "(it has ended)"
-    return f"state {state}\n{_by_spy(member.pid) or _by_signal(member)}"
+    return f"state {state}\n{_by_spy(member.pid) or _answer(call, deadline) or _by_signal(member)}"
+
+
+def _answer(call: Call | None, deadline: float) -> str | None:
+    """None where it is stopped, stuck or dead."""
+    if call is None:
+        return None
+    with contextlib.suppress(ShardwiseError):
+        return str(call.result(max(0.0, deadline - time.monotonic())))
+    return None
 
 
 def _state(pid: int) -> str | None:

@@ -36,7 +36,7 @@ async def main(root: Path, step_s: float, answer: str = "Hello", *, kept: bool =
             listener,
             keys=[],
             progress=Progress(quiet=not kept),
-            drain_s=5,
+            drain_s=30,
             files=files,
             batches=batches,
         )

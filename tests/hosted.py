@@ -72,6 +72,20 @@ class Stuck(Parrot):
     def stacks(self) -> str:
         return stacks.own()
 
+    def bustle(self, seconds: float) -> int:
+        """→ how many threads came and went."""
+        end_s, count = time.monotonic() + seconds, 0
+        while time.monotonic() < end_s:
+            thread = threading.Thread(target=str)
+            thread.start()
+            thread.join()
+            count += 1
+        return count
+
+    def hog(self, seconds: float) -> None:
+        """Keep Python's lock."""
+        ctypes.PyDLL(None).usleep(int(seconds * 1e6))
+
 
 class Unwilling:
     def __init__(self) -> None:

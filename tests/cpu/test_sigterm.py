@@ -15,7 +15,7 @@ import pytest
 
 from tests.hosts import PATIENCE_S, ROOT
 
-STREAMS, TEXT = 50, "Hello"
+STREAMS, TEXT, STEP_S = 50, "Hello, hello.", 0.05  # seconds in all: the signal comes in good time
 
 
 async def text_of(http: httpx2.AsyncClient, started: asyncio.Semaphore) -> list[str]:
@@ -60,7 +60,7 @@ async def under_load(
     ids=["SIGTERM, and nohup before", "SIGHUP"],
 )
 def test_told_to_end_under_load(how: Sequence[signal.Signals], nohup: bool, tmp_path: Path) -> None:
-    argv = [*(["nohup"] * nohup), sys.executable, "-m", "tests.fake_server", str(tmp_path), "0.04"]
+    argv = [*(["nohup"] * nohup), sys.executable, "-m", "tests.fake_server", str(tmp_path), str(STEP_S), TEXT]
     with subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None

@@ -39,3 +39,23 @@ def test_every_member_is_told_of(spy: bool, tmp_path: Path, monkeypatch: pytest.
             assert "hosted.py" in part, "it waits there"
             assert "wait" in part
         assert not any(call.wait(0) for call in waiting)
+
+
+def test_asking_harms_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While threads come and go: faulthandler, where it reads one that is just ending, ends the process."""
+    monkeypatch.setattr(stacks, "py_spy", lambda: None)
+    with ProcessGang(Stuck, 1) as gang:
+        bustle = gang.call(0, "bustle", 3.0)
+        for number in range(20):
+            assert "hosted.py" in stacks.save(gang, tmp_path, f"stacks{number}").read_text()
+        assert bustle.result(PATIENCE_S) > 100
+
+
+def test_one_that_answers_no_call_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that keeps Python's lock lets no other one answer."""
+    monkeypatch.setattr(stacks, "py_spy", lambda: None)
+    monkeypatch.setattr(stacks, "_ANSWER_S", 0.2)
+    with ProcessGang(Stuck, 1) as gang:
+        gang.call(0, "hog", 20.0)
+        time.sleep(0.5)
+        assert "in hog" in stacks.save(gang, tmp_path, "stacks").read_text()

@@ -48,9 +48,17 @@ def own() -> str:
 
 def save(gang: Gang, directory: Path, name: str) -> Path:
     """A file with the stacks of every member, which must be `arm`ed. Takes seconds; stopped members are continued."""
-    asked = {m.index: gang.call(m.index, "stacks") for m in gang.members if not _is_stopped(m)}
+    spied = {m.index: _by_spy(m.pid) for m in gang.members if m.machine == machine()}
+    asked = {
+        m.index: gang.call(m.index, "stacks")
+        for m in gang.members
+        if not spied.get(m.index) and not _is_stopped(m)
+    }
     deadline = time.monotonic() + _ANSWER_S
-    parts = [f"=== {m} ===\n{_told_by(m, asked.get(m.index), deadline)}\n" for m in gang.members]
+    parts = []
+    for member in gang.members:
+        told = _told_by(member, spied.get(member.index), asked.get(member.index), deadline)
+        parts.append(f"=== {member} ===\n{told}\n")
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}-{time.strftime('%Y%m%dT%H%M%S')}.txt"
     with path.open("x") as file:  # whoever shares the directory cannot have laid a link there
@@ -67,22 +75,17 @@ def _is_stopped(member: Member) -> bool:
     return member.machine == machine() and (_state(member.pid) or "").startswith("T")
 
 
-def _told_by(member: Member, call: Call | None, deadline: float) -> str:
+def _told_by(member: Member, spied: str | None, call: Call | None, deadline: float) -> str:
+    told, silence = spied, ""
+    if call is not None:
+        try:
+            told = str(call.result(max(0.0, deadline - time.monotonic())))
+        except ShardwiseError as error:
+            silence = f"(no answer: {error})"
     if member.machine != machine():
-        return _answer(call, deadline) or "(no answer)"
+        return told or silence
     state = _state(member.pid)
-    if state is None:
-        return "(it has ended)"
-    return f"state {state}\n{_by_spy(member.pid) or _answer(call, deadline) or _by_signal(member)}"
-
-
-def _answer(call: Call | None, deadline: float) -> str | None:
-    """None where it is stopped, stuck or dead."""
-    if call is None:
-        return None
-    with contextlib.suppress(ShardwiseError):
-        return str(call.result(max(0.0, deadline - time.monotonic())))
-    return None
+    return "(it has ended)" if state is None else f"state {state}\n{told or _by_signal(member)}"
 
 
 def _state(pid: int) -> str | None:

@@ -26,7 +26,7 @@ MOST_SPLITS = 8
 SMALL_SHARED_BYTES = 160_000  # a multiprocessor with less has 99 KB for a program, as a 4090's
 
 
-SHORT_GROUP = 128  # groups of 32 took 0.79 ms a layer of Llama-3.1-8B, of 128 0.22 (H100 SXM, 2026-11-23)
+EIGHTS = 512  # of weights, widened by a program
 WIDENED_WEIGHTS = 2**26
 """So many are widened at once for cuBLAS: 128 MiB in bfloat16. With a quarter of it 4096 channels of 14336 columns came
 in parts of 1170, which cuBLAS takes three times as long for (2048 rows on an H100, 2026-11-22)."""
@@ -320,35 +320,23 @@ def added(parts: Tensor, bias_N: Tensor | None, out_MN: Tensor, scales_N: Tensor
 
 
 @triton.jit
-def _widen4(words, scales, out, TOTAL, K: tl.constexpr, GROUP: tl.constexpr, BLOCK: tl.constexpr):
-    """A program has some words, of one channel after another."""
+def _widen4(words, scales, out, TOTAL, GROUP: tl.constexpr, EIGHTS: tl.constexpr):
+    """A program has some weights as they lie, a thread eight neighbours, which are 16 bytes of its warp's 512: written
+    a plane at a time, groups of 32 took 766 µs a layer of Llama-3.1-8B, and so 216; of 128 214 and 205 (H100 SXM,
+    2026-11-23)."""
     EIGHTH: tl.constexpr = GROUP // 8
-    word = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = word < TOTAL
-    group = word // EIGHTH
+    first = tl.program_id(0).to(tl.int64) * EIGHTS * 8
+    eight = tl.arange(0, EIGHTS)[:, None] * 8
+    column = eight + tl.arange(0, 8)[None, :]
+    inside = first + eight < TOTAL
+    word = first // 8 + (column // GROUP * EIGHTH + column % EIGHTH)
     tile = tl.load(words + word, mask=inside, other=0)
-    scale = tl.load(scales + group * 2, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(scales + group * 2 + 1, mask=inside, other=0.0).to(tl.float32) - 24.0 * scale
-    for plane in tl.static_range(8):
-        weights = _weights4(tile, plane, 16.0 * scale, offset)
-        column = group * GROUP + plane * EIGHTH + word % EIGHTH
-        tl.store(out + column, weights.to(out.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _widen4_in_lines(words, scales, out, TOTAL, GROUP: tl.constexpr, GROUPS: tl.constexpr):
-    """A program has some groups, and writes each as it lies: of short ones a plane is a few bytes."""
-    EIGHTH: tl.constexpr = GROUP // 8
-    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)[:, None, None]
-    plane = tl.arange(0, 8)[None, :, None]
-    word = tl.arange(0, EIGHTH)[None, None, :]
-    inside = group < TOTAL
-    tile = tl.load(words + group * EIGHTH + word, mask=inside, other=0)
-    scale = tl.load(scales + group * 2, mask=inside, other=0.0).to(tl.float32)
-    offset = tl.load(scales + group * 2 + 1, mask=inside, other=0.0).to(tl.float32) - 24.0 * scale
-    bits = (((tile >> (4 * plane)) & 15) << 19) | 0x3F800000
+    pair = scales + (first // GROUP + eight // GROUP) * 2
+    scale = tl.load(pair, mask=inside, other=0.0).to(tl.float32)
+    offset = tl.load(pair + 1, mask=inside, other=0.0).to(tl.float32) - 24.0 * scale
+    bits = (((tile >> (4 * (column // EIGHTH % 8))) & 15) << 19) | 0x3F800000
     weights = bits.to(tl.float32, bitcast=True) * (16.0 * scale) + offset
-    tl.store(out + group * GROUP + plane * EIGHTH + word, weights.to(out.dtype.element_ty), mask=inside)
+    tl.store(out + first + column, weights.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -362,18 +350,13 @@ def _widen8(codes, scales, out, TOTAL, K: tl.constexpr, BLOCK: tl.constexpr):
 
 def widen(codes: Tensor, scales: Tensor, group: int, out_NK: Tensor) -> Tensor:
     """Fills `out_NK`, contiguous, with the weights. → it."""
-    block = 1024
-    words = codes.view(torch.int32) if group else codes
-    if group and group < SHORT_GROUP:
-        groups, count = 8 * block // group, out_NK.numel() // group
-        grid = (triton.cdiv(count, groups),)
-        _widen4_in_lines[grid](words, scales, out_NK, count, GROUP=group, GROUPS=groups)
-    elif group:
-        grid = (triton.cdiv(words.numel(), block),)
-        _widen4[grid](words, scales, out_NK, words.numel(), K=out_NK.shape[1], GROUP=group, BLOCK=block)
+    total = out_NK.numel()
+    if group:
+        grid = (triton.cdiv(total, 8 * EIGHTS),)
+        _widen4[grid](codes.view(torch.int32), scales, out_NK, total, GROUP=group, EIGHTS=EIGHTS, num_warps=8)
     else:
-        grid = (triton.cdiv(codes.numel(), 2 * block),)
-        _widen8[grid](codes, scales, out_NK, codes.numel(), K=out_NK.shape[1], BLOCK=2 * block)
+        block = 2048
+        _widen8[(triton.cdiv(total, block),)](codes, scales, out_NK, total, K=out_NK.shape[1], BLOCK=block)
     return out_NK
 
 

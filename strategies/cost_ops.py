@@ -188,7 +188,7 @@ def _small_s(p: Product, rows: float, r: Rates, k: Kernels, slower: float) -> tu
     dtype = p.compute if p.compute in BYTES_PER_ELEMENT else "bfloat16"
     by_wgmma = p.width is Width.FOUR and r.is_hopper and rows >= k.hopper_from and p.kept != GGUF
     if rows <= (k.hopper_rows if by_wgmma else k.dot_rows):
-        is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR else FEW_ROWS)
+        is_few = rows <= (LEAST_ROWS if p.width is Width.FOUR and p.kept != GGUF else FEW_ROWS)
         codes = k.hopper_codes if by_wgmma else (k.few_codes if is_few else k.codes)[p.width]
         gap = k.hopper_gap_s if by_wgmma else k.few_gap_s.get(p.width, 0.0) if is_few else 0.0
         read = sum(

@@ -60,15 +60,25 @@ struct Scale {
   __device__ __forceinline__ float zero() const { return wide((u16)(pair >> 16)); }
 #endif
 #endif
+  __device__ __forceinline__ float away() const { return zero() - (BASE + 8.0f) * scale(); }  // of codes as BASE + code
 };
+__device__ __forceinline__ void load_two(Scale (&to)[2], const void* scales, u64 index) {  // index is even
+#if SCALES == 1
+  const float4 two = __ldg((const float4*)scales + index / 2);
+  to[0].pair = make_float2(two.x, two.y), to[1].pair = make_float2(two.z, two.w);
+#else
+  const uint2 two = __ldg((const uint2*)scales + index / 2);
+  to[0].pair = two.x, to[1].pair = two.y;
+#endif
+}
 
 // Two weights, rounded to x's type.
 #if WIDE_SCALES
-__device__ __forceinline__ u32 weights(u32 word, int plane, float scale, float zero) {
+__device__ __forceinline__ u32 weights(u32 word, int plane, float scale, float away) {
   const u32 codes = codes_at(word, plane);
-  const float low = wide((u16)codes) - (BASE + 8.0f), high = wide((u16)(codes >> 16)) - (BASE + 8.0f);
+  const float low = wide((u16)codes) * scale + away, high = wide((u16)(codes >> 16)) * scale + away;
   u32 pair;
-  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high * scale + zero), "f"(low * scale + zero));
+  asm("cvt.rn." KIND "x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
 }
 #else

@@ -19,7 +19,7 @@ from orchestrator.engine.kernels.compiled import binaries
 from orchestrator.engine.kernels.processors import processors
 from orchestrator.engine.kernels.quantized_dot import added
 
-FEW_ROWS, MOST_ROWS = 8, 128
+MOST_ROWS = 128
 CHUNK = 128  # columns that a warp takes at a time
 COMMON = ("codes.cu", "four_bits_parts.cu")
 PROCESSORS = 132
@@ -34,6 +34,7 @@ class Few:
     chunks: int
     warps: int
     blocks: int
+    rows: int  # of x, at most
     gated: bool  # SiLU(gate) × up
     is_even: bool  # its slabs fill K
     has_vectors: bool  # four pairs of scales are 16 bytes that lie aligned
@@ -50,7 +51,7 @@ class Few:
     @property
     def shared_bytes(self) -> int:
         sums, columns = _TILES * _PART_ROW * 4, (self.chunks * CHUNK + 16) * 2
-        return self.warps * FEW_ROWS * (sums + columns)
+        return self.warps * self.rows * (sums + columns)
 
     def blocks_of(self, n: int, processors: int) -> int:
         """As many as run at once: one that had to wait for another would take as long again."""
@@ -86,13 +87,18 @@ class Tens:
 _SCALES = {torch.float32: 1, torch.float16: 2}  # that are not of x's type
 _TILES = 4  # whose sums are in shared memory
 _PART_ROW = 20  # floats of a row's sums there, so that a warp writes to all banks
-_CHUNKS = 4  # that a warp keeps x of; half of it where scales take its registers
+_CHUNKS = 4  # that a warp keeps x of
 _WARPS = 8  # that fit a processor
 _WORTH = 1.2  # more busy warps pay for twice the blocks, which bring x twice as often
 TENS = {16: Tens(2, 2, 8, 2), 32: Tens(4, 4, 4, 2), 64: Tens(2, 8, 4, 2), 128: Tens(2, 16, 8, 1)}
 """The fastest over a layer of Llama-3.1-8B of those tried (H100 SXM, 2026-11-22), in µs: of 16, 32, 64, 128 rows 77,
 93, 138, 223; Triton's kernels 122, 126, 161, 239; bf16 by cuBLAS 170, 171, 174, 182. Tried and dropped: codes by
 cp.async through shared memory (254 for 128), x read a chunk ahead."""
+
+
+def most_few_rows(group: int) -> int:
+    """An instruction's eight, for each of a chunk's groups."""
+    return 8 * group // CHUNK
 
 
 @cache
@@ -103,8 +109,7 @@ def choose_few(k: int, group: int, *, gated: bool, wide_scales: bool) -> Few:
     6.7, 5.6, 24.0, 14.6 (4.4, 2.9, 20.5, 10.2); Llama-3.3-70B at tp2 11.8, 8.4, 48.0, 25.6 (7.3, 5.8, 40.9, 20.5).
     """
     chunks = k // CHUNK
-    own = _CHUNKS if group > 32 else _CHUNKS // 2
-    own = own if chunks >= own else 1
+    own = _CHUNKS if chunks >= _CHUNKS else 1
     slabs, smaller = -(-chunks // (_WARPS * own)), -(-chunks // (_WARPS // 2 * own))
     warps = -(-chunks // (slabs * own))  # so that few of the last slab's are idle
     if warps > _WARPS // 2 and 2 * slabs > _WORTH * smaller:
@@ -113,6 +118,7 @@ def choose_few(k: int, group: int, *, gated: bool, wide_scales: bool) -> Few:
         own,
         warps,
         _WARPS // warps,
+        most_few_rows(group),
         gated=gated,
         is_even=chunks % (warps * own) == 0,
         has_vectors=own == 4 and group == CHUNK and not wide_scales and chunks % 4 == 0,

@@ -1,4 +1,4 @@
-// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits, x of up to eight rows (sm_80 and up), as fast as the codes arrive. GATED: y[M, N
+// y[M, N] = x[M, K] W[N, K]^T, W in 4 bits, x of up to 8 / GROUPS rows (sm_80 and up), as fast as the codes arrive. GATED: y[M, N
 // / 2] = SiLU(gate) * up, the gate's rows first.
 //
 // A warp keeps its C chunks of x in registers, in pairs and with the sums of their groups, and takes one tile of 16 channels
@@ -7,6 +7,11 @@
 // of a block are taken slab after slab, each warp adding to its own sums in shared memory; they are added up, in a fixed
 // order, once the last slab is done. x comes by way of shared memory, where the next slab's lies while one is multiplied: all
 // of a slab is on its way at once, with no registers to wait in.
+//
+// A group's part of a sum is scale * (sum of (BASE + code) x) + (zero - (BASE + 8) scale) * (sum of x), in float32: no
+// weight is rounded. The sum of x is one more product, by ones, which has it where it is needed. Where a chunk has several
+// groups they are kept apart by columns of the product: x's row r stands in GROUPS of its eight, in each with one group's
+// columns, the others zero.
 //
 // Behind codes.cu and four_bits_parts.cu. Defined from outside besides: GATED, C, WARPS, BLOCKS, TILES, EVEN (the slabs fill
 // K), VECTOR (a warp's four pairs of scales are 16 bytes that lie aligned), PART_ROW (floats of a row's sums).
@@ -30,15 +35,18 @@ struct Position {  // tiles as the block counts its own
   }
 };
 
-struct Scales {  // of a warp's chunks
-  Scale at[C][GROUPS];
-  __device__ __forceinline__ void load(const void* scales, u64 index) {
+struct Scales {  // of a warp's chunks, of the groups that a thread has sums of: one, or two neighbours
+  Scale at[C][GROUPS > 1 ? 2 : 1];
+  __device__ __forceinline__ void load(const void* scales, u64 index, int place) {
 #if VECTOR
     const uint4 four = __ldg((const uint4*)((const u32*)scales + index));
     at[0][0].pair = four.x, at[1][0].pair = four.y, at[2][0].pair = four.z, at[3][0].pair = four.w;
+#elif GROUPS == 1
+#pragma unroll
+    for (int i = 0; i < C; i++) at[i][0].load(scales, index + i);
 #else
 #pragma unroll
-    for (int i = 0; i < C * GROUPS; i++) at[i / GROUPS][i % GROUPS].load(scales, index + i);
+    for (int i = 0; i < C; i++) load_two(at[i], scales, index + i * GROUPS + place * 2 % GROUPS);
 #endif
   }
 };
@@ -65,19 +73,16 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     return EVEN ? slab * SLAB + warp * C : min(slab * SLAB + warp * C, chunks - C);
   };
 
-  Words<V> codes[DEPTH][C][2][GROUPS];
+  Words codes[DEPTH][C][2];
   Scales pairs[DEPTH][2];
   auto fetch = [&](int d, const Position& at) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
       const u64 channel = channel_of(at.tile, half);
-      const u32* from = words + channel * (K / 8) + first_of(at.slab) * 16 + place * V;
+      const u32* from = words + channel * (K / 8) + first_of(at.slab) * 16 + place * 4;
 #pragma unroll
-      for (int c = 0; c < C; c++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++)
-          load_codes(codes[d][c][half][group], from + c * 16 + group * (GROUP / 8));
-      pairs[d][half].load(scales, channel * (K / GROUP) + first_of(at.slab) * GROUPS);
+      for (int c = 0; c < C; c++) codes[d][c][half].load(from + c * 16);
+      pairs[d][half].load(scales, channel * (K / GROUP) + first_of(at.slab) * GROUPS, place);
     }
   };
   Position now = {0, 0, 0}, ahead = now;
@@ -92,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #endif
 
   u32 right[C][4][4];  // of x: [word][plane, and four planes on]
-  float sums[C][GROUPS][2];
+  float sums[C][2];
   u16* const own_x = staged + warp * M * X_ROW;
   auto send_for_x = [&](int slab) {
     const u16* const from = x + first_of(slab) * 128;
@@ -105,50 +110,54 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     await_copies();
     __syncwarp();
 #pragma unroll
-    for (int c = 0; c < C; c++)
+    for (int c = 0; c < C; c++) {
+      const bool is_own = EVEN || first_of(slab) + c >= slab * SLAB + warp * C;
+      Raw raw;
+      raw.load(own_x + min(quad / GROUPS, M - 1) * X_ROW + c * 128 + column_of(place));
+      float sum[4] = {};
 #pragma unroll
-      for (int group = 0; group < GROUPS; group++) {
-        const bool is_own = EVEN || first_of(slab) + c >= slab * SLAB + warp * C;
-        Raw raw;
-        raw.load(own_x + min(quad, M - 1) * X_ROW + place * V + c * 128 + group * GROUP);
-        float sum[4] = {};
+      for (int word = 0; word < 4; word++) {
+        u32(&to)[4] = right[c][word];
 #pragma unroll
-        for (int word = 0; word < V; word++) {
-          u32(&to)[4] = right[c][group * V + word];
-#pragma unroll
-          for (int plane = 0; plane < 4; plane++) to[plane] = is_own ? raw.pair(plane, word) : 0;
-          multiply_add(sum, ONES, ONES, ONES, ONES, to[0], to[1]);
-          multiply_add(sum, ONES, ONES, ONES, ONES, to[2], to[3]);
-        }
-        sums[c][group][0] = sum[0], sums[c][group][1] = sum[1];
+        for (int plane = 0; plane < 4; plane++)
+          to[plane] = is_own && quad % GROUPS == group_of(place) ? raw.pair(plane, word) : 0;
+        multiply_add(sum, ONES, ONES, ONES, ONES, to[0], to[1]);
+        multiply_add(sum, ONES, ONES, ONES, ONES, to[2], to[3]);
       }
+      sums[c][0] = sum[0], sums[c][1] = sum[1];
+    }
     __syncwarp();
     if (slab + 1 < slabs)
       send_for_x(slab + 1);
     else if (slabs > 1 && now.batch + TILES < own)
       send_for_x(0);
   };
-  auto multiply = [&](float (&total)[4], int d, int c, int group) {
-    const Words<V>&low = codes[d][c][0][group], &high = codes[d][c][1][group];
+  auto multiply = [&](float (&total)[4], int d, int c) {
+    const Words&low = codes[d][c][0], &high = codes[d][c][1];
     float part[4] = {};
 #pragma unroll
-    for (int word = 0; word < V; word++)
+    for (int word = 0; word < 4; word++)
 #pragma unroll
       for (int pair = 0; pair < 2; pair++) {
-        const u32(&b)[4] = right[c][group * V + word];
+        const u32(&b)[4] = right[c][word];
         multiply_add(part, codes_at(low.at[word], 2 * pair), codes_at(high.at[word], 2 * pair),
                      codes_at(low.at[word], 2 * pair + 1), codes_at(high.at[word], 2 * pair + 1), b[2 * pair], b[2 * pair + 1]);
       }
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-      const Scale& of = pairs[d][i / 2].at[c][group];
-      const float scale = of.scale();
-      total[i] += scale * part[i] + (of.zero() - (BASE + 8.0f) * scale) * sums[c][group][i % 2];
+      const Scale& of = pairs[d][i / 2].at[c][GROUPS > 1 ? i % 2 : 0];
+      total[i] += of.scale() * part[i] + of.away() * sums[c][i % 2];
     }
   };
-  float* const own_parts = parts + (warp * M + place * 2) * PART_ROW + quad;
-  const bool has_row = place * 2 < M, has_next = place * 2 + 1 < M;
+  float* const own_parts = parts + (warp * M + place * 2 / GROUPS) * PART_ROW + quad;
+  const bool has_row = place * 2 / GROUPS < M && (GROUPS < 4 || place % 2 == 0), has_next = GROUPS == 1 && place * 2 + 1 < M;
   auto write_down = [&](float (&total)[4]) {
+#if GROUPS > 1
+    total[0] += total[1], total[2] += total[3];
+#endif
+#if GROUPS > 2
+    total[0] += __shfl_xor_sync(~0u, total[0], 1), total[2] += __shfl_xor_sync(~0u, total[2], 1);
+#endif
     float* const to = own_parts + (now.tile - now.batch) * (WARPS * M * PART_ROW);
     if (now.slab) {
       if (has_row) total[0] += to[0], total[2] += to[8];
@@ -183,9 +192,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       if (now.tile == now.batch && (slabs > 1 || now.batch == 0)) keep_x(now.slab);
       float total[4] = {};
 #pragma unroll
-      for (int c = 0; c < C; c++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) multiply(total, d, c, group);
+      for (int c = 0; c < C; c++) multiply(total, d, c);
       if (ahead.tile < own) fetch(d, ahead);
       ahead.advance(own, slabs);
       write_down(total);

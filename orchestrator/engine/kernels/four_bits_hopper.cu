@@ -33,9 +33,9 @@ __device__ __forceinline__ void widen(u32 (&left)[4][4], const Chunk& chunk, int
   for (int half = 0; half < 2; half++) {
     const Scale& of = chunk.pairs[half][half_of_chunk * GROUPS / 2];
 #if WIDE_SCALES
-    const float scale = of.scale(), zero = of.zero();
+    const float scale = of.scale(), offset = of.away();
 #else
-    const u32 scale = __byte_perm(of.pair, 0, 0x1010), zero = __byte_perm(of.pair, 0, 0x3232);
+    const u32 scale = __byte_perm(of.pair, 0, 0x1010), offset = __byte_perm(of.pair, 0, 0x3232);
 #endif
 #if GROUP == 128
     const uint2 low = chunk.at[half][0], high = chunk.at[half][1];
@@ -43,16 +43,16 @@ __device__ __forceinline__ void widen(u32 (&left)[4][4], const Chunk& chunk, int
     const u32 first = __byte_perm(low.x, low.y, select), second = __byte_perm(high.x, high.y, select);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      left[step][half] = weights(first, step, scale, zero);
-      left[step][2 + half] = weights(second, step, scale, zero);
+      left[step][half] = weights(first, step, scale, offset);
+      left[step][2 + half] = weights(second, step, scale, offset);
     }
 #else
     const uint2 words = chunk.at[half][half_of_chunk];
     const u32 first = __byte_perm(words.x, words.y, 0x5410), second = __byte_perm(words.x, words.y, 0x7632);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-      left[step][half] = weights(step < 2 ? first : second, step % 2 * 2, scale, zero);
-      left[step][2 + half] = weights(step < 2 ? first : second, step % 2 * 2 + 1, scale, zero);
+      left[step][half] = weights(step < 2 ? first : second, step % 2 * 2, scale, offset);
+      left[step][2 + half] = weights(step < 2 ? first : second, step % 2 * 2 + 1, scale, offset);
     }
 #endif
   }

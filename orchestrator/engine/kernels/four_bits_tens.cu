@@ -24,8 +24,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
   const int split = blockIdx.x % splits, first = (blockIdx.x / splits * WARPS + warp) * CHANNELS;
   const int chunks = K / 128, begin = (u64)chunks * split / splits, end = (u64)chunks * (split + 1) / splits;
 
-  Words<V> now[MT][2][GROUPS], coming[MT][2][GROUPS];
-  Scale now_scales[MT][2][GROUPS], coming_scales[MT][2][GROUPS];
+  Words now[MT][2], coming[MT][2];
+  Scale now_scales[MT][2], coming_scales[MT][2];
   u32 channels[MT][2];
 #pragma unroll
   for (int i = 0; i < MT; i++)
@@ -35,21 +35,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-          const u32 word = channels[i][half] * (K / 8) + chunk * 16 + group * (GROUP / 8) + place * V;
-          load_codes(coming[i][half][group], words + word);
-          coming_scales[i][half][group].load(scales, channels[i][half] * (K / GROUP) + chunk * GROUPS + group);
-        }
+      for (int half = 0; half < 2; half++) {
+        coming[i][half].load(words + channels[i][half] * (K / 8) + chunk * 16 + place * 4);
+        coming_scales[i][half].load(scales, channels[i][half] * (K / GROUP) + chunk * GROUPS + group_of(place));
+      }
   };
-  Raw raw[GROUPS];
+  Raw raw;
   auto fetch_x = [&](int i, int chunk) {
     const int task = threadIdx.x + i * WARPS * 32, row = task / 4;
-    if (row < M)
-#pragma unroll
-      for (int group = 0; group < GROUPS; group++)
-        raw[group].load(x + (u32)row * K + chunk * 128 + group * GROUP + task % 4 * V);
+    if (row < M) raw.load(x + (u32)row * K + chunk * 128 + column_of(task % 4));
   };
   // A unit has the four pairs of a word; so that eight threads read all banks, odd rows' are four further on.
   auto unit = [&](int buffer, int row, int word, int of) {
@@ -59,11 +53,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
     const int task = threadIdx.x + i * WARPS * 32, row = task / 4;
     if (row < M)
 #pragma unroll
-      for (int word = 0; word < 4; word++) {
-        const Raw& some = raw[word / V];
-        shared[unit(buffer, row, word, task % 4)] = make_uint4(some.pair(0, word % V), some.pair(1, word % V),
-                                                               some.pair(2, word % V), some.pair(3, word % V));
-      }
+      for (int word = 0; word < 4; word++)
+        shared[unit(buffer, row, word, task % 4)] =
+            make_uint4(raw.pair(0, word), raw.pair(1, word), raw.pair(2, word), raw.pair(3, word));
   };
 
   fetch(begin);
@@ -82,17 +74,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
 #pragma unroll
     for (int i = 0; i < MT; i++)
 #pragma unroll
-      for (int half = 0; half < 2; half++)
-#pragma unroll
-        for (int group = 0; group < GROUPS; group++) {
-          now[i][half][group] = coming[i][half][group];
-          now_scales[i][half][group] = coming_scales[i][half][group];
-        }
+      for (int half = 0; half < 2; half++) {
+        now[i][half] = coming[i][half];
+        now_scales[i][half] = coming_scales[i][half];
+      }
     __syncthreads();  // this chunk of x is there, and nobody reads the buffer of the next one
     const bool more = chunk + 1 < end;
 #pragma unroll
     for (int word = 0; word < 4; word++) {
-      const int group = word / V;
       if (more && word == 2) fetch(chunk + 1);  // no sooner: half of the registers that now has are free
       if (more && word % WORDS_A_TASK == 0) fetch_x(word / WORDS_A_TASK, chunk + 1);
       u32 left[MT][2][4];
@@ -100,15 +89,15 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32, BLOCKS)
       for (int i = 0; i < MT; i++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const Scale& of = now_scales[i][half][group];
+          const Scale& of = now_scales[i][half];
 #if WIDE_SCALES
-          const float scale = of.scale(), zero = of.zero();
+          const float scale = of.scale(), offset = of.away();
 #else
-          const u32 scale = __byte_perm(of.pair, 0, 0x1010), zero = __byte_perm(of.pair, 0, 0x3232);
+          const u32 scale = __byte_perm(of.pair, 0, 0x1010), offset = __byte_perm(of.pair, 0, 0x3232);
 #endif
 #pragma unroll
           for (int plane = 0; plane < 4; plane++)
-            left[i][plane / 2][plane % 2 * 2 + half] = weights(now[i][half][group].at[word % V], plane, scale, zero);
+            left[i][plane / 2][plane % 2 * 2 + half] = weights(now[i][half].at[word], plane, scale, offset);
         }
 #pragma unroll
       for (int j = 0; j < NT; j++) {

@@ -210,7 +210,8 @@ def quantized(
     if group and four_bits_hopper.takes(x_MK, len(codes), scales, group):
         return four_bits_hopper.multiply(x_MK, codes, scales, bias_N, group, pdl=pdl)
     if group and four_bits.takes(x_MK, scales, group):
-        by_rows = four_bits.few_rows if len(x_MK) <= four_bits.FEW_ROWS else four_bits.tens_of_rows
+        is_few = len(x_MK) <= four_bits.most_few_rows(group)
+        by_rows = four_bits.few_rows if is_few else four_bits.tens_of_rows
         return by_rows(x_MK, codes, scales, bias_N, group, pdl=pdl)
     return by_triton(x_MK, codes, scales, bias_N, group, pdl=pdl)
 
@@ -221,14 +222,14 @@ def quantized_gate_up(
     """SiLU(gate) × up → [M, N / 2], the gate's rows first in the weight."""
     if group and four_bits_hopper.takes(x_MK, len(codes), scales, group):
         return four_bits_hopper.multiply(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
-    if group and len(x_MK) <= four_bits.FEW_ROWS and four_bits.takes(x_MK, scales, group):
+    if group and len(x_MK) <= four_bits.most_few_rows(group) and four_bits.takes(x_MK, scales, group):
         return four_bits.few_rows(x_MK, codes, scales, bias_N, group, gated=True, pdl=pdl)
     return silu_mul(quantized(x_MK, codes, scales, bias_N, group, pdl=pdl), pdl=pdl)
 
 
 def rows_by_kernel(x_MK: Tensor, codes: Tensor, scales: Tensor, group: int) -> list[int]:
     """The fewest rows like x's that choose another kernel, or another tile."""
-    fewest = {1, 2, 3, 9, 17, 33, 65}
+    fewest = {1, 2, 3, 9, 17, 33, 65, 1 + four_bits.most_few_rows(group)}
     if group and four_bits_hopper.fits(x_MK, len(codes), scales, group):
         fewest |= {four_bits_hopper.FEWEST_ROWS, *(1 + rows for rows in four_bits_hopper.ROWS[:-1])}
     return sorted(fewest)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
+from cluster import onednn
 from cluster.profile import Detail, Rates
 
 LEAST_REPEATS = 3
@@ -19,7 +20,7 @@ MATRIX = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of a probed weight: like a layer's of a model that fits such a device."""
 
 FEW_ROWS = (2, 4, 8, 16, 64)
-"""Of products on a CPU, whose libraries take up to three times as long for four or eight rows as for one."""
+"""Of products on a CPU."""
 
 PREFILL_TOKENS = {"cpu": 256, "cuda": 2048}
 
@@ -70,8 +71,7 @@ def rates(target: Target) -> Rates:
     products = {}
     if device.type == "cpu":  # in what it computes in unless told otherwise
         one = read["float32"] / 2  # two FLOPs by a weight of four bytes
-        few = {rows: min(rate, rows * one) for rows, rate in _few_rows(target, device).items()}
-        products["float32"] = {1: one, **few, PREFILL_TOKENS["cpu"]: flops["float32"]}
+        products["float32"] = {1: one, **_few_rows(target, device), PREFILL_TOKENS["cpu"]: flops["float32"]}
     return Rates(read, flops, _layer_s(target, device), products)
 
 
@@ -83,9 +83,8 @@ def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) 
 
 
 def _few_rows(target: Target, device: torch.device) -> dict[int, float]:
-    """FLOP/s by rows, in float32, where the weights come from no further than caches."""
+    """FLOP/s by rows, in float32, weights from beyond the caches."""
     weights = _beyond_caches(target, device, torch.float32)
-    weights = weights[: max(2, READ_BYTES["cpu"] // 2 // target.ranks // weights[0].nbytes)]
     flops = 2 * sum(weight.numel() for weight in weights)
     return {
         rows: rows * flops / _typical_s(_with_each(weights, rows), device, LEAST_REPEATS) for rows in FEW_ROWS
@@ -101,11 +100,15 @@ def _beyond_caches(target: Target, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _with_each(weights: Sequence[torch.Tensor], rows: int) -> Callable[[], None]:
-    x = weights[0].new_full((rows, weights[0].shape[1]), 0.01)
+    return _by(weights, weights[0].new_full((rows, weights[0].shape[1]), 0.01))
+
+
+def _by(weights: Sequence[torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
+    products = [onednn.prepared(weight) for weight in weights]
 
     def run() -> None:
-        for weight in weights:
-            functional.linear(x, weight)
+        for product in products:
+            product(x)
 
     return run
 
@@ -116,7 +119,8 @@ def _flops_per_s(target: Target, device: torch.device, dtype: torch.dtype) -> fl
         n, n, dtype=dtype, device=device
     )  # equal numbers take less power, so clocks stay higher
     x = torch.randn(tokens, n, dtype=dtype, device=device)
-    return 2 * tokens * n * n / repeated_s(lambda: functional.linear(x, weight), device, target.probe_s)
+    product = onednn.prepared(weight)
+    return 2 * tokens * n * n / repeated_s(lambda: product(x), device, target.probe_s)
 
 
 def _layer_s(target: Target, device: torch.device) -> float:
@@ -284,11 +288,7 @@ def _product(
         for weight in weights:
             torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
 
-    def plain() -> None:
-        for weight in weights:
-            functional.linear(x, weight)
-
-    return {"int8": int8, "float8": float8}.get(dtype, plain)
+    return {"int8": int8, "float8": float8}.get(dtype) or _by(weights, x)
 
 
 def graphed_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:

@@ -19,6 +19,7 @@ from orchestrator.engine.host_memory import rate_to
 from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
 from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, free_for_weights, peak_of
 from orchestrator.engine.offload import resident_bytes
+from orchestrator.engine.packed import packed_bytes
 from orchestrator.engine.residence import DiskRoom, Residence, disk_room, loaded
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
@@ -144,7 +145,9 @@ class Rank:
         return opened()[1]
 
     def weight_bytes(self) -> int:
-        return resident_bytes(self.model if self._compatible is None else self._compatible)
+        if self._compatible is not None:
+            return resident_bytes(self._compatible)
+        return resident_bytes(self.model) + packed_bytes(self.model)
 
     def residence(self) -> Residence:
         """Of this rank's layers: all, those on the device; and bytes that come from the host at every step."""

@@ -98,7 +98,15 @@ def weight_bytes(place: Placement, rank: int) -> int:
     size, small = BYTES_PER_ELEMENT[place.dtype], kept.bytes_per_weight(place.dtype)
     common, experts = linear_params(spec, shard, place.dims)
     of_common = size if kept.experts_only and spec.experts is not None else small
-    return math.ceil(common * of_common + experts * small) + table_params(spec, shard) * size
+    return math.ceil(common * of_common + experts * small) + _table_bytes(place, rank)
+
+
+def _table_bytes(place: Placement, rank: int) -> int:
+    spec, shard = place.spec, place.shards[rank]
+    tables = table_params(spec, shard)
+    if spec.tied and shard.is_first and shard.is_last and place.device(0, rank).kind == "cpu":
+        tables += len(shard.vocab) * spec.hidden  # the head's own copy, packed for its products
+    return tables * BYTES_PER_ELEMENT[place.dtype]
 
 
 def kv_bytes_per_token(place: Placement, rank: int) -> int:
@@ -139,8 +147,8 @@ def memory(place: Placement, replica: int, rank: int, sequences: int) -> Memory:
 
 def _streaming(place: Placement, rank: int, device: Device, whole: Memory) -> Memory:
     """The same with as many layers in host memory as room for the cache wants: as the engine reckons when it loads."""
-    spec, shard, room = place.spec, place.shards[rank], place.room
-    layers, tables = len(shard.layers), table_params(spec, shard) * BYTES_PER_ELEMENT[place.dtype]
+    shard, room = place.shards[rank], place.room
+    layers, tables = len(shard.layers), _table_bytes(place, rank)
     layer = (whole.weights - tables) / layers
     resident = min(layers, room.resident) if room.resident is not None else layers
     if place.zero3:

@@ -16,6 +16,7 @@ from orchestrator.engine.loader import load
 from orchestrator.engine.memory import available_host_bytes, check_float8
 from orchestrator.engine.model import Transformer
 from orchestrator.engine.offload import spots, stream
+from orchestrator.engine.packed import pack
 from orchestrator.engine_config import EngineConfig
 from strategies import tensor
 from strategies.cost_memory import work_bytes
@@ -119,6 +120,8 @@ def loaded(
     file = None if room is None else room.file
     reads = None if file is None else _reads(config, file, on_gpu=device.type == "cuda")
     streams = stream(model, streaming, device, file, reads)
+    if device.type == "cpu":
+        pack(model, streaming.streamed)
     if streams is None:
         return model, Residence(layers, layers, 0)
     rate = (

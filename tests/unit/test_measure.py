@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster import profile as profiles
 from cluster.discover import Cpu, cpu_topology, discover
 from cluster.measure import group_sizes, measure
 from cluster.paths import Curve, Op, Path, curve_of, fit
@@ -119,7 +120,7 @@ def test_a_profile_of_another_machine_is_refused_with_what_changed(tmp_path: Fil
     assert "driver was 550.54, is absent" in changes(found, CPU)
     bigger = cpu_topology(2, Cpu("Some CPU", cores=2, memory_bytes=1 << 35, free_bytes=1 << 33))
     assert changes(profile_of(torch_version=version("torch")), bigger) == [
-        "its devices or links are others now"
+        "its devices or links are others now, or its products are made in another way"
     ]
 
 
@@ -181,9 +182,13 @@ def test_apply_prices_a_pools_products_by_rows() -> None:
     assert apply(profile_of(), CPU, "float32").devices[0].products == rates(1.5).products
 
 
-def test_a_cpus_profile_without_products_by_rows_is_measured_again() -> None:
-    bare = Rates({"float32": 1e10}, {"float32": 1e11}, 1e-4)
-    assert changes(profile_of(rates=(bare,)), CPU) == ["products of few rows were not timed"]
+def test_a_cpus_profile_of_other_products_is_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus = discover(binding=dual_h100())
+    of_cpu, of_gpus = profile_of(), fingerprint_of(gpus)
+    assert changes(of_cpu, CPU) == []
+    monkeypatch.setattr(profiles, "CPU_PRODUCTS", "torch's")
+    assert changes(of_cpu, CPU)
+    assert fingerprint_of(gpus) == of_gpus
 
 
 def test_apply_leaves_links_of_another_kind_alone() -> None:

@@ -20,9 +20,10 @@ from cluster.life import machine
 from cluster.ray_server import NAMESPACE
 
 GANG = "shardwise-gang:"
-_SPINS = "3000"
-"""How long threads of a matrix product spin for each other before they sleep. Where another program wants a core,
-libgomp's default (for ever, nearly) let a decode step take 800 ms; this, 130; 60 and 64 on idle cores (2, Xeon)."""
+_SPINS = "7000"
+"""How long threads of a matrix product spin for each other, and for the next product, before they sleep. Where another
+program wants a core, libgomp's default (for ever, nearly) let a decode step take 800 ms. Four sequences of SmolLM2 on
+two cores (AMD EPYC, 2026-11-23), ms a step, and with one core wanted: 3000 52, 105; 7000 43, 145; 30000 38, 370."""
 
 
 class Host:

@@ -21,7 +21,7 @@ from orchestrator.constraints import NO_TOKEN, Constraints
 from orchestrator.engine.runner import Pending
 from orchestrator.engine_config import EngineConfig
 from orchestrator.grammar import Compiler
-from orchestrator.rank import Rank, on_its_device
+from orchestrator.rank import Rank, loops_on_its_device
 from orchestrator.request import Request, Token
 from orchestrator.scheduler import Load, Scheduler, SchedulerConfig
 from orchestrator.step import Step, StepResult
@@ -112,7 +112,7 @@ class Worker(Rank):
             self._at_work.release()
         return self.limits
 
-    @on_its_device
+    @loops_on_its_device
     def lead(self, results: Address | None) -> None:
         """The main loop. `results` is the last stage's channel where there are several stages."""
         with self._at_work:
@@ -184,7 +184,7 @@ class Worker(Rank):
 
     # -- the followers --
 
-    @on_its_device
+    @loops_on_its_device
     def follow(self, steps: Address) -> None:
         """Run the leader's steps until it stops; told to stop itself, it still runs those that it was sent."""
         with self._at_work:

@@ -38,6 +38,8 @@ LEAST_INT8_ROWS = (
 LAUNCHES = 1000
 GRAPH_KERNELS = 200
 
+Multiply = Callable[[torch.Tensor], torch.Tensor]
+
 
 @dataclass(frozen=True, slots=True)
 class Target:
@@ -79,16 +81,17 @@ def _read_bytes_per_s(target: Target, device: torch.device, dtype: torch.dtype) 
     """Weights beyond the caches, each read once a pass by a product with one row."""
     weights = _beyond_caches(target, device, dtype)
     in_all = sum(weight.nbytes for weight in weights)
-    return in_all / repeated_s(_with_each(weights, 1), device, target.probe_s)
+    run = _with_each([onednn.prepared(weight) for weight in weights], _rows(weights[0], 1))
+    return in_all / repeated_s(run, device, target.probe_s)
 
 
 def _few_rows(target: Target, device: torch.device) -> dict[int, float]:
     """FLOP/s by rows, in float32, weights from beyond the caches."""
     weights = _beyond_caches(target, device, torch.float32)
     flops = 2 * sum(weight.numel() for weight in weights)
-    return {
-        rows: rows * flops / _typical_s(_with_each(weights, rows), device, LEAST_REPEATS) for rows in FEW_ROWS
-    }
+    products = [onednn.prepared(weight) for weight in weights]
+    runs = {rows: _with_each(products, _rows(weights[0], rows)) for rows in FEW_ROWS}
+    return {rows: rows * flops / _typical_s(run, device, LEAST_REPEATS) for rows, run in runs.items()}
 
 
 def _beyond_caches(target: Target, device: torch.device, dtype: torch.dtype) -> list[torch.Tensor]:
@@ -99,13 +102,11 @@ def _beyond_caches(target: Target, device: torch.device, dtype: torch.dtype) -> 
     return [torch.full((n, n), 0.01, dtype=dtype, device=device) for _ in range(count)]
 
 
-def _with_each(weights: Sequence[torch.Tensor], rows: int) -> Callable[[], None]:
-    return _by(weights, weights[0].new_full((rows, weights[0].shape[1]), 0.01))
+def _rows(weight: torch.Tensor, rows: int) -> torch.Tensor:
+    return weight.new_full((rows, weight.shape[1]), 0.01)
 
 
-def _by(weights: Sequence[torch.Tensor], x: torch.Tensor) -> Callable[[], None]:
-    products = [onednn.prepared(weight) for weight in weights]
-
+def _with_each(products: Sequence[Multiply], x: torch.Tensor) -> Callable[[], None]:
     def run() -> None:
         for product in products:
             product(x)
@@ -250,11 +251,12 @@ def _products(target: Target, device: torch.device, dtype: str) -> dict[int, flo
     n = MATRIX[device.type]
     size = {"float32": 4, "bfloat16": 2, "float16": 2}.get(dtype, 1)
     count = max(2, _room(device, READ_BYTES[device.type] // 2, 1) // (n * n * size))
-    weights = [_weight(n, dtype, device) for _ in range(count)]
+    products = [_by(_weight(n, dtype, device), dtype) for _ in range(count)]
     graphs, share_s = device.type == "cuda", target.probe_s / 4
     found = {}
     for rows in PRODUCT_ROWS[device.type]:
-        run = _product(rows, n, dtype, device, weights)
+        padded = max(rows, LEAST_INT8_ROWS) if dtype == "int8" else rows
+        run = _with_each(products, _weight(n, dtype, device)[:padded].contiguous())
         try:
             seconds = graphed_s(run, device, target.probe_s) if graphs else repeated_s(run, device, share_s)
         except RuntimeError:  # a shape for which the chip's library has no kernel
@@ -272,23 +274,13 @@ def _weight(n: int, dtype: str, device: torch.device) -> torch.Tensor:
     return torch.randn(n, n, dtype=getattr(torch, dtype), device=device)
 
 
-def _product(
-    rows: int, n: int, dtype: str, device: torch.device, weights: list[torch.Tensor]
-) -> Callable[[], None]:
-    """One product with each weight."""
-    padded = max(rows, LEAST_INT8_ROWS) if dtype == "int8" else rows
-    x = _weight(n, dtype, device)[:padded].contiguous()
-    one = torch.ones((), device=device)
-
-    def int8() -> None:
-        for weight in weights:
-            torch._int_mm(x, weight.t())
-
-    def float8() -> None:
-        for weight in weights:
-            torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
-
-    return {"int8": int8, "float8": float8}.get(dtype) or _by(weights, x)
+def _by(weight: torch.Tensor, dtype: str) -> Multiply:
+    if dtype == "int8":
+        return lambda x: torch._int_mm(x, weight.t())
+    if dtype == "float8":
+        one = torch.ones((), device=weight.device)
+        return lambda x: torch._scaled_mm(x, weight.t(), one, one, out_dtype=torch.bfloat16)
+    return onednn.prepared(weight)
 
 
 def graphed_s(run: Callable[[], object], device: torch.device, probe_s: float) -> float:

@@ -20,8 +20,9 @@ from cluster.paths import Curve, Fit, Op, Path, envelope, fit, moved_share
 from cluster.topology import Device, Link, Provenance, Topology
 
 FORMAT = 2
-CPU_PRODUCTS = "oneDNN's, weights packed"  # that probes time (onednn.py): of others a profile says nothing
 """Of the file; one of another format is measured again."""
+
+CPU_PRODUCTS = "oneDNN's, weights packed"  # that probes time (onednn.py): of others a profile says nothing
 
 NOISY = 0.5
 """Scatter above which a profile is called rough: quiet machines showed 0.06 to 0.16, busy ones 0.9 to 1.3."""

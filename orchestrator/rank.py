@@ -20,7 +20,6 @@ from orchestrator.engine.host_memory import rate_to
 from orchestrator.engine.kv_cache import KVCache, block_bytes, kept_dtype
 from orchestrator.engine.memory import Cap, available_host_bytes, free_for_kv, free_for_weights, peak_of
 from orchestrator.engine.offload import resident_bytes
-from orchestrator.engine.packed import packed_bytes
 from orchestrator.engine.residence import DiskRoom, Residence, disk_room, loaded
 from orchestrator.engine.runner import Pending, Runner, StepRunner
 from orchestrator.engine.slots import Slots
@@ -60,12 +59,12 @@ def on_its_device(method: Callable[Concatenate[S, P], R]) -> Callable[Concatenat
     soon as a product is done, and each of the loop's products waits for one to wake: a step of four sequences of
     SmolLM2 took 60 ms where it takes 43 (two cores, AMD EPYC, 2026-11-23).
     """
+    on_this_thread = loops_on_its_device(method)
 
     @wraps(method)
     def call(rank: S, /, *args: P.args, **kwargs: P.kwargs) -> R:
         if rank.device.type == "cuda":
-            torch.cuda.set_device(rank.device)
-            return method(rank, *args, **kwargs)
+            return on_this_thread(rank, *args, **kwargs)
         with ThreadPoolExecutor(1) as brief:
             return brief.submit(method, rank, *args, **kwargs).result()
 
@@ -165,9 +164,7 @@ class Rank:
         return opened()[1]
 
     def weight_bytes(self) -> int:
-        if self._compatible is not None:
-            return resident_bytes(self._compatible)
-        return resident_bytes(self.model) + packed_bytes(self.model)
+        return resident_bytes(self.model if self._compatible is None else self._compatible)
 
     def residence(self) -> Residence:
         """Of this rank's layers: all, those on the device; and bytes that come from the host at every step."""

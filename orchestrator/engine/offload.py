@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from orchestrator.engine.disk import DiskLayers, LayerFile, Reads, Spot
 from orchestrator.engine.host_memory import paged, pin
+from orchestrator.engine.packed import packed_bytes
 from strategies.offload import Streaming
 
 ALIGNED_BYTES = 256  # as torch's own allocator does: kernels read words of 16
@@ -191,6 +192,6 @@ def _point(layer: nn.Module, buffer: Tensor) -> None:
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Of all parameters on their device, those in one buffer once."""
+    """Of all weights on their device, those in one buffer once."""
     storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    return sum(storages.values())
+    return sum(storages.values()) + packed_bytes(model)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Iterable
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -35,18 +36,16 @@ class PackedGateUp(Packed):
         return ops.gated(super().forward(x_MK))
 
 
-def pack(model: nn.Module, streamed: Container[int]) -> None:
-    """Replaces linear layers on the CPU one by one, each weight freed as it is packed: but a tied head's, which the
-    embedding reads, and those of layers that are streamed, which come and go as they lie."""
-    for name in [name for name, _ in model.named_modules()]:
-        part, _, rest = name.partition(".")
-        if part == "layers" and rest and int(rest.partition(".")[0]) in streamed:
-            continue
-        linear = model.get_submodule(name)
-        if isinstance(linear, Linear | GateUp) and onednn.has_packed(linear.weight.dtype):
-            parent, _, leaf = name.rpartition(".")
-            stand_in = PackedGateUp if isinstance(linear, GateUp) else Packed
-            setattr(model.get_submodule(parent), leaf, stand_in(linear))
+def pack(model: nn.Module, streamed: Iterable[int]) -> None:
+    """Replaces linear layers on the CPU, each weight freed as it is packed: but a tied head's, which the embedding
+    reads, and those of layers that are streamed, which come and go as they lie."""
+    parts: Any = model
+    left = {part for index in streamed for part in parts.layers[index].modules()}
+    for owner in [part for part in model.modules() if part not in left and not isinstance(part, nn.Linear)]:
+        for name in [name for name, _ in owner.named_children()]:
+            linear = getattr(owner, name)
+            if isinstance(linear, Linear | GateUp) and onednn.has_packed(linear.weight.dtype):
+                setattr(owner, name, (PackedGateUp if isinstance(linear, GateUp) else Packed)(linear))
 
 
 def packed_bytes(model: nn.Module) -> int:

@@ -110,13 +110,23 @@ def test_four_bits_by_rows(group: int, scales: torch.dtype | None, dtype: torch.
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("n", "k"), [(4240, 4608), (28672, 8192), (4240, 384)])
+@pytest.mark.parametrize(
+    ("n", "k", "group"),
+    [
+        (4240, 4608, 128),
+        (28672, 8192, 128),
+        (4240, 384, 128),
+        (4240, 4608, 32),
+        (4240, 384, 32),
+        (4240, 384, 64),
+    ],
+)
 @pytest.mark.parametrize("gated", [False, True])
 @torch.no_grad()
-def test_few_rows(gated: bool, n: int, k: int) -> None:
+def test_few_rows(gated: bool, n: int, k: int, group: int) -> None:
     """Slabs that fill the columns or do not, and channels that fill no tile; the same bits at every replay."""
     torch.manual_seed(0)
-    layer, wide, bias = _layer(n, k, 128, torch.bfloat16)
+    layer, wide, bias = _layer(n, k, group, torch.bfloat16)
     pdl = torch.cuda.get_device_capability() >= (9, 0)
     by = kernels.quantized_gate_up if gated else kernels.quantized
     for rows in (1, 2, 5, 8):
@@ -127,7 +137,7 @@ def test_few_rows(gated: bool, n: int, k: int) -> None:
             wanted = F.silu(gate) * up
 
         def multiplied(x: torch.Tensor = x) -> torch.Tensor:
-            return by(x, layer.codes, layer.scales, bias, 128, pdl=pdl)
+            return by(x, layer.codes, layer.scales, bias, group, pdl=pdl)
 
         first = multiplied()
         assert ((first.double() - wanted).norm() / wanted.norm()).item() < 4e-3, rows
